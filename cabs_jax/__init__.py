@@ -1,0 +1,1 @@
+"""Adaptive batch sizes coupled to the learning rate, for JAX and Optax."""
