@@ -1,0 +1,130 @@
+"""Reads files and tar archives nobody vouches for: in memory, within bounds, never unpacked."""
+
+import bz2
+import gzip
+import io
+import lzma
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Self
+
+from experiments.datasets.dataset import MAX_DATASET_BYTES
+
+MAX_FILE_BYTES = 256 << 20
+_CHUNK_BYTES = 1 << 20
+_OPENERS: dict[bytes, Callable[[Path], io.BufferedIOBase]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"\x5d\x00\x00": lzma.open,
+}
+# What the readers answer damaged input with.
+_DAMAGE = (
+    tarfile.TarError,
+    EOFError,
+    OSError,
+    ValueError,
+    RecursionError,
+    zlib.error,
+    lzma.LZMAError,
+)
+
+
+def read_file(path: Path) -> bytes:
+    """Whole content of a file, decompressed if it is compressed, of at most `MAX_FILE_BYTES`.
+
+    Raises:
+      ValueError: If the file is damaged or its content too large.
+    """
+    chunks, size = [], 0
+    with _open(path) as stream:
+        try:
+            while chunk := stream.read(_CHUNK_BYTES):
+                size += len(chunk)
+                if size > MAX_FILE_BYTES:
+                    raise ValueError(f"holds more than {MAX_FILE_BYTES:,} bytes")
+                chunks.append(chunk)
+        except _DAMAGE as error:
+            raise ValueError(f"{path}: truncated or corrupted: {error}") from error
+    return b"".join(chunks)
+
+
+def read_tar(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yields the name and content of each file of a tar archive, in the archive's order.
+
+    The archive may be plain or compressed by gzip, bzip2 or xz. It is read as a stream, so memory
+    holds one member at a time, and to its end, so that checksums of the compression are verified.
+
+    Raises:
+      ValueError: If the archive is damaged or truncated, a member is a link, a device or a sparse
+        file, its name is absolute or climbs with "..", or it is larger than `MAX_FILE_BYTES`.
+    """
+    with _open(path) as stream:
+        bounded = _BoundedStream(stream, MAX_DATASET_BYTES)
+        try:
+            with tarfile.open(fileobj=bounded, mode="r|", tarinfo=_CheckedHeader) as archive:
+                for member in archive:
+                    name = PurePosixPath(member.name)
+                    if name.is_absolute() or ".." in name.parts:
+                        raise ValueError(f"member {member.name!r} points outside the archive")
+                    if member.isdir():
+                        continue
+                    if not member.isreg() or member.issparse():
+                        raise ValueError(f"member {member.name!r} is a link, device or sparse file")
+                    _check_size(member)
+                    content = archive.extractfile(member)
+                    assert content is not None  # it is None only for what was refused above
+                    yield str(name), content.read()
+            while bounded.read(_CHUNK_BYTES):
+                pass
+        except _DAMAGE as error:
+            raise ValueError(f"{path}: damaged, unsafe or not a tar archive: {error}") from error
+
+
+def _open(path: Path) -> io.BufferedIOBase:
+    with path.open("rb") as stream:
+        start = stream.read(6)
+    for magic, opener in _OPENERS.items():
+        if start.startswith(magic):
+            return opener(path)
+    return path.open("rb")
+
+
+def _check_size(header: tarfile.TarInfo) -> None:
+    if not 0 <= header.size <= MAX_FILE_BYTES:
+        raise ValueError(
+            f"member {header.name!r} claims {header.size:,} bytes (allowed: {MAX_FILE_BYTES:,})"
+        )
+
+
+class _CheckedHeader(tarfile.TarInfo):
+    """Refuses what tarfile would take for the archive's end, and sizes it would try to allocate."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+                raise
+            raise ValueError(f"bad or missing header ({error})") from error
+        _check_size(header)
+        return header
+
+
+class _BoundedStream(io.BufferedIOBase):
+    """Passes on `stream` until `limit` bytes have been read: compressed data can hold anything."""
+
+    def __init__(self, stream: io.BufferedIOBase, limit: int):
+        self._stream = stream
+        self._limit = limit
+        self._remaining = limit
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = self._stream.read(size)
+        self._remaining -= len(data)
+        if self._remaining < 0:
+            raise ValueError(f"holds more than {self._limit:,} bytes")
+        return data

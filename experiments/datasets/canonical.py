@@ -1,0 +1,257 @@
+"""The named data sets: found in a data folder, else downloaded from their authors, and verified."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pooch
+import sklearn.datasets
+import sklearn.model_selection
+
+from experiments.datasets.archives import read_file, read_tar
+from experiments.datasets.dataset import Dataset, make_dataset
+from experiments.datasets.formats import parse_cifar, parse_idx, read_svhn
+
+_DIGITS = tuple("0123456789")
+_CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
+_CIFAR100_CLASSES = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile
+cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp
+lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom
+oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake
+spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
+train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
+
+
+class RemoteFile(NamedTuple):
+    """A published file and the MD5 of its bytes."""
+
+    url: str
+    md5: str
+
+    @property
+    def name(self) -> str:
+        """File name, the last part of the URL."""
+        return self.url.rsplit("/", 1)[1]
+
+
+class MnistFile(NamedTuple):
+    """A published gzip file, its rank, and the MD5 of its uncompressed content."""
+
+    remote: RemoteFile
+    content_md5: str
+    ndim: int
+
+
+class CifarFiles(NamedTuple):
+    """A published archive and the binary files in it that matter, with their record counts."""
+
+    archive: RemoteFile
+    train: dict[str, int]
+    test: dict[str, int]
+    label_bytes: int
+    class_names: tuple[str, ...]
+
+
+def _mnist_file(name: str, md5: str, content_md5: str, ndim: int) -> MnistFile:
+    url = f"https://ossci-datasets.s3.amazonaws.com/mnist/{name}.gz"
+    return MnistFile(RemoteFile(url, md5), content_md5, ndim)
+
+
+MNIST = (
+    _mnist_file(
+        "train-images-idx3-ubyte",
+        md5="f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        content_md5="6bbc9ace898e44ae57da46a324031adb",
+        ndim=3,
+    ),
+    _mnist_file(
+        "train-labels-idx1-ubyte",
+        md5="d53e105ee54ea40749a09fcbcd1e9432",
+        content_md5="a25bea736e30d166cdddb491f175f624",
+        ndim=1,
+    ),
+    _mnist_file(
+        "t10k-images-idx3-ubyte",
+        md5="9fb629c4189551a2d022fa330f9573f3",
+        content_md5="2646ac647ad5339dbf082846283269ea",
+        ndim=3,
+    ),
+    _mnist_file(
+        "t10k-labels-idx1-ubyte",
+        md5="ec29112dd5afa0611ce80d1b7f02629c",
+        content_md5="27ae3e4e09519cfbb04c329615203637",
+        ndim=1,
+    ),
+)
+
+CIFAR10 = CifarFiles(
+    archive=RemoteFile(
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        md5="c32a1d4ab5d03f1284b67883e8d87530",
+    ),
+    train={f"data_batch_{i}.bin": 10_000 for i in range(1, 6)},
+    test={"test_batch.bin": 10_000},
+    label_bytes=1,
+    class_names=tuple(_CIFAR10_CLASSES.split()),
+)
+
+CIFAR100 = CifarFiles(
+    archive=RemoteFile(
+        "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+        md5="03b5dce01913d631647c71ecec9e9cb8",
+    ),
+    train={"train.bin": 50_000},
+    test={"test.bin": 10_000},
+    label_bytes=2,
+    class_names=tuple(_CIFAR100_CLASSES.split()),
+)
+
+SVHN = (
+    RemoteFile(
+        "http://ufldl.stanford.edu/housenumbers/train_32x32.mat",
+        md5="e26dedcc434d2e4c54c9b2d4a06d8373",
+    ),
+    RemoteFile(
+        "http://ufldl.stanford.edu/housenumbers/test_32x32.mat",
+        md5="eb5a983be6a315427106f1b164d9cef3",
+    ),
+)
+
+
+def load_digits(data_dir: Path | None, cache_dir: Path) -> Dataset:
+    """The 1,797 8x8 digits that ship with scikit-learn, pixels 0..16, 360 of them for testing."""
+    del data_dir, cache_dir
+    bunch = sklearn.datasets.load_digits()
+    images = bunch.images[..., None].astype(np.uint8)
+    train_images, test_images, train_labels, test_labels = sklearn.model_selection.train_test_split(
+        images, bunch.target, test_size=360, random_state=0, stratify=bunch.target
+    )
+    return make_dataset("digits", (train_images, train_labels), (test_images, test_labels), _DIGITS)
+
+
+def load_mnist(data_dir: Path | None, cache_dir: Path) -> Dataset:
+    """MNIST from four IDX files, plain or compressed, whose content has the published MD5."""
+    arrays = []
+    for file in MNIST:
+        names = (file.remote.name, file.remote.name.removesuffix(".gz"))
+        path = _find("mnist", names, data_dir) or _download(
+            "mnist", file.remote, tuple(f.remote for f in MNIST), data_dir, cache_dir
+        )
+        content = read_file(path)
+        _check_md5(path, hashlib.md5(content, usedforsecurity=False).hexdigest(), file.content_md5)
+        arrays.append(parse_idx(content, str(path), file.ndim))
+    train_images, train_labels, test_images, test_labels = arrays
+    return make_dataset(
+        "mnist",
+        (train_images[..., None], train_labels),
+        (test_images[..., None], test_labels),
+        _DIGITS,
+    )
+
+
+def load_cifar10(data_dir: Path | None, cache_dir: Path) -> Dataset:
+    """CIFAR-10, binary version."""
+    return _load_cifar("cifar10", CIFAR10, data_dir, cache_dir)
+
+
+def load_cifar100(data_dir: Path | None, cache_dir: Path) -> Dataset:
+    """CIFAR-100, binary version, with its 100 fine labels."""
+    return _load_cifar("cifar100", CIFAR100, data_dir, cache_dir)
+
+
+def load_svhn(data_dir: Path | None, cache_dir: Path) -> Dataset:
+    """SVHN's cropped 32x32 digits, without the extra images."""
+    train, test = (_load_svhn_split(remote, data_dir, cache_dir) for remote in SVHN)
+    return make_dataset("svhn", train, test, _DIGITS)
+
+
+def _load_svhn_split(
+    remote: RemoteFile, data_dir: Path | None, cache_dir: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    path = _find("svhn", (remote.name,), data_dir) or _download(
+        "svhn", remote, SVHN, data_dir, cache_dir
+    )
+    _check_md5(path, _file_md5(path), remote.md5)
+    return read_svhn(path)
+
+
+def _load_cifar(name: str, files: CifarFiles, data_dir: Path | None, cache_dir: Path) -> Dataset:
+    records = files.train | files.test
+    found = {file: path for file in records if (path := _find(name, (file,), data_dir))}
+    if found:
+        contents = {file: (str(path), read_file(path)) for file, path in found.items()}
+        where = f"{data_dir}/{name}"
+    else:
+        archive = _find(name, (files.archive.name,), data_dir) or _download(
+            name, files.archive, (files.archive,), data_dir, cache_dir
+        )
+        _check_md5(archive, _file_md5(archive), files.archive.md5)
+        contents = {
+            Path(member).name: (f"{archive}: {member}", data)
+            for member, data in read_tar(archive)
+            if Path(member).name in records
+        }
+        where = str(archive)
+    if missing := sorted(records.keys() - contents.keys()):
+        raise FileNotFoundError(f"{where} holds no {', '.join(missing)}")
+
+    def split(names: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+        parts = []
+        for file, num_records in names.items():
+            source, data = contents[file]
+            parts.append(parse_cifar(data, source, num_records, files.label_bytes))
+        images, labels = zip(*parts, strict=True)
+        return np.concatenate(images), np.concatenate(labels)
+
+    return make_dataset(name, split(files.train), split(files.test), files.class_names)
+
+
+def _find(dataset: str, names: tuple[str, ...], data_dir: Path | None) -> Path | None:
+    """First of `names` in DATA_DIR/dataset, or in a folder therein as archives unpack to."""
+    if data_dir is None:
+        return None
+    for pattern in ("{}", "*/{}"):
+        for name in names:
+            for path in sorted((data_dir / dataset).glob(pattern.format(name))):
+                return path
+    return None
+
+
+def _download(
+    dataset: str,
+    file: RemoteFile,
+    files: tuple[RemoteFile, ...],
+    data_dir: Path | None,
+    cache_dir: Path,
+) -> Path:
+    """Fetches `file` into CACHE_DIR/dataset unless it is there, its MD5 verified either way."""
+    try:
+        return Path(
+            pooch.retrieve(file.url, f"md5:{file.md5}", fname=file.name, path=cache_dir / dataset)
+        )
+    except OSError as error:
+        place = f"{data_dir}/{dataset}" if data_dir else "a data folder (none was given)"
+        urls = "\n  ".join(remote.url for remote in files)
+        raise FileNotFoundError(
+            f"{dataset} is not in {place} and could not be downloaded: {error}\n"
+            f"Get these files:\n  {urls}\nput them into DATA_DIR/{dataset}/ and pass "
+            "--data-dir DATA_DIR or set CABS_JAX_DATA=DATA_DIR."
+        ) from error
+
+
+def _file_md5(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _check_md5(path: Path, actual: str, expected: str) -> None:
+    if actual != expected:
+        raise ValueError(
+            f"{path}: MD5 {actual} where the published file has {expected}: truncated, corrupted "
+            "or another file; fetch it again"
+        )
