@@ -1,0 +1,104 @@
+"""What defines a training run: one frozen dataclass, checked when it is made."""
+
+import dataclasses
+import math
+from typing import Any
+
+DEFAULT_EXAMPLES = 100_000
+
+# A folder or archive of images has no entry and gets the net of the paper's CIFAR-10 experiment.
+DEFAULT_MODELS = {
+    "digits": "digits_mlp",
+    "mnist": "mnist_2c2d",
+    "cifar10": "cifar10_2c3d",
+    "cifar100": "3c3d",
+    "svhn": "3c3d",
+}
+FALLBACK_MODEL = "cifar10_2c3d"
+
+BUCKETS = "buckets"
+
+
+def option(default: Any, help: str) -> Any:  # noqa: A002 (argparse's word for it)
+    """A dataclass field that carries the help text of its command-line option."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run's numbers depend on.
+
+    Two runs with equal configurations and the same data give the same metrics, `seconds` apart.
+    Where the data lies and where results go is not part of it.
+
+    Raises:
+        ValueError: A value is out of range, or two contradict each other.
+    """
+
+    dataset: str = option("digits", "a data set's name, or a folder or tar of split/class/file")
+    method: str = option("cabs", "the rule that sets the batch size")
+    model: str = option("", "a net's name; by default the one that fits the data set")
+    learning_rate: float = option(0.1, "the step size of SGD, and of the rules that depend on it")
+    batch_size: int = option(16, "the size that `constant` keeps and the others start from")
+    min_batch_size: int = option(16, "the smallest size an adaptive method may choose")
+    max_batch_size: int = option(2048, "the largest size an adaptive method may choose")
+    round_to: int | str = option(
+        1,
+        "round sizes to a multiple of this; 1 is the paper's exact rule. Batches are padded to "
+        "one of 16 shapes and masked, so at most 16 train steps are compiled. `buckets` makes "
+        "those shapes the only legal sizes: nothing is padded, but sizes are rounded to them",
+    )
+    steps: int | None = option(None, "stop after this many steps")
+    examples: int | None = option(
+        None, f"stop once this many examples were seen ({DEFAULT_EXAMPLES} without --steps)"
+    )
+    evaluate_every: int = option(
+        0, "examples between evaluations; by default a 20th of --examples, else 10,000 or an epoch"
+    )
+    seed: int = option(0, "of the initial parameters and of the order of the examples")
+    width: float = option(1.0, "multiplies the channels and units of the net's hidden layers")
+    theta: float = option(1.0, "the norm test's tolerance of relative noise in the gradient")
+    lipschitz: float = option(
+        0.0, "expected_progress: the gradient's Lipschitz constant (default 1 / learning rate)"
+    )
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.examples is not None:
+            raise ValueError("give steps or examples, not both")
+        if self.steps is None and self.examples is None:
+            self._resolve("examples", DEFAULT_EXAMPLES)
+        if not self.model:
+            self._resolve("model", DEFAULT_MODELS.get(self.dataset, FALLBACK_MODEL))
+        if not self.lipschitz and self.learning_rate > 0:
+            self._resolve("lipschitz", 1 / self.learning_rate)
+
+        for name in ("learning_rate", "width", "theta", "lipschitz"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number, got {value}")
+        for name in ("batch_size", "min_batch_size", "max_batch_size", "steps", "examples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("evaluate_every", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.round_to != BUCKETS and not (isinstance(self.round_to, int) and self.round_to > 0):
+            raise ValueError(
+                f"round_to must be a positive integer or {BUCKETS!r}, got {self.round_to!r}"
+            )
+        if self.min_batch_size > self.max_batch_size:
+            raise ValueError(
+                f"min_batch_size {self.min_batch_size} exceeds max_batch_size {self.max_batch_size}"
+            )
+        if self.method != "constant" and not (
+            self.min_batch_size <= self.batch_size <= self.max_batch_size
+        ):
+            raise ValueError(
+                f"batch_size {self.batch_size}, where {self.method} starts, lies outside "
+                f"[{self.min_batch_size}, {self.max_batch_size}]; "
+                "change it, min_batch_size or max_batch_size"
+            )
+
+    def _resolve(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the one place where a frozen field may be set
