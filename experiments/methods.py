@@ -1,0 +1,60 @@
+"""The ways to choose a batch size: each is a rule of `cabs_jax.rules` in front of plain SGD."""
+
+from collections.abc import Callable
+
+import optax
+
+import cabs_jax
+from cabs_jax import rules
+from experiments.buckets import buckets
+from experiments.config import BUCKETS, RunConfig
+
+METHODS: dict[str, Callable[[RunConfig], rules.Rule]] = {
+    "biased_norm_test": lambda config: rules.biased_norm_test(config.theta),
+    "cabs": lambda config: rules.cabs(config.learning_rate),
+    "constant": lambda config: rules.constant(config.batch_size),
+    "expected_progress": lambda config: rules.expected_progress(
+        config.learning_rate, config.lipschitz
+    ),
+    "norm_test": lambda config: rules.norm_test(config.theta),
+    "noise_scale": lambda config: rules.noise_scale(),
+}
+
+
+def bounds(config: RunConfig) -> tuple[int, int]:
+    """The smallest and the largest batch size that the run may use."""
+    if config.method == "constant":
+        return config.batch_size, config.batch_size
+    return config.min_batch_size, config.max_batch_size
+
+
+def build(config: RunConfig) -> optax.GradientTransformationExtraArgs:
+    """The optimizer that `config` asks for.
+
+    Its state holds the batch size (`cabs_jax.batch_size`) and, as a hyperparameter of SGD, the
+    learning rate of the last update (`optax.tree.get(state, "learning_rate")`).
+
+    Raises:
+        ValueError: `config.method` is unknown.
+    """
+    if config.method not in METHODS:
+        raise ValueError(
+            f"unknown method {config.method!r}; known methods: {', '.join(sorted(METHODS))}"
+        )
+    smallest, largest = bounds(config)
+    if config.method == "constant":
+        round_to: int | tuple[int, ...] = 1
+    elif config.round_to == BUCKETS:
+        round_to = buckets(smallest, largest)
+    else:
+        round_to = int(config.round_to)
+    return optax.chain(
+        cabs_jax.adapt_batch_size(
+            METHODS[config.method](config),
+            min_batch_size=smallest,
+            max_batch_size=largest,
+            initial_batch_size=config.batch_size,
+            round_to=round_to,
+        ),
+        optax.inject_hyperparams(optax.sgd)(learning_rate=config.learning_rate),
+    )
