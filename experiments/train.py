@@ -1,0 +1,180 @@
+"""One training run: set-up, loop, evaluation, files."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+import cabs_jax
+from experiments import buckets, datasets, methods, models, records
+from experiments.config import BUCKETS, RunConfig
+from experiments.evaluate import make_evaluate
+from experiments.step import CompiledStep, make_train_step
+
+TRAIN_EXAMPLES_EVALUATED = 5_000
+EVALUATIONS = 20
+EVALUATE_EVERY_AT_MOST = 10_000
+
+
+class Experiment(NamedTuple):
+    """A run with everything loaded and built, ready to start."""
+
+    config: RunConfig
+    dataset: datasets.Dataset
+    model: models.Model
+    optimizer: optax.GradientTransformationExtraArgs
+
+
+def set_up(config: RunConfig, data_dir: str | Path | None = None) -> Experiment:
+    """Builds the optimizer, loads the data and initialises the model.
+
+    Raises:
+        ValueError: The method, data set or model is unknown, or the model does not fit the data.
+        OSError: The data is missing, damaged or cannot be downloaded.
+    """
+    optimizer = methods.build(config)
+    dataset = datasets.load(config.dataset, data_dir=data_dir)
+    model = models.build(
+        config.model,
+        dataset.train["image"].shape[1:],
+        dataset.num_classes,
+        width=config.width,
+        seed=config.seed,
+    )
+    return Experiment(config, dataset, model, optimizer)
+
+
+def train(
+    experiment: Experiment,
+    out: Path,
+    observe: Callable[[dict[str, Any]], None] = lambda metrics: None,
+) -> dict[str, Any]:
+    """Runs the experiment and writes config, metrics, evaluations and summary into `out`.
+
+    `seconds` is wall-clock time since the first step began: data, training and compilation
+    (whose share is `compile_seconds`), but not evaluation, which only the measurement needs.
+    A run whose loss is no longer finite has diverged, and stops there.
+
+    Args:
+        experiment: As `set_up` makes it. The model's parameters are left intact.
+        out: A folder that is missing or empty.
+        observe: Called with each line of the metrics after it was written.
+
+    Returns:
+        The summary, as written.
+
+    Raises:
+        OSError: `out` is not empty or cannot be written; lines already written stay.
+    """
+    config, dataset, model, optimizer = experiment
+    records.check_unused(out)
+    out.mkdir(parents=True, exist_ok=True)
+    records.write_json(out / records.CONFIG, dataclasses.asdict(config))
+
+    train_size = len(dataset.train["label"])
+    step_limit = math.inf if config.steps is None else config.steps
+    example_limit = math.inf if config.examples is None else config.examples
+    evaluate_every = config.evaluate_every or _evaluate_every(config, train_size)
+    shapes = _shapes(config)
+    evaluate = make_evaluate(model.predict)
+    evaluated = _subset(dataset.train, TRAIN_EXAMPLES_EVALUATED)
+
+    train_step = CompiledStep(make_train_step(model.loss, optimizer))
+    params = jax.tree.map(lambda leaf: leaf.copy(), model.params)  # the step donates its own
+    opt_state = optimizer.init(params)
+    first_size = int(cabs_jax.batch_size(opt_state))
+
+    with (
+        (out / records.METRICS).open("x", buffering=1, encoding="utf-8") as metrics_file,
+        (out / records.EVALUATIONS).open("x", buffering=1, encoding="utf-8") as evaluations_file,
+        cabs_jax.BatchLoader(dataset.train, first_size, config.seed) as loader,
+    ):
+
+        def evaluate_and_write(step: int, examples: int, seconds: float) -> dict[str, Any]:
+            on_train, on_test = evaluate(params, evaluated), evaluate(params, dataset.test)
+            evaluation = {
+                "step": step,
+                "examples": examples,
+                "epoch": examples / train_size,
+                "seconds": seconds,
+                "compile_seconds": train_step.compile_seconds,
+                "train_loss": on_train.loss,
+                "train_accuracy": on_train.accuracy,
+                "test_loss": on_test.loss,
+                "test_accuracy": on_test.accuracy,
+            }
+            evaluations_file.write(records.to_json(evaluation))
+            return evaluation
+
+        step, examples, seconds, diverged = 0, 0, 0.0, False
+        evaluation = evaluate_and_write(step, examples, seconds)
+        next_evaluation = evaluate_every
+        started = time.perf_counter()
+        while step < step_limit and examples < example_limit and not diverged:
+            batch = next(loader)
+            size, mask = len(batch["label"]), None
+            if shapes:
+                batch, mask = buckets.pad(batch, buckets.bucket_of(size, shapes))
+            params, opt_state, info = train_step(params, opt_state, batch, mask)
+            info = jax.device_get(info)
+            loader.batch_size = int(info.next_batch_size)
+
+            step, examples = step + 1, examples + size
+            seconds = time.perf_counter() - started
+            metrics = {
+                "step": step,
+                "batch_size": size,
+                "loss": float(info.loss),
+                "gradient_variance": float(info.gradient_variance),
+                "learning_rate": float(info.learning_rate),
+                "examples": examples,
+                "epoch": examples / train_size,
+                "seconds": seconds,
+            }
+            metrics_file.write(records.to_json(metrics))
+            observe(metrics)
+            diverged = not math.isfinite(metrics["loss"])
+            if examples >= next_evaluation:
+                evaluation = evaluate_and_write(step, examples, seconds)
+                next_evaluation = examples - examples % evaluate_every + evaluate_every
+                started = time.perf_counter() - seconds
+        if evaluation["step"] != step:
+            evaluation = evaluate_and_write(step, examples, seconds)
+
+    summary = {
+        "train_loss": evaluation["train_loss"],
+        "test_accuracy": evaluation["test_accuracy"],
+        "steps": step,
+        "examples": examples,
+        "seconds": seconds,
+        "compile_seconds": train_step.compile_seconds,
+        "compilations": len(train_step.executables),
+        "diverged": diverged,
+    }
+    records.write_json(out / records.SUMMARY, summary)
+    return summary
+
+
+def _shapes(config: RunConfig) -> tuple[int, ...]:
+    """The sizes that batches are padded to; none where each legal size is a shape of its own."""
+    if config.method == "constant" or config.round_to == BUCKETS:
+        return ()
+    return buckets.buckets(*methods.bounds(config))
+
+
+def _evaluate_every(config: RunConfig, train_size: int) -> int:
+    if config.examples is None:
+        return min(train_size, EVALUATE_EVERY_AT_MOST)
+    return math.ceil(config.examples / EVALUATIONS)
+
+
+def _subset(split: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """The same `count` examples, drawn from all of the split, in every run on these data."""
+    chosen = np.sort(np.random.default_rng(0).permutation(len(split["label"]))[:count])
+    return {name: array[chosen] for name, array in split.items()}
