@@ -1,0 +1,162 @@
+"""The command line: the comparison without arguments, one run, or a benchmark."""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from experiments import benchmarks, display, figure, records
+from experiments.config import BUCKETS, RunConfig
+from experiments.train import Experiment, set_up, train
+
+RUNS = Path("runs")
+COMPARISON_EXAMPLES = 100_000
+
+DESCRIPTION = """\
+Without arguments: train a small net on scikit-learn's digits with CABS and with constant batch
+sizes 16 and 128, write the metrics and a figure under ./runs, and print a table."""
+
+
+class UserError(Exception):
+    """Something that the user can put right, said in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message without the usage, and exits with status 2."""
+        self.exit(2, f"error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status: 2 where the user can put it right."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not arguments:
+            compare()
+        elif arguments[0] == "bench" and arguments[1:2] not in ([], ["-h"], ["--help"]):
+            bench(*arguments[1:])
+        else:
+            run(vars(parser().parse_args(arguments)))
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was written stays", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> Parser:
+    """The parser of the command line; `run` takes the fields of `RunConfig` as options."""
+    top = Parser(prog="python -m experiments", description=DESCRIPTION, allow_abbrev=False)
+    commands = top.add_subparsers(dest="command", required=True, metavar="run|bench")
+    run_parser = commands.add_parser(
+        "run", help="train once", allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    types: dict[Any, Callable[[str], Any]] = {int | None: int, int | str: _integer_or_buckets}
+    for field in dataclasses.fields(RunConfig):
+        default = f" (default {field.default})" if field.default not in (None, "") else ""
+        run_parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=types.get(field.type, field.type),
+            metavar="X" if field.type is float else "NAME" if field.type is str else "N",
+            help=(field.metadata["help"] + default).replace("%", "%%"),
+        )
+    run_parser.add_argument(
+        "--data-dir", metavar="DIR", help="holds the data sets (default $CABS_JAX_DATA)"
+    )
+    run_parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="a new or empty folder for the results (default: a new one under ./runs)",
+    )
+    bench_parser = commands.add_parser("bench", help="measure", allow_abbrev=False)
+    bench_parser.add_argument("name", choices=benchmark_names(), help="followed by its options")
+    return top
+
+
+def compare() -> None:
+    """Trains the digits with CABS and with two constant batch sizes, side by side."""
+    configs = {
+        "CABS": RunConfig(examples=COMPARISON_EXAMPLES),
+        "constant 16": RunConfig(method="constant", examples=COMPARISON_EXAMPLES),
+        "constant 128": RunConfig(method="constant", batch_size=128, examples=COMPARISON_EXAMPLES),
+    }
+    with user_errors(ValueError, OSError):
+        experiments = {label: set_up(config) for label, config in configs.items()}
+        out = records.fresh_folder(RUNS, "digits-comparison")
+    folders = {label: out / label.lower().replace(" ", "-") for label in configs}
+    train_and_plot(experiments, folders, out / records.FIGURE)
+
+
+def run(options: dict[str, Any]) -> None:
+    """Trains once, as the options of `run` say."""
+    out, data_dir = options.pop("out", None), options.pop("data_dir", None)
+    with user_errors(ValueError, OSError):
+        config = RunConfig(**options)
+        if out is not None:
+            records.check_unused(out)
+        experiment = set_up(config, data_dir)
+        if out is None:
+            out = records.fresh_folder(RUNS, f"{experiment.dataset.name}-{config.method}")
+    size = f" {config.batch_size}" if config.method == "constant" else ""
+    label = config.method + size
+    train_and_plot({label: experiment}, {label: out}, out / records.FIGURE)
+
+
+def train_and_plot(
+    experiments: Mapping[str, Experiment], folders: Mapping[str, Path], figure_path: Path
+) -> None:
+    """Trains each experiment into its folder, draws them in one figure and prints a table."""
+    console = Console()
+    summaries = {}
+    with user_errors(OSError), display.progress_bars(console) as bars:
+        for label, experiment in experiments.items():
+            observe = display.observer(bars, label, experiment.config)
+            summaries[label] = train(experiment, folders[label], observe)
+    first = next(iter(experiments.values()))
+    title = (
+        f"{first.dataset.name}, {first.config.model}, learning rate {first.config.learning_rate:g}"
+    )
+    with user_errors(OSError):
+        results = {label: records.read(folder) for label, folder in folders.items()}
+        figure.plot(results, figure_path, title)
+    console.print(display.summary_table(summaries))
+    console.print(f"figure: {figure_path}", soft_wrap=True)
+
+
+def benchmark_names() -> list[str]:
+    """The modules of `experiments.benchmarks` that can be run."""
+    modules = pkgutil.iter_modules(benchmarks.__path__)
+    return sorted(module.name for module in modules if not module.name.startswith("_"))
+
+
+def bench(name: str, *arguments: str) -> None:
+    """Runs a benchmark, imported only now for some need packages that the others do not."""
+    if name not in benchmark_names():
+        known = ", ".join(benchmark_names())
+        raise UserError(f"unknown benchmark {name!r}; known benchmarks: {known}")
+    importlib.import_module(f"experiments.benchmarks.{name}").main(arguments)
+
+
+@contextlib.contextmanager
+def user_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turns exceptions of these kinds, raised for what the user gave, into `UserError`."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(str(error)) from error
+
+
+def _integer_or_buckets(text: str) -> int | str:
+    return text if text == BUCKETS else int(text)
