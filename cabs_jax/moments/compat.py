@@ -1,0 +1,98 @@
+"""All of JAX's less stable surface that this package touches, in one place.
+
+If an upgrade of JAX breaks the moments, this is the file to mend. It knows how to trace a function
+to a jaxpr, how to evaluate one equation, and which equations hold a jaxpr of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+from jax.extend import core
+
+Jaxpr: TypeAlias = Any  # jax.extend.core.Jaxpr: it has .invars, .constvars, .eqns and .outvars
+Equation: TypeAlias = Any  # jax.extend.core.JaxprEqn: it has .primitive, .invars, .outvars, .params
+Atom: TypeAlias = Any  # jax.extend.core.Var or Literal: it has .aval
+PyTree = Any
+
+INLINED = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+}
+
+
+def trace(function: Callable[..., PyTree], *args: PyTree) -> tuple[Any, Any]:
+    """Traces a function to (closed jaxpr, tree structure of its result).
+
+    The arguments may be arrays, tracers or ShapeDtypeStructs.
+    """
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    return closed, jax.tree.structure(shape)
+
+
+def is_literal(atom: Atom) -> bool:
+    """Whether an operand is a constant written into the jaxpr."""
+    return isinstance(atom, core.Literal)
+
+
+def name(equation: Equation) -> str:
+    """The name of an equation's primitive."""
+    return str(equation.primitive.name)
+
+
+def inner_jaxpr(equation: Equation) -> tuple[Jaxpr, Sequence[Any]] | None:
+    """Returns the (jaxpr, constants) that a call-like equation would run, None for others."""
+    key = INLINED.get(name(equation))
+    if key is None:
+        return None
+    inner = equation.params[key]
+    return open_jaxpr(inner)
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
+    """Splits a closed jaxpr into the jaxpr and its constants; an open one has none."""
+    return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "jaxpr") else (jaxpr, ())
+
+
+def evaluate(equation: Equation, values: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation as JAX itself would, custom derivative rules included."""
+    primitive = equation.primitive
+    with equation.ctx.manager:
+        result = primitive.bind(*values, **primitive.get_bind_params(equation.params))
+    return list(result) if primitive.multiple_results else [result]
+
+
+def contains(jaxpr: Jaxpr, primitive_name: str) -> bool:
+    """Whether a primitive occurs in a jaxpr or in any jaxpr inside it."""
+    return any(
+        name(equation) == primitive_name
+        or any(contains(inner, primitive_name) for inner in subjaxprs(equation))
+        for equation in jaxpr.eqns
+    )
+
+
+def subjaxprs(equation: Equation) -> list[Jaxpr]:
+    """The jaxprs that an equation holds in its parameters."""
+    return list(core.jaxprs_in_params(equation.params))
+
+
+def split_scan(equation: Equation, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Splits the operands of a scan into constants, carry and scanned arrays."""
+    consts = equation.params["num_consts"]
+    carry = consts + equation.params["num_carry"]
+    return list(values[:consts]), list(values[consts:carry]), list(values[carry:])
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The axes of the enclosing shard_map over which an array is known to differ."""
+    aval = jax.typeof(x)
+    return frozenset(aval.mat.varying if hasattr(aval, "mat") else aval.vma)

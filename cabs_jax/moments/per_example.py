@@ -1,0 +1,115 @@
+"""Per-example gradients as they are defined, one gradient per example held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from cabs_jax.moments import sharding
+from cabs_jax.moments.rewriting import without_batched_convolutions
+
+PyTree = Any
+
+
+def per_example_value_and_grad(
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    axis_name: sharding.AxisNames | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Callable[[PyTree, PyTree], tuple[Any, PyTree]]:
+    """Per-example losses and gradients: what `update` takes when no variance is passed to it.
+
+    The numbers are those of `jax.vmap(jax.value_and_grad(loss_fn), (None, 0))`, which is silently
+    wrong for convolutions when the batch is sharded over an Auto mesh (gradients of all examples
+    but the first device's come out as zero) and raises on an Explicit mesh. Here convolutions of
+    two per-example operands are computed from patches, and on a mesh the work is done per shard:
+
+    * Explicit mesh: nothing to say, the sharding of the batch is visible;
+    * Auto mesh: pass `mesh=` (and `axis_name=` where it has more axes than the batch's), since
+      under `jit` a traced array does not know its sharding;
+    * inside your own `shard_map`: pass `axis_name=`.
+
+    Args:
+      loss_fn: `loss_fn(params, example) -> scalar loss`, or `(loss, aux)` with `has_aux`.
+      has_aux: Whether `loss_fn` returns auxiliary data.
+      axis_name: Mesh axis or axes that split the batch.
+      mesh: Mesh to work on, one shard of the batch per device.
+
+    Returns:
+      A function `(params, batch) -> (losses, grads)`, or `((losses, aux), grads)`. Every leaf of
+      `batch` has shape (m, ...); `losses` has shape (m,); `grads` is a tree like `params` with a
+      leading example axis.
+
+    Raises:
+      TypeError: If the loss is not a scalar.
+      ValueError: If the leaves of the batch disagree on m, or the mesh is ambiguous.
+
+    Example:
+      >>> import cabs_jax, jax.numpy as jnp
+      >>> def loss_fn(params, example):
+      ...     return 0.5 * (params @ example["x"] - example["y"]) ** 2
+      >>> batch = {"x": jnp.eye(2), "y": jnp.zeros(2)}
+      >>> losses, grads = cabs_jax.per_example_value_and_grad(loss_fn)(jnp.array([1.0, 2.0]), batch)
+      >>> losses.tolist(), grads.tolist()
+      ([0.5, 2.0], [[1.0, 0.0], [0.0, 2.0]])
+    """
+
+    def compute(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
+        mesh_used, axes = sharding.resolve(mesh, axis_name, batch)
+
+        def on_shard(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
+            return _value_and_grad(loss_fn, has_aux, sharding.vary(params, axes), batch)
+
+        if mesh_used is None:
+            return on_shard(params, batch)
+        sharded: tuple[Any, PyTree] = sharding.per_shard(
+            on_shard, mesh_used, axes, split_output=True
+        )(params, batch)
+        return sharded
+
+    return compute
+
+
+def batch_size_of(batch: PyTree) -> int:
+    """Returns the length of the leading axis that all leaves of a batch share.
+
+    Raises:
+      ValueError: If there is no array, or the leading axes differ.
+    """
+    sizes = {
+        jax.tree_util.keystr(path): leaf.shape[0] if leaf.ndim else None
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
+    }
+    if len(set(sizes.values())) != 1 or None in sizes.values():
+        raise ValueError(
+            "every leaf of a batch needs the same leading example axis;"
+            f" the leading axes here are {sizes or 'none at all'}"
+        )
+    return int(next(iter(sizes.values())))  # type: ignore[arg-type]
+
+
+def check_scalar(loss: Any) -> None:
+    """Raises TypeError unless a per-example loss is a real scalar."""
+    if loss.shape != () or not jax.numpy.issubdtype(loss.dtype, jax.numpy.floating):
+        raise TypeError(
+            "loss_fn(params, example) must return one floating-point scalar per example;"
+            f" it returned shape {loss.shape} and dtype {loss.dtype}"
+        )
+
+
+def _value_and_grad(
+    loss_fn: Callable[..., Any], has_aux: bool, params: PyTree, batch: PyTree
+) -> tuple[Any, PyTree]:
+    batch_size_of(batch)
+
+    def checked(params: PyTree, example: PyTree) -> Any:
+        result = loss_fn(params, example)
+        check_scalar(result[0] if has_aux else result)
+        return result
+
+    function = without_batched_convolutions(jax.value_and_grad(checked, has_aux=has_aux))
+    result: tuple[Any, PyTree] = jax.vmap(function, (None, 0))(params, batch)
+    return result

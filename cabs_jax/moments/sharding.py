@@ -1,0 +1,110 @@
+"""Where a batch is split over devices: reading it off, and working per shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from cabs_jax.moments import compat
+
+PyTree = Any
+AxisNames = str | tuple[str, ...]
+
+
+def as_axis_names(axis_name: AxisNames | None) -> tuple[str, ...]:
+    """Returns the mesh axes as a tuple, empty for None.
+
+    >>> as_axis_names("data"), as_axis_names(None)
+    (('data',), ())
+    """
+    if axis_name is None:
+        return ()
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def vary(tree: PyTree, axis_names: tuple[str, ...]) -> PyTree:
+    """Marks replicated arrays as varying over axes of the enclosing shard_map.
+
+    The cotangent of an array that is replicated there is summed over devices; of one that varies
+    it is not, which is what per-example gradients need.
+    """
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(name for name in axis_names if name not in compat.varying_axes(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree) if axis_names else tree
+
+
+def explicit_batch_axes(batch: PyTree) -> tuple[AbstractMesh | None, tuple[str, ...]]:
+    """Returns the mesh and the Explicit mesh axes that split the leading axis of a batch.
+
+    Arrays on Auto axes do not show their sharding under jit: for them, and for unsharded ones,
+    the result is (None, ()).
+    """
+    for leaf in jax.tree.leaves(batch):
+        sharding = jax.typeof(leaf).sharding
+        mesh = sharding.mesh
+        if mesh.empty or not leaf.ndim or sharding.spec[0] is None:
+            continue
+        types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+        axes = as_axis_names(sharding.spec[0])
+        if all(types[name] == AxisType.Explicit for name in axes):
+            return mesh, axes
+    return None, ()
+
+
+def resolve(
+    mesh: Mesh | None, axis_name: AxisNames | None, batch: PyTree
+) -> tuple[Mesh | AbstractMesh | None, tuple[str, ...]]:
+    """Decides over which mesh axes to work per shard: as told, else as an Explicit mesh shows.
+
+    Returns:
+      The mesh to wrap a shard_map around (None: none is needed, or the caller's is already
+      there), and the axes that split the batch.
+
+    Raises:
+      ValueError: If the mesh has several axes and none was named.
+    """
+    axes = as_axis_names(axis_name)
+    if mesh is None:
+        return (None, axes) if axes else explicit_batch_axes(batch)
+    if axes or len(mesh.axis_names) == 1:
+        return mesh, axes or tuple(mesh.axis_names)
+    raise ValueError(
+        f"the mesh has axes {mesh.axis_names}: say which of them split the batch,"
+        ' for example axis_name="data"'
+    )
+
+
+def per_shard(
+    function: Callable[..., PyTree],
+    mesh: Mesh | AbstractMesh,
+    axis_names: tuple[str, ...],
+    *,
+    split_output: bool,
+) -> Callable[..., PyTree]:
+    """Wraps `function(params, *batches)` in a shard_map over the batch axes of the mesh.
+
+    Args:
+      function: Sees replicated parameters and its shard of every batch.
+      mesh: The mesh; axes other than `axis_names` stay with the compiler.
+      axis_names: Axes that split the leading axis of the batches.
+      split_output: Whether outputs have a leading example axis (else: are replicated).
+    """
+    split = P(axis_names)
+
+    def wrapped(params: PyTree, *batches: PyTree) -> PyTree:
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=(P(), *(split for _ in batches)),
+            out_specs=split if split_output else P(),
+            axis_names=set(axis_names),
+        )(params, *batches)
+
+    return wrapped

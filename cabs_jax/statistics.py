@@ -1,0 +1,102 @@
+"""Mean and variance of a batch of gradients, in float32 whatever the model's dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+Variance = Literal["trace", "diagonal"]
+
+
+class GradientMoments(NamedTuple):
+    """What one batch says about the loss and its gradient.
+
+    Attributes:
+      value: Mean loss of the batch, float32 scalar.
+      mean: Mean gradient, a tree like the parameters, in their dtypes.
+      variance: Trace of the gradient covariance (1/m) Σ_i ‖g_i‖² − ‖ḡ‖², float32 scalar ≥ 0;
+        or, where the diagonal was asked for, a float32 tree like the parameters of
+        (1/m) Σ_i g_i² − ḡ².
+      count: Number m of real (unmasked) examples, int32 scalar.
+    """
+
+    value: jax.Array
+    mean: PyTree
+    variance: PyTree
+    count: jax.Array
+
+
+def tree_squared_norm(tree: PyTree) -> jax.Array:
+    """Returns Σ x² over all entries of a tree of arrays, accumulated in float32.
+
+    >>> float(tree_squared_norm({"w": jnp.array([3.0, 4.0])}))
+    25.0
+    """
+    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
+    return sum(squares, start=jnp.zeros((), jnp.float32))
+
+
+def tree_sum(tree: PyTree) -> jax.Array:
+    """Returns the sum of all entries of a tree of float32 arrays, a float32 scalar."""
+    return sum(map(jnp.sum, jax.tree.leaves(tree)), start=jnp.zeros((), jnp.float32))
+
+
+def sum_over(tree: PyTree, axis_name: Hashable | None) -> PyTree:
+    """Sums a tree over a mapped axis; without one it is returned as it is."""
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def moments_from_per_example(
+    losses: jax.Array,
+    grads: PyTree,
+    mask: jax.Array | None = None,
+    *,
+    variance: Variance = "trace",
+    axis_name: Hashable | None = None,
+) -> GradientMoments:
+    """Reduces per-example losses and gradients to their moments.
+
+    The variance is (1/m) Σ_i (g_i − ḡ)², summed over entries for the trace: two passes, since the
+    textbook form (1/m) Σ_i g_i² − ḡ² cancels in float32.
+
+    Args:
+      losses: Per-example losses, shape (m,).
+      grads: Per-example gradients: a tree like the parameters with a leading example axis.
+      mask: Boolean, shape (m,); False marks padding, which has no influence, whatever it holds.
+      variance: "trace" for a scalar, "diagonal" for a tree like the parameters.
+      axis_name: Mapped axis or axes over which the batch is split, if any.
+
+    Returns:
+      The moments of the whole batch (over all of `axis_name`); zeros if every example is masked.
+    """
+    size = losses.shape[0]
+    keep = jnp.ones((size,), jnp.bool_) if mask is None else mask
+
+    def example_sum(x: jax.Array) -> jax.Array:
+        selected = jnp.where(_align(keep, x), x, jnp.zeros((), x.dtype))
+        return jnp.sum(selected, axis=0, dtype=jnp.float32)
+
+    counted = jnp.full((), size, jnp.int32) if mask is None else jnp.sum(mask, dtype=jnp.int32)
+    count = sum_over(counted, axis_name)
+    weight = 1.0 / jnp.maximum(count, 1).astype(jnp.float32)
+    value, mean = jax.tree.map(
+        lambda total: total * weight,
+        sum_over((example_sum(losses), jax.tree.map(example_sum, grads)), axis_name),
+    )
+
+    def centred_square_sum(g: jax.Array, centre: jax.Array) -> jax.Array:
+        return example_sum(jnp.square(g.astype(jnp.float32) - centre[None]))
+
+    diagonal = jax.tree.map(centred_square_sum, grads, mean)
+    spread = tree_sum(diagonal) if variance == "trace" else diagonal
+    spread = jax.tree.map(lambda total: total * weight, sum_over(spread, axis_name))
+    mean = jax.tree.map(lambda centre, g: centre.astype(g.dtype), mean, grads)
+    return GradientMoments(value, mean, spread, count)
+
+
+def _align(mask: jax.Array, like: jax.Array) -> jax.Array:
+    return mask.reshape(mask.shape + (1,) * (like.ndim - 1))
