@@ -1,7 +1,8 @@
-"""Reads files and tar archives nobody vouches for: in memory, within bounds, never unpacked."""
+"""Reads and verifies files and tar archives: in memory, within bounds, never unpacked to disk."""
 
 import bz2
 import gzip
+import hashlib
 import io
 import lzma
 import tarfile
@@ -81,6 +82,26 @@ def read_tar(path: Path) -> Iterator[tuple[str, bytes]]:
                 pass
         except _DAMAGE as error:
             raise ValueError(f"{path}: damaged, unsafe or not a tar archive: {error}") from error
+
+
+def check_file(path: Path, md5: str) -> None:
+    """Raises a ValueError unless the file's bytes have this MD5."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False))
+    _compare_md5(path, digest.hexdigest(), md5)
+
+
+def check_content(content: bytes, path: Path, md5: str) -> None:
+    """Raises a ValueError unless the (uncompressed) content of the file has this MD5."""
+    _compare_md5(path, hashlib.md5(content, usedforsecurity=False).hexdigest(), md5)
+
+
+def _compare_md5(path: Path, actual: str, published: str) -> None:
+    if actual != published:
+        raise ValueError(
+            f"{path}: MD5 {actual} where the published file has {published}: truncated, corrupted "
+            "or another file; fetch it again"
+        )
 
 
 def _open(path: Path) -> io.BufferedIOBase:

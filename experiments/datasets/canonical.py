@@ -1,6 +1,5 @@
 """The named data sets: found in a data folder, else downloaded from their authors, and verified."""
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import pooch
 import sklearn.datasets
 import sklearn.model_selection
 
-from experiments.datasets.archives import read_file, read_tar
+from experiments.datasets.archives import check_content, check_file, read_file, read_tar
 from experiments.datasets.dataset import Dataset, make_dataset
 from experiments.datasets.formats import parse_cifar, parse_idx, read_svhn
 
@@ -143,7 +142,7 @@ def load_mnist(data_dir: Path | None, cache_dir: Path) -> Dataset:
             "mnist", file.remote, tuple(f.remote for f in MNIST), data_dir, cache_dir
         )
         content = read_file(path)
-        _check_md5(path, hashlib.md5(content, usedforsecurity=False).hexdigest(), file.content_md5)
+        check_content(content, path, file.content_md5)
         arrays.append(parse_idx(content, str(path), file.ndim))
     train_images, train_labels, test_images, test_labels = arrays
     return make_dataset(
@@ -176,7 +175,7 @@ def _load_svhn_split(
     path = _find("svhn", (remote.name,), data_dir) or _download(
         "svhn", remote, SVHN, data_dir, cache_dir
     )
-    _check_md5(path, _file_md5(path), remote.md5)
+    check_file(path, remote.md5)  # first: SciPy's reader can crash on a damaged file
     return read_svhn(path)
 
 
@@ -190,7 +189,7 @@ def _load_cifar(name: str, files: CifarFiles, data_dir: Path | None, cache_dir: 
         archive = _find(name, (files.archive.name,), data_dir) or _download(
             name, files.archive, (files.archive,), data_dir, cache_dir
         )
-        _check_md5(archive, _file_md5(archive), files.archive.md5)
+        check_file(archive, files.archive.md5)
         contents = {
             Path(member).name: (f"{archive}: {member}", data)
             for member, data in read_tar(archive)
@@ -242,16 +241,3 @@ def _download(
             f"Get these files:\n  {urls}\nput them into DATA_DIR/{dataset}/ and pass "
             "--data-dir DATA_DIR or set CABS_JAX_DATA=DATA_DIR."
         ) from error
-
-
-def _file_md5(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-def _check_md5(path: Path, actual: str, expected: str) -> None:
-    if actual != expected:
-        raise ValueError(
-            f"{path}: MD5 {actual} where the published file has {expected}: truncated, corrupted "
-            "or another file; fetch it again"
-        )

@@ -1,0 +1,310 @@
+"""Data sets by name: found, verified, downloaded, or explained."""
+
+import gzip
+import hashlib
+import http.server
+import os
+import socket
+import threading
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments import datasets
+from experiments.datasets import canonical
+from experiments.datasets.canonical import RemoteFile
+from experiments.datasets.dataset import make_dataset
+from tests.experiments.data_files import (
+    FUZZ,
+    cifar_bytes,
+    idx_bytes,
+    mutations,
+    some_images,
+    tar_bytes,
+)
+
+DATA_DIR = os.environ.get("CABS_JAX_DATA")
+"""Folder with real data, for the tests that need it."""
+
+
+@pytest.fixture(autouse=True)
+def _no_data_folder(monkeypatch):
+    monkeypatch.delenv("CABS_JAX_DATA", raising=False)
+
+
+@pytest.fixture
+def load(tmp_path):
+    (tmp_path / "data").mkdir(exist_ok=True)
+    return partial(datasets.load, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def put(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def tiny_mnist(monkeypatch):
+    """Publishes an MNIST of five and three examples; returns its uncompressed files by name."""
+    contents = {
+        "train-images-idx3-ubyte": idx_bytes(some_images(0, 5, 28, 28)),
+        "train-labels-idx1-ubyte": idx_bytes(np.array([5, 0, 4, 1, 9])),
+        "t10k-images-idx3-ubyte": idx_bytes(some_images(1, 3, 28, 28)),
+        "t10k-labels-idx1-ubyte": idx_bytes(np.array([7, 2, 1])),
+    }
+    files = [
+        file._replace(
+            remote=RemoteFile(
+                f"http://127.0.0.1:9/{name}.gz", md5(gzip.compress(content, mtime=0))
+            ),
+            content_md5=md5(content),
+        )
+        for file, (name, content) in zip(canonical.MNIST, contents.items(), strict=True)
+    ]
+    monkeypatch.setattr(canonical, "MNIST", tuple(files))
+    return contents
+
+
+@pytest.fixture
+def tiny_cifar10(monkeypatch):
+    """Publishes a CIFAR-10 of two examples a file; returns the archive's files by name."""
+    names = [*canonical.CIFAR10.train, *canonical.CIFAR10.test]
+    contents = {
+        f"cifar-10-batches-bin/{name}": cifar_bytes(
+            some_images(seed, 2, 32, 32, 3), np.array([seed, 9])
+        )
+        for seed, name in enumerate(names)
+    }
+    contents["cifar-10-batches-bin/batches.meta.txt"] = b"airplane\n"
+    archive = tar_bytes(contents, mode="w:gz")
+    tiny = canonical.CIFAR10._replace(
+        archive=canonical.CIFAR10.archive._replace(md5=md5(archive)),
+        train=dict.fromkeys(canonical.CIFAR10.train, 2),
+        test=dict.fromkeys(canonical.CIFAR10.test, 2),
+    )
+    monkeypatch.setattr(canonical, "CIFAR10", tiny)
+    return contents, archive
+
+
+def test_digits_have_their_real_values_and_a_fixed_split():
+    dataset = datasets.load("digits")
+    assert dataset.image_shape == (8, 8, 1)
+    assert (len(dataset.train["image"]), len(dataset.test["image"])) == (1437, 360)
+    assert (dataset.train["image"].min(), dataset.train["image"].max()) == (0, 16)
+    assert dataset.num_classes == 10
+    assert np.bincount(dataset.test["label"]).min() >= 34
+    assert datasets.fingerprint(dataset) == datasets.fingerprint(datasets.load("digits"))
+    assert datasets.fingerprint(dataset) == "7428e9812f64bcfb555130a71c9aa9c3"
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_mnist_loads_from_the_data_folder(load, tmp_path, tiny_mnist, compressed):
+    for name, content in tiny_mnist.items():
+        if compressed:
+            put(tmp_path / f"data/mnist/{name}.gz", gzip.compress(content, 1))
+        else:
+            put(tmp_path / f"data/mnist/{name}", content)
+    dataset = load("mnist")
+    np.testing.assert_array_equal(dataset.train["image"][..., 0], some_images(0, 5, 28, 28))
+    np.testing.assert_array_equal(dataset.test["label"], [7, 2, 1])
+    for split in (dataset.train, dataset.test):
+        assert split["image"].dtype == np.uint8
+        assert split["label"].dtype == np.int32
+        assert split["image"].flags.c_contiguous
+
+
+def test_the_data_folder_may_come_from_the_environment(tmp_path, monkeypatch, tiny_mnist):
+    for name, content in tiny_mnist.items():
+        put(tmp_path / f"mnist/{name}", content)
+    monkeypatch.setenv("CABS_JAX_DATA", str(tmp_path))
+    assert len(datasets.load("mnist").train["image"]) == 5
+    monkeypatch.setenv("CABS_JAX_DATA", str(tmp_path / "absent"))
+    with pytest.raises(NotADirectoryError, match="absent does not exist"):
+        datasets.load("mnist")
+
+
+def test_swapped_mnist_files_are_refused(load, tmp_path, tiny_mnist):
+    names = list(tiny_mnist)
+    for name, other in zip(names, names[2:] + names[:2], strict=True):
+        put(tmp_path / f"data/mnist/{name}", tiny_mnist[other])
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte: MD5 .* where the published"):
+        load("mnist")
+
+
+def test_cifar10_loads_from_its_archive_or_its_files(load, tmp_path, tiny_cifar10):
+    contents, archive = tiny_cifar10
+    put(tmp_path / "data/cifar10/cifar-10-binary.tar.gz", archive)
+    from_archive = load("cifar10")
+    np.testing.assert_array_equal(from_archive.train["label"], [0, 9, 1, 9, 2, 9, 3, 9, 4, 9])
+    np.testing.assert_array_equal(from_archive.test["image"], some_images(5, 2, 32, 32, 3))
+    (tmp_path / "data/cifar10/cifar-10-binary.tar.gz").unlink()
+    for name, content in contents.items():
+        put(tmp_path / "data/cifar10" / name, content)
+    assert datasets.fingerprint(load("cifar10")) == datasets.fingerprint(from_archive)
+    (tmp_path / "data/cifar10/cifar-10-batches-bin/data_batch_3.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"cifar10 holds no data_batch_3\.bin"):
+        load("cifar10")
+
+
+def test_a_corrupted_cifar_archive_is_refused(load, tmp_path, tiny_cifar10):
+    _, archive = tiny_cifar10
+    put(tmp_path / "data/cifar10/cifar-10-binary.tar.gz", archive[:-100])
+    with pytest.raises(ValueError, match=r"cifar-10-binary\.tar\.gz: MD5"):
+        load("cifar10")
+
+
+def test_cifar100_has_a_hundred_classes(load, tmp_path, monkeypatch):
+    tiny = canonical.CIFAR100._replace(train={"train.bin": 3}, test={"test.bin": 1})
+    monkeypatch.setattr(canonical, "CIFAR100", tiny)
+    folder = tmp_path / "data/cifar100"
+    images, coarse = some_images(0, 3, 32, 32, 3), np.array([19, 0, 1])
+    put(folder / "train.bin", cifar_bytes(images, coarse, np.array([99, 0, 42])))
+    put(folder / "test.bin", cifar_bytes(images[:1], coarse[:1], np.array([100])))
+    with pytest.raises(ValueError, match=r"cifar100, test split: label 100 is outside \[0, 100\)"):
+        load("cifar100")
+    put(folder / "test.bin", cifar_bytes(images[:1], coarse[:1], np.array([7])))
+    dataset = load("cifar100")
+    np.testing.assert_array_equal(dataset.train["label"], [99, 0, 42])
+    assert (dataset.class_names[99], dataset.class_names[42]) == ("worm", "leopard")
+    assert sorted(dataset.class_names) == list(dataset.class_names)
+
+
+@pytest.fixture
+def tiny_svhn(tmp_path, monkeypatch):
+    """Publishes an SVHN of four examples a file and puts it into the data folder."""
+    folder = tmp_path / "data/svhn"
+    folder.mkdir(parents=True)
+    remotes = []
+    for seed, remote in enumerate(canonical.SVHN):
+        variables = {"X": some_images(seed, 4, 32, 32, 3).transpose(1, 2, 3, 0)}
+        variables["y"] = np.array([[10], [1], [2], [9]], np.uint8)
+        scipy.io.savemat(folder / remote.name, variables, do_compression=True)
+        remotes.append(remote._replace(md5=md5((folder / remote.name).read_bytes())))
+    monkeypatch.setattr(canonical, "SVHN", tuple(remotes))
+    return folder
+
+
+def test_svhn_loads_from_the_data_folder(load, tiny_svhn):
+    dataset = load("svhn")
+    np.testing.assert_array_equal(dataset.train["image"], some_images(0, 4, 32, 32, 3))
+    np.testing.assert_array_equal(dataset.test["label"], [0, 1, 2, 9])
+
+
+@FUZZ
+@given(st.data())
+def test_a_mutated_svhn_file_is_refused_before_it_is_parsed(load, tiny_svhn, data):
+    path = tiny_svhn / "train_32x32.mat"
+    content = path.read_bytes()
+    mutated = data.draw(mutations(content).filter(lambda mutated: mutated != content))
+    path.write_bytes(mutated)
+    try:
+        with pytest.raises(ValueError, match=r"train_32x32\.mat: MD5"):
+            load("svhn")
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serves tmp_path/web on this machine only; yields its address."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    (tmp_path / "web").mkdir()
+    handler = partial(Handler, directory=tmp_path / "web")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+        thread.join()
+
+
+def test_a_missing_data_set_is_downloaded_once(load, tmp_path, server, monkeypatch, tiny_cifar10):
+    _, archive = tiny_cifar10
+    remote = RemoteFile(f"{server}/cifar-10-binary.tar.gz", md5(archive))
+    monkeypatch.setattr(canonical, "CIFAR10", canonical.CIFAR10._replace(archive=remote))
+    put(tmp_path / "web/cifar-10-binary.tar.gz", archive)
+    first = load("cifar10")
+    (tmp_path / "web/cifar-10-binary.tar.gz").unlink()
+    assert datasets.fingerprint(load("cifar10")) == datasets.fingerprint(first)
+
+
+def test_a_download_with_the_wrong_checksum_is_refused_and_not_kept(
+    load, tmp_path, server, monkeypatch, tiny_cifar10
+):
+    _, archive = tiny_cifar10
+    remote = RemoteFile(f"{server}/cifar-10-binary.tar.gz", md5(archive))
+    monkeypatch.setattr(canonical, "CIFAR10", canonical.CIFAR10._replace(archive=remote))
+    put(tmp_path / "web/cifar-10-binary.tar.gz", archive[:-1] + b"x")
+    with pytest.raises(
+        ValueError, match=r"cifar-10-binary\.tar\.gz.* does not match the known hash"
+    ):
+        load("cifar10")
+    assert list((tmp_path / "cache/cifar10").iterdir()) == []
+
+
+def test_a_data_set_out_of_reach_says_exactly_what_to_get(load, tmp_path, monkeypatch, tiny_mnist):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    files = [
+        file._replace(remote=RemoteFile(f"{address}/{file.remote.name}", file.remote.md5))
+        for file in canonical.MNIST
+    ]
+    monkeypatch.setattr(canonical, "MNIST", tuple(files))
+    with pytest.raises(
+        FileNotFoundError, match=r"mnist is not in .*could not be downloaded"
+    ) as info:
+        load("mnist")
+    for file in files:
+        assert file.remote.url in str(info.value)
+    assert "put them into DATA_DIR/mnist/ and pass --data-dir" in str(info.value)
+
+
+@pytest.mark.parametrize("name", ["mnits", "no/such/folder"])
+def test_an_unknown_name_lists_the_known_ones(load, name):
+    with pytest.raises(ValueError, match=f"unknown data set '{name}': choose one of digits, mnist"):
+        load(name)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ((np.zeros((2, 4, 4, 1)), np.zeros(2, int)), "must be uint8"),
+        ((np.zeros((2, 4, 4), np.uint8), np.zeros(2, int)), "must be uint8"),
+        ((np.zeros((0, 4, 4, 1), np.uint8), np.zeros(0, int)), "holds no pixels"),
+        ((np.zeros((2, 4, 4, 1), np.uint8), np.zeros(3, int)), "2 images but labels of shape"),
+        ((np.zeros((2, 4, 4, 1), np.uint8), np.array([0, -1])), "label -1 is outside"),
+        ((np.zeros((2, 4, 4, 1), np.uint8), np.array([3, 0])), "label 3 is outside"),
+        ((np.zeros((2, 5, 4, 1), np.uint8), np.zeros(2, int)), "training images are"),
+    ],
+)
+def test_arrays_that_do_not_make_a_data_set_are_refused(train, message):
+    test = np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, int)
+    with pytest.raises(ValueError, match=message):
+        make_dataset("toy", train, test, ("a", "b", "c"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    DATA_DIR is None or not (Path(DATA_DIR) / "mnist").is_dir(),
+    reason="CABS_JAX_DATA names no folder with MNIST",
+)
+def test_the_real_mnist_has_its_known_statistics():
+    dataset = datasets.load("mnist", data_dir=DATA_DIR)
+    assert dataset.train["image"].shape == (60_000, 28, 28, 1)
+    assert dataset.test["image"].shape == (10_000, 28, 28, 1)
+    np.testing.assert_allclose(dataset.train["image"].mean() / 255, 0.1307, atol=1e-4)
+    np.testing.assert_array_equal(dataset.train["label"][:5], [5, 0, 4, 1, 9])
