@@ -1,0 +1,58 @@
+"""Checks of numeric arguments: concrete values are judged, traced ones pass unseen."""
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+MAX_BATCH_SIZE = 2**31 - 1
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is known only once the compiled program runs."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def check_number(
+    name: str, value: ArrayLike, requirement: str, holds: Callable[[float], bool]
+) -> None:
+    """Raises unless a value is a finite scalar that satisfies a requirement.
+
+    Args:
+      name: Name of the argument, for the message.
+      value: The argument; a traced one is checked for its shape alone.
+      requirement: The requirement in words, read after "must be".
+      holds: Whether a finite number satisfies it.
+
+    Raises:
+      ValueError: With the value, if it does not.
+    """
+    message = f"{name} must be {requirement}, got {value!r}."
+    if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)):
+        raise ValueError(message)
+    if np.shape(value) != ():
+        raise ValueError(f"{message} It has shape {np.shape(value)}; pass a scalar.")
+    if not is_traced(value) and not (math.isfinite(float(value)) and holds(float(value))):
+        raise ValueError(message)
+
+
+def check_batch_size(name: str, value: Any) -> int | jax.Array:
+    """Returns a batch size as an int, or as an int32 scalar if it is traced.
+
+    Raises:
+      ValueError: If it is not a whole number in [1, 2**31 − 1].
+    """
+    if is_traced(value):
+        return jnp.asarray(value, jnp.int32)
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number of examples, got {value!r}.") from None
+    if not 1 <= size <= MAX_BATCH_SIZE:
+        raise ValueError(f"{name} must lie in [1, 2**31 - 1], got {size}.")
+    return size

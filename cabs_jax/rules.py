@@ -1,0 +1,305 @@
+"""Rules: pure functions from the statistics of training to the batch size it asks for.
+
+A rule takes `Statistics` and returns a float32 scalar, the size of the next batch before rounding
+and bounds; infinity asks for the largest legal size, zero for the smallest. Any such function can
+be given to `cabs_jax.adapt_batch_size`; the factories here make the rules of the literature:
+
+  ======================  =======================================  ===============================
+  `cabs`                  c·α·ξ / (F − F* + ε)                     Balles et al. 2017
+  `expected_progress`     2Lα/(2 − Lα) · ξ/‖∇F‖²                   Balles et al. 2017
+  `norm_test`             ξ / (θ²‖∇F‖²)                            Byrd et al. 2012, unbiased
+  `biased_norm_test`      ξ / (θ²‖ḡ‖²)                             Byrd et al. 2012
+  `noise_scale`           ξ / ‖∇F‖²                                McCandlish et al. 2018
+  `constant`, `schedule`  a given size                             the baselines
+  ======================  =======================================  ===============================
+
+ξ = tr Σ̂ is the trace of the gradient covariance, F the loss and α the learning rate. Where a rule's
+numerator is zero (no noise, or no step) it answers 0; else, where its denominator is not positive
+(no loss, or no gradient, left to measure), it answers infinity.
+
+>>> import jax.numpy as jnp
+>>> statistics = Statistics(
+...     value=jnp.float32(0.5), gradient_variance=jnp.float32(40.0),
+...     squared_gradient_norm=jnp.float32(0.25), count=jnp.int32(17),
+...     step=jnp.int32(0), batch_size=jnp.int32(17))
+>>> float(cabs(learning_rate=0.5)(statistics))  # 0.5 · 40 / 0.5
+40.0
+>>> def square_root_growth(statistics):  # a rule of one's own
+...     return 16.0 * jnp.sqrt(1.0 + statistics.step)
+>>> float(square_root_growth(statistics))
+16.0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from cabs_jax._arguments import check_batch_size, check_number
+
+
+class Statistics(NamedTuple):
+    """What a rule may look at, after a step.
+
+    Attributes:
+      value: Running average of the loss F, float32 scalar.
+      gradient_variance: Running average of the trace ξ of the gradient covariance, float32 scalar.
+      squared_gradient_norm: Running average of ‖ḡ‖² − ξ/(m − 1), the unbiased estimate of ‖∇F‖²,
+        which noise can make negative; float32 scalar. None where `update` was given no `count`.
+      count: Number m of real examples of this step's batch, int32 scalar, or None likewise.
+      step: Index of this step, from 0, int32 scalar.
+      batch_size: Batch size that was asked for this step, int32 scalar.
+    """
+
+    value: jax.Array
+    gradient_variance: jax.Array
+    squared_gradient_norm: jax.Array | None
+    count: jax.Array | None  # type: ignore[assignment]
+    step: jax.Array
+    batch_size: jax.Array
+
+
+Rule = Callable[[Statistics], ArrayLike]
+ScalarOrSchedule = ArrayLike | Callable[[jax.Array], ArrayLike]
+
+
+def cabs(
+    learning_rate: ScalarOrSchedule,
+    *,
+    scale: ArrayLike = 1.0,
+    eps: ArrayLike = 0.0,
+    optimal_value: ArrayLike = 0.0,
+) -> Rule:
+    """Couples the batch size to the learning rate: m = c·α·ξ / (F − F* + ε).
+
+    Of the batch sizes that guarantee progress per step, this one makes the most of each example
+    when α ≈ 1/L and ‖∇F‖² ≈ 2L(F − F*), L being the Lipschitz constant of the gradient.
+
+    Args:
+      learning_rate: Learning rate α ≥ 0 of the step −α·ḡ; a scalar or a schedule, called with the
+        index of the step. With heavy-ball momentum β the effective rate is α/(1 − β).
+      scale: Factor c ≥ 0 on the batch size.
+      eps: ε ≥ 0, added to the denominator.
+      optimal_value: Lower bound F* on the loss. Where F ≤ F* the answer is infinity (0 if
+        α·ξ = 0).
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: If an argument is not finite or out of range.
+
+    References:
+      Balles, Romero and Hennig, `Coupling Adaptive Batch Sizes with Learning Rates
+      <https://arxiv.org/abs/1612.05086>`_, 2017.
+    """
+    check_learning_rate(learning_rate)
+    check_number("scale", scale, "a non-negative number", lambda x: x >= 0)
+    check_number("eps", eps, "a non-negative number", lambda x: x >= 0)
+    check_number("optimal_value", optimal_value, "a finite number", lambda _: True)
+
+    def rule(statistics: Statistics) -> jax.Array:
+        alpha = _float32(at_step(learning_rate, statistics.step))
+        noise = _float32(scale) * alpha * _float32(statistics.gradient_variance)
+        gap = _float32(statistics.value) - _float32(optimal_value)
+        return _ratio(noise, jnp.where(gap <= 0, gap, gap + _float32(eps)))
+
+    return rule
+
+
+def expected_progress(learning_rate: ScalarOrSchedule, lipschitz: ArrayLike) -> Rule:
+    """Maximises the expected progress per example: m = 2Lα/(2 − Lα) · ξ/‖∇F‖².
+
+    Needs `count`. The answer is infinity where Lα ≥ 2 or the estimate of ‖∇F‖² is not positive.
+
+    Args:
+      learning_rate: Learning rate α ≥ 0; a scalar or a schedule, called with the index of the step.
+      lipschitz: Lipschitz constant L > 0 of the gradient.
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: If an argument is not finite or out of range.
+
+    References:
+      Balles, Romero and Hennig, `Coupling Adaptive Batch Sizes with Learning Rates
+      <https://arxiv.org/abs/1612.05086>`_, 2017.
+    """
+    check_learning_rate(learning_rate)
+    check_number("lipschitz", lipschitz, "a positive number", lambda x: x > 0)
+
+    def rule(statistics: Statistics) -> jax.Array:
+        curvature = _float32(lipschitz) * _float32(at_step(learning_rate, statistics.step))
+        norm, _ = _unbiased_squared_norm(statistics, "expected_progress")
+        return _ratio(
+            2 * curvature * _float32(statistics.gradient_variance),
+            jnp.maximum(2 - curvature, 0) * jnp.maximum(norm, 0),
+        )
+
+    return rule
+
+
+def norm_test(theta: ArrayLike) -> Rule:
+    """Bounds the relative error of the gradient by θ: m = ξ / (θ²‖∇F‖²).
+
+    Needs `count`, for the unbiased estimate of ‖∇F‖².
+
+    Args:
+      theta: Bound θ > 0 on the root mean square of ‖ḡ − ∇F‖ / ‖∇F‖.
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: If theta is not positive.
+
+    References:
+      Byrd, Chin, Nocedal and Wu, `Sample size selection in optimization methods for machine
+      learning <https://doi.org/10.1007/s10107-012-0572-5>`_, 2012.
+    """
+    check_number("theta", theta, "a positive number", lambda x: x > 0)
+
+    def rule(statistics: Statistics) -> jax.Array:
+        norm, _ = _unbiased_squared_norm(statistics, "norm_test")
+        return _ratio(_float32(statistics.gradient_variance), jnp.square(_float32(theta)) * norm)
+
+    return rule
+
+
+def biased_norm_test(theta: ArrayLike) -> Rule:
+    """The norm test as published: m = ξ / (θ²‖ḡ‖²), ‖ḡ‖² being that of the mini-batch.
+
+    ‖ḡ‖² holds the noise ξ/m besides the signal, so the test never asks for more than about m/θ²
+    examples: at θ = 1 the size would never leave the minimum, hence θ < 1. ‖ḡ‖² is put together
+    again as ‖∇F‖² + ξ/(m − 1) from the averages, which is exact where `decay` is 0, as published,
+    or the size constant. Needs `count`.
+
+    Args:
+      theta: Bound 0 < θ < 1 on the relative error of the gradient.
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: If theta lies outside (0, 1).
+
+    References:
+      Byrd, Chin, Nocedal and Wu, `Sample size selection in optimization methods for machine
+      learning <https://doi.org/10.1007/s10107-012-0572-5>`_, 2012.
+    """
+    check_number(
+        "theta",
+        theta,
+        "in (0, 1), since the biased test asks for at most about m/θ² examples",
+        lambda x: 0 < x < 1,
+    )
+
+    def rule(statistics: Statistics) -> jax.Array:
+        unbiased, count = _unbiased_squared_norm(statistics, "biased_norm_test")
+        variance = _float32(statistics.gradient_variance)
+        norm = unbiased + noise_in_squared_norm(variance, count)
+        return _ratio(variance, jnp.square(_float32(theta)) * norm)
+
+    return rule
+
+
+def noise_scale() -> Rule:
+    """The simple gradient noise scale: m = ξ / ‖∇F‖².
+
+    Needs `count`, for the unbiased estimate of ‖∇F‖².
+
+    Returns:
+      The rule.
+
+    References:
+      McCandlish, Kaplan, Amodei et al., `An Empirical Model of Large-Batch Training
+      <https://arxiv.org/abs/1812.06162>`_, 2018.
+    """
+
+    def rule(statistics: Statistics) -> jax.Array:
+        norm, _ = _unbiased_squared_norm(statistics, "noise_scale")
+        return _ratio(_float32(statistics.gradient_variance), norm)
+
+    return rule
+
+
+def constant(size: ArrayLike) -> Rule:
+    """Always asks for the same size.
+
+    Args:
+      size: Number of examples, in [1, 2**31 − 1].
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: If size is not a whole number in that range.
+    """
+    checked = check_batch_size("size", size)
+    return lambda statistics: _float32(checked)
+
+
+def schedule(step_to_size: Callable[[jax.Array], ArrayLike]) -> Rule:
+    """Asks for a size that depends on the index of the step alone.
+
+    Args:
+      step_to_size: Called with the index k of the step just made, from 0, an int32 scalar; returns
+        the size of the batch that follows it, k + 1. That of batch 0 is `initial_batch_size`.
+
+    Returns:
+      The rule.
+
+    Raises:
+      TypeError: If step_to_size is not callable.
+    """
+    if not callable(step_to_size):
+        raise TypeError(
+            f"step_to_size must be a function of the step, got {step_to_size!r}; "
+            "for a fixed size use rules.constant."
+        )
+    return lambda statistics: _float32(step_to_size(statistics.step))
+
+
+def noise_in_squared_norm(variance: jax.Array, count: jax.Array) -> jax.Array:
+    """Returns ξ/(m − 1), by which ‖ḡ‖² overestimates ‖∇F‖²; float32 scalar.
+
+    Of a single example ξ is 0 and its noise unknown: the answer is then 0.
+    """
+    return variance / jnp.maximum(_float32(count) - 1, 1)
+
+
+def check_learning_rate(learning_rate: ScalarOrSchedule) -> None:
+    """Raises ValueError unless a learning rate is a schedule or a non-negative scalar."""
+    if not callable(learning_rate):
+        check_number(
+            "learning_rate", learning_rate, "a non-negative number or a schedule", lambda x: x >= 0
+        )
+
+
+def at_step(learning_rate: ScalarOrSchedule, step: jax.Array) -> ArrayLike:
+    """Returns the learning rate of a step."""
+    return learning_rate(step) if callable(learning_rate) else learning_rate
+
+
+def _unbiased_squared_norm(statistics: Statistics, rule_name: str) -> tuple[jax.Array, jax.Array]:
+    if statistics.squared_gradient_norm is None or statistics.count is None:
+        raise ValueError(
+            f"rules.{rule_name} needs the number of examples, to estimate ‖∇F‖² without bias: "
+            "pass count=moments.count to update, got count=None."
+        )
+    return _float32(statistics.squared_gradient_norm), statistics.count
+
+
+def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    safe = jnp.where(denominator <= 0, 1, denominator)
+    quotient = jnp.where(denominator <= 0, jnp.inf, numerator / safe)
+    return jnp.where(numerator <= 0, 0, quotient)
+
+
+def _float32(x: ArrayLike) -> jax.Array:
+    return jnp.asarray(x, jnp.float32)
