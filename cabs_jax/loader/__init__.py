@@ -1,0 +1,3 @@
+"""An endless stream of shuffled examples, sliced into batches of any size."""
+
+from cabs_jax.loader.loader import BatchLoader as BatchLoader
