@@ -78,9 +78,9 @@ def cabs(
 
     Hostile numbers: where F ≤ F* the size is the maximum; where ξ = 0 or α = 0, the minimum. A step
     whose loss or gradient is not finite changes neither averages nor batch size, and passes its
-    update on for `optax.apply_if_finite` and its kin to judge (path b; path a needs the check
-    before `update`). A single example has no variance: from a batch of 1 CABS never grows again, so
-    keep `min_batch_size` above that.
+    update on for `optax.apply_if_finite` and its kin to judge (`adapt_batch_size` says how). A
+    single example has no variance: from batches of 1 CABS does not grow again, so keep
+    `min_batch_size` above that.
 
     Args:
       learning_rate: Learning rate α ≥ 0: a float, a traced scalar, or an optax schedule. No
@@ -176,10 +176,12 @@ def adapt_batch_size(
       whatever should change the gradient before its norm is taken. Adaptive steps and momentum
       follow it.
     * `inject_hyperparams` makes every number a tracer and every function a schedule: name `rule` in
-      `static_args`, and the bounds, `initial_batch_size` and `round_to` if they should be checked.
+      `static_args`, and the bounds, `initial_batch_size` and `round_to`, which are not checked
+      where they are traced.
     * `masked`, `partition`: path (b). Path (a) would leave the example axis on the gradients that
       it does not see; so put `adapt_batch_size` first and partition what follows it.
-    * `apply_if_finite`: around path (b). It cannot change the shape of an update, as path (a) does.
+    * `apply_if_finite`: around path (b); on path (a), which changes the shape of the updates as it
+      must not, around what follows `adapt_batch_size`.
     * `reduce_on_plateau`: wants `value=losses.mean()`, which both paths take. The rule does not see
       the factor by which it reduces the step.
     * `MultiSteps` is the wrong tool: it passes on the extra arguments of the last micro-step alone,
