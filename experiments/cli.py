@@ -17,7 +17,7 @@ from experiments.config import BUCKETS, RunConfig
 from experiments.train import Experiment, set_up, train
 
 RUNS = Path("runs")
-COMPARISON_EXAMPLES = 100_000
+COMPARISON_EXAMPLES = 60_000
 
 DESCRIPTION = """\
 Without arguments: train a small net on scikit-learn's digits with CABS and with constant batch
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> Parser:
     """The parser of the command line; `run` takes the fields of `RunConfig` as options."""
     top = Parser(prog="python -m experiments", description=DESCRIPTION, allow_abbrev=False)
-    commands = top.add_subparsers(dest="command", required=True, metavar="run|bench")
+    commands = top.add_subparsers(required=True, metavar="run|bench")
     run_parser = commands.add_parser(
         "run", help="train once", allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
@@ -87,10 +87,11 @@ def parser() -> Parser:
 
 def compare() -> None:
     """Trains the digits with CABS and with two constant batch sizes, side by side."""
+    cabs = RunConfig(learning_rate=0.5, examples=COMPARISON_EXAMPLES, evaluate_every=1000)
     configs = {
-        "CABS": RunConfig(examples=COMPARISON_EXAMPLES),
-        "constant 16": RunConfig(method="constant", examples=COMPARISON_EXAMPLES),
-        "constant 128": RunConfig(method="constant", batch_size=128, examples=COMPARISON_EXAMPLES),
+        "CABS": cabs,
+        "constant 16": dataclasses.replace(cabs, method="constant", batch_size=16),
+        "constant 128": dataclasses.replace(cabs, method="constant", batch_size=128),
     }
     with user_errors(ValueError, OSError):
         experiments = {label: set_up(config) for label, config in configs.items()}

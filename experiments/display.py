@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -53,17 +54,16 @@ def observer(bars: Progress, label: str, config: RunConfig) -> Callable[[dict[st
 
 def summary_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row for each labelled summary."""
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("run")
     for heading in (
         "train loss",
         "test accuracy",
         "steps",
         "mean batch",
-        "examples",
         "seconds",
-        "compiling",
-        "compilations",
+        "compile seconds",
+        "shapes compiled",
     ):
         table.add_column(heading, justify="right")
     for label, summary in summaries.items():
@@ -73,7 +73,6 @@ def summary_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{summary['test_accuracy']:.2%}",
             f"{summary['steps']:,}",
             f"{summary['examples'] / summary['steps']:.1f}",
-            f"{summary['examples']:,}",
             f"{summary['seconds']:.1f}",
             f"{summary['compile_seconds']:.1f}",
             str(summary["compilations"]),

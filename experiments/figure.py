@@ -6,7 +6,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    LogLocator,
+    NullFormatter,
+    PercentFormatter,
+    StrMethodFormatter,
+)
 
 from experiments.records import Record
 
@@ -35,11 +41,15 @@ def plot(runs: Mapping[str, Record], path: Path, title: str = "") -> None:
         accuracy.plot(run.evaluations["examples"], run.evaluations["test_accuracy"], **style)
 
     loss.set(ylabel="training loss", yscale="log")
-    batch_size.set(ylabel="batch size", yscale="log")
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    loss.yaxis.set_minor_formatter(NullFormatter())
+    batch_size.set_ylabel("batch size")
     batch_size.set_yscale("log", base=2)
-    batch_size.yaxis.set_major_formatter(ScalarFormatter())
+    batch_size.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     accuracy.set(ylabel="test accuracy")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    accuracy.set_ylim(bottom=min(after_the_start(run.evaluations) for run in runs.values()))
     for axes in (loss, batch_size, accuracy):
         axes.set_xlabel("examples seen")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -49,6 +59,12 @@ def plot(runs: Mapping[str, Record], path: Path, title: str = "") -> None:
         accuracy.legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
+
+
+def after_the_start(evaluations: Mapping[str, np.ndarray]) -> float:
+    """The lowest test accuracy after the first tenth, when the steepest rise is usually over."""
+    examples = evaluations["examples"]
+    return float(evaluations["test_accuracy"][examples >= examples[-1] / 10].min())
 
 
 def binned_mean(

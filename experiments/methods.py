@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import optax
 
 import cabs_jax
@@ -31,8 +32,8 @@ def bounds(config: RunConfig) -> tuple[int, int]:
 def build(config: RunConfig) -> optax.GradientTransformationExtraArgs:
     """The optimizer that `config` asks for.
 
-    Its state holds the batch size (`cabs_jax.batch_size`) and, as a hyperparameter of SGD, the
-    learning rate of the last update (`optax.tree.get(state, "learning_rate")`).
+    Its state holds the next batch size (`cabs_jax.batch_size`) and the learning rate of the last
+    update (`learning_rate`).
 
     Raises:
         ValueError: `config.method` is unknown.
@@ -58,3 +59,11 @@ def build(config: RunConfig) -> optax.GradientTransformationExtraArgs:
         ),
         optax.inject_hyperparams(optax.sgd)(learning_rate=config.learning_rate),
     )
+
+
+def learning_rate(state: optax.OptState) -> jax.Array:
+    """The learning rate of the last update, found in the state of an optimizer built here."""
+    found: jax.Array = optax.tree.get(
+        state, "learning_rate", filtering=lambda path, value: isinstance(value, jax.Array)
+    )
+    return found

@@ -8,6 +8,7 @@ import jax
 import optax
 
 import cabs_jax
+from experiments import methods
 
 
 class StepInfo(NamedTuple):
@@ -45,7 +46,7 @@ def make_train_step(
         info = StepInfo(
             loss=moments.value,
             gradient_variance=moments.variance,
-            learning_rate=optax.tree.get(opt_state, "learning_rate"),
+            learning_rate=methods.learning_rate(opt_state),
             next_batch_size=cabs_jax.batch_size(opt_state),
         )
         return optax.apply_updates(params, updates), opt_state, info
@@ -76,4 +77,5 @@ class CompiledStep:
             lowered = self._jitted.lower(params, opt_state, batch, mask)
             self.executables[shape] = lowered.compile()
             self.compile_seconds += time.perf_counter() - started
-        return self.executables[shape](params, opt_state, batch, mask)
+        result: tuple[Any, Any, StepInfo] = self.executables[shape](params, opt_state, batch, mask)
+        return result

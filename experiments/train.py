@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -86,8 +87,8 @@ def train(
     evaluated = _subset(dataset.train, TRAIN_EXAMPLES_EVALUATED)
 
     train_step = CompiledStep(make_train_step(model.loss, optimizer))
-    params = jax.tree.map(lambda leaf: leaf.copy(), model.params)  # the step donates its own
-    opt_state = optimizer.init(params)
+    # The step donates both, so each leaf needs a buffer of its own, and the model keeps its.
+    params, opt_state = jax.tree.map(jnp.copy, (model.params, optimizer.init(model.params)))
     first_size = int(cabs_jax.batch_size(opt_state))
 
     with (
@@ -130,9 +131,9 @@ def train(
             metrics = {
                 "step": step,
                 "batch_size": size,
-                "loss": float(info.loss),
-                "gradient_variance": float(info.gradient_variance),
-                "learning_rate": float(info.learning_rate),
+                "loss": _decimal(info.loss),
+                "gradient_variance": _decimal(info.gradient_variance),
+                "learning_rate": _decimal(info.learning_rate),
                 "examples": examples,
                 "epoch": examples / train_size,
                 "seconds": seconds,
@@ -172,6 +173,11 @@ def _evaluate_every(config: RunConfig, train_size: int) -> int:
     if config.examples is None:
         return min(train_size, EVALUATE_EVERY_AT_MOST)
     return math.ceil(config.examples / EVALUATIONS)
+
+
+def _decimal(value: np.ndarray) -> float:
+    """The shortest decimal that is this float32: 0.1 rather than 0.10000000149011612."""
+    return float(str(value))
 
 
 def _subset(split: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:

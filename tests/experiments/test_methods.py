@@ -28,7 +28,7 @@ def test_every_method_takes_a_step_of_sgd_and_keeps_within_its_bounds(method):
     config = RunConfig(method=method, learning_rate=0.5, theta=0.9)
     updates, state = update(config, variance=1e6)
     assert updates["w"].tolist() == [-1.0, -1.0, -1.0]
-    assert optax.tree.get(state, "learning_rate") == 0.5
+    assert methods.learning_rate(state) == 0.5
     smallest, largest = methods.bounds(config)
     assert smallest <= cabs_jax.batch_size(state) <= largest
 
@@ -53,3 +53,14 @@ def test_buckets_are_the_only_legal_sizes_when_asked_for():
 def test_an_unknown_method_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown method 'sgd'; known methods: .*cabs, constant"):
         methods.build(RunConfig(method="sgd"))
+
+
+def test_the_learning_rate_of_the_state_is_that_of_the_last_update():
+    schedule = optax.piecewise_constant_schedule(1.0, {1: 0.1})
+    optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=schedule)
+    state = optimizer.init(jnp.zeros(2))
+    rates = []
+    for _ in range(3):
+        _, state = optimizer.update(jnp.ones(2), state)
+        rates.append(float(methods.learning_rate(state)))
+    assert rates == pytest.approx([1.0, 0.1, 0.1])
