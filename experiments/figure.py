@@ -48,23 +48,25 @@ def plot(runs: Mapping[str, Record], path: Path, title: str = "") -> None:
     batch_size.set_yscale("log", base=2)
     batch_size.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     accuracy.set(ylabel="test accuracy")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    accuracy.set_ylim(bottom=min(after_the_start(run.evaluations) for run in runs.values()))
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
+    shown = np.concatenate([after_the_start(run.evaluations) for run in runs.values()])
+    margin = 0.05 * np.ptp(shown) + 0.001
+    accuracy.set_ylim(shown.min() - margin, shown.max() + margin)
     for axes in (loss, batch_size, accuracy):
         axes.set_xlabel("examples seen")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     if len(runs) > 1:
-        accuracy.legend(frameon=False)
+        loss.legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
 
 
-def after_the_start(evaluations: Mapping[str, np.ndarray]) -> float:
-    """The lowest test accuracy after the first tenth, when the steepest rise is usually over."""
+def after_the_start(evaluations: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The test accuracies after the first tenth, when the steepest rise is usually over."""
     examples = evaluations["examples"]
-    return float(evaluations["test_accuracy"][examples >= examples[-1] / 10].min())
+    return evaluations["test_accuracy"][examples >= examples[-1] / 10]
 
 
 def binned_mean(
