@@ -87,7 +87,7 @@ def parser() -> Parser:
 
 def compare() -> None:
     """Trains the digits with CABS and with two constant batch sizes, side by side."""
-    cabs = RunConfig(learning_rate=0.5, examples=COMPARISON_EXAMPLES, evaluate_every=1000)
+    cabs = RunConfig(learning_rate=0.5, examples=COMPARISON_EXAMPLES, evaluations=60)
     configs = {
         "CABS": cabs,
         "constant 16": dataclasses.replace(cabs, method="constant", batch_size=16),

@@ -52,9 +52,7 @@ class RunConfig:
     examples: int | None = option(
         None, f"stop once this many examples were seen ({DEFAULT_EXAMPLES} without --steps)"
     )
-    evaluate_every: int = option(
-        0, "examples between evaluations; by default a 20th of --examples, else 10,000 or an epoch"
-    )
+    evaluations: int = option(20, "evaluations, evenly spread over the steps or examples")
     seed: int = option(0, "of the initial parameters and of the order of the examples")
     width: float = option(1.0, "multiplies the channels and units of the net's hidden layers")
     theta: float = option(1.0, "the norm test's tolerance of relative noise in the gradient")
@@ -76,13 +74,19 @@ class RunConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value}")
-        for name in ("batch_size", "min_batch_size", "max_batch_size", "steps", "examples"):
+        for name in (
+            "batch_size",
+            "min_batch_size",
+            "max_batch_size",
+            "steps",
+            "examples",
+            "evaluations",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("evaluate_every", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
         if self.round_to != BUCKETS and not (isinstance(self.round_to, int) and self.round_to > 0):
             raise ValueError(
                 f"round_to must be a positive integer or {BUCKETS!r}, got {self.round_to!r}"
@@ -99,6 +103,14 @@ class RunConfig:
                 f"[{self.min_batch_size}, {self.max_batch_size}]; "
                 "change it, min_batch_size or max_batch_size"
             )
+
+    @property
+    def limit(self) -> tuple[str, int]:
+        """The column of the metrics that ends the run, `step` or `examples`, and where it ends."""
+        if self.steps is not None:
+            return "step", self.steps
+        assert self.examples is not None
+        return "examples", self.examples
 
     def _resolve(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the one place where a frozen field may be set

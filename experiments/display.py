@@ -30,8 +30,7 @@ def progress_bars(console: Console) -> Progress:
 
 def observer(bars: Progress, label: str, config: RunConfig) -> Callable[[dict[str, Any]], None]:
     """Adds a bar to `bars` and returns what moves it: `observe` of `experiments.train.train`."""
-    unit = "examples" if config.steps is None else "step"
-    total = config.examples if config.steps is None else config.steps
+    unit, total = config.limit
     task = bars.add_task(label, total=total, loss=float("nan"), batch_size=0, rate=0.0)
     drawn, examples, seconds = 0.0, 0, 0.0
 

@@ -66,7 +66,8 @@ def plot(runs: Mapping[str, Record], path: Path, title: str = "") -> None:
 def after_the_start(evaluations: Mapping[str, np.ndarray]) -> np.ndarray:
     """The test accuracies after the first tenth, when the steepest rise is usually over."""
     examples = evaluations["examples"]
-    return evaluations["test_accuracy"][examples >= examples[-1] / 10]
+    late: np.ndarray = evaluations["test_accuracy"][examples >= examples[-1] / 10]
+    return late
 
 
 def binned_mean(

@@ -19,8 +19,6 @@ from experiments.evaluate import make_evaluate
 from experiments.step import CompiledStep, make_train_step
 
 TRAIN_EXAMPLES_EVALUATED = 5_000
-EVALUATIONS = 20
-EVALUATE_EVERY_AT_MOST = 10_000
 
 
 class Experiment(NamedTuple):
@@ -78,13 +76,11 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     records.write_json(out / records.CONFIG, dataclasses.asdict(config))
 
+    unit, limit = config.limit
     train_size = len(dataset.train["label"])
-    step_limit = math.inf if config.steps is None else config.steps
-    example_limit = math.inf if config.examples is None else config.examples
-    evaluate_every = config.evaluate_every or _evaluate_every(config, train_size)
     shapes = _shapes(config)
     evaluate = make_evaluate(model.predict)
-    evaluated = _subset(dataset.train, TRAIN_EXAMPLES_EVALUATED)
+    train_subset = _subset(dataset.train, TRAIN_EXAMPLES_EVALUATED)
 
     train_step = CompiledStep(make_train_step(model.loss, optimizer))
     # The step donates both, so each leaf needs a buffer of its own, and the model keeps its.
@@ -98,7 +94,7 @@ def train(
     ):
 
         def evaluate_and_write(step: int, examples: int, seconds: float) -> dict[str, Any]:
-            on_train, on_test = evaluate(params, evaluated), evaluate(params, dataset.test)
+            on_train, on_test = evaluate(params, train_subset), evaluate(params, dataset.test)
             evaluation = {
                 "step": step,
                 "examples": examples,
@@ -113,11 +109,10 @@ def train(
             evaluations_file.write(records.to_json(evaluation))
             return evaluation
 
-        step, examples, seconds, diverged = 0, 0, 0.0, False
+        step, examples, seconds, done, evaluated, diverged = 0, 0, 0.0, 0, 0, False
         evaluation = evaluate_and_write(step, examples, seconds)
-        next_evaluation = evaluate_every
         started = time.perf_counter()
-        while step < step_limit and examples < example_limit and not diverged:
+        while done < limit and not diverged:
             batch = next(loader)
             size, mask = len(batch["label"]), None
             if shapes:
@@ -128,7 +123,7 @@ def train(
 
             step, examples = step + 1, examples + size
             seconds = time.perf_counter() - started
-            metrics = {
+            metrics: dict[str, Any] = {
                 "step": step,
                 "batch_size": size,
                 "loss": _decimal(info.loss),
@@ -141,12 +136,11 @@ def train(
             metrics_file.write(records.to_json(metrics))
             observe(metrics)
             diverged = not math.isfinite(metrics["loss"])
-            if examples >= next_evaluation:
-                evaluation = evaluate_and_write(step, examples, seconds)
-                next_evaluation = examples - examples % evaluate_every + evaluate_every
+            done = metrics[unit]
+            due = done * config.evaluations // limit
+            if diverged or due > evaluated:
+                evaluation, evaluated = evaluate_and_write(step, examples, seconds), due
                 started = time.perf_counter() - seconds
-        if evaluation["step"] != step:
-            evaluation = evaluate_and_write(step, examples, seconds)
 
     summary = {
         "train_loss": evaluation["train_loss"],
@@ -167,12 +161,6 @@ def _shapes(config: RunConfig) -> tuple[int, ...]:
     if config.method == "constant" or config.round_to == BUCKETS:
         return ()
     return buckets.buckets(*methods.bounds(config))
-
-
-def _evaluate_every(config: RunConfig, train_size: int) -> int:
-    if config.examples is None:
-        return min(train_size, EVALUATE_EVERY_AT_MOST)
-    return math.ceil(config.examples / EVALUATIONS)
 
 
 def _decimal(value: np.ndarray) -> float:
