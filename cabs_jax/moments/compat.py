@@ -17,6 +17,8 @@ Equation: TypeAlias = Any  # jax.extend.core.JaxprEqn: it has .primitive, .invar
 Atom: TypeAlias = Any  # jax.extend.core.Var or Literal: it has .aval
 PyTree = Any
 
+CALLS = {"jit", "pjit", "closed_call", "core_call"}
+CHECKPOINTS = {"remat2", "checkpoint"}
 INLINED = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -49,13 +51,13 @@ def name(equation: Equation) -> str:
     return str(equation.primitive.name)
 
 
-def inner_jaxpr(equation: Equation) -> tuple[Jaxpr, Sequence[Any]] | None:
-    """Returns the (jaxpr, constants) that a call-like equation would run, None for others."""
-    key = INLINED.get(name(equation))
-    if key is None:
-        return None
-    inner = equation.params[key]
-    return open_jaxpr(inner)
+def inner_jaxpr(equation: Equation) -> tuple[Jaxpr, Sequence[Any]]:
+    """Returns the (jaxpr, constants) that a call-like equation would run.
+
+    Raises:
+      KeyError: If the equation is none of `INLINED`.
+    """
+    return open_jaxpr(equation.params[INLINED[name(equation)]])
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:

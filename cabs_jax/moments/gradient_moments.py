@@ -2,53 +2,443 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
-from cabs_jax.moments import sharding
-from cabs_jax.moments.per_example import per_example_value_and_grad
-from cabs_jax.statistics import GradientMoments, Variance, moments_from_per_example
+from cabs_jax.moments import compat, sharding
+from cabs_jax.moments.factored import batch_sums
+from cabs_jax.moments.per_example import batch_size_of, check_scalar, per_example_value_and_grad
+from cabs_jax.statistics import (
+    GradientMoments,
+    Variance,
+    moments_from_per_example,
+    sum_over,
+    tree_squared_norm,
+    tree_sum,
+)
 
 PyTree = Any
+Method = Literal["auto", "factored", "per_example", "between"]
+
+
+class Sums(NamedTuple):
+    """What is added up over blocks and devices.
+
+    Attributes:
+      value: Σ of losses.
+      gradient: Σ of gradients, float32.
+      squares: Σ of squared gradients (or norms) of the measured units; between groups, each
+        group's ‖Σ g‖²/n.
+      measured: Number of real units measured: examples, or non-empty groups.
+    """
+
+    value: jax.Array
+    gradient: PyTree
+    squares: PyTree
+    measured: jax.Array
 
 
 def gradient_moments(
     loss_fn: Callable[..., Any],
     *,
+    method: Method = "auto",
     variance: Variance = "trace",
     has_aux: bool = False,
+    keep_batch_dim: bool = False,
+    subsample: int | None = None,
+    microbatch_size: int | None = None,
+    groups: int | None = None,
     axis_name: sharding.AxisNames | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[..., Any]:
-    """Mean loss, mean gradient and gradient variance of a batch, exactly.
+    """Mean loss, mean gradient and gradient variance of a batch.
+
+    The variance is that of the per-example gradients g_i around their mean ḡ,
+
+        tr Σ̂ = (1/m) Σ_i ‖g_i‖² − ‖ḡ‖²,
+
+    as CABS needs it (Balles et al. 2017, eq. 22). It is exact for every differentiable
+    `loss_fn`, with nothing to register: the function is traced, and where a parameter meets the
+    example the norm of its gradient follows from the operands and the output's cotangent. What no
+    rule covers is measured from per-example gradients of those parameters alone; `explain` shows
+    which these are.
 
     Args:
-      loss_fn: `loss_fn(params, example) -> scalar loss`, or `(loss, aux)` with `has_aux`.
-      variance: "trace" or "diagonal".
-      has_aux: Whether `loss_fn` returns auxiliary data.
-      axis_name: Mesh axis or axes that split the batch.
-      mesh: Mesh to work on, one shard of the batch per device.
+      loss_fn: `loss_fn(params, example) -> scalar loss` of one example, or `(loss, aux)` with
+        `has_aux`. Pass keys for random numbers inside the example. A loss in which examples see
+        one another (batch normalisation in training mode) has no per-example gradients.
+      method: "factored" (and, today, "auto"): exact, at nearly the price of the mean gradient.
+        "per_example": exact, holds every gradient; the reference. "between": an estimate of the
+        trace from the means ḡ_k of G groups of n_k examples, nearly free,
+        (m−1)/m · (Σ_k n_k‖ḡ_k‖² − m‖ḡ‖²)/(G−1), with relative standard deviation
+        √(2 tr(Σ²)/((G−1)(tr Σ)²)).
+      variance: "trace" for a scalar, "diagonal" for a tree like the parameters.
+      has_aux: Whether `loss_fn` returns auxiliary data, which is returned per example.
+      keep_batch_dim: Whether `loss_fn` expects its example as a batch of one.
+      subsample: Measure only n examples, evenly spread over the batch (and its shards):
+        (1/n) Σ‖g_i‖² minus ‖ḡ‖² of the whole batch has the same expectation, at a fraction of
+        the cost. The mean gradient is always that of the whole batch.
+      microbatch_size: Work through the batch (each device through its shard) in blocks of this
+        size, which bounds the memory. It must divide the batch. Blocks that are all padding at the
+        end of the batch are skipped.
+      groups: Number of groups for "between": on one device, of the batch; on a mesh, of each shard
+        (1 by default, so that the shards are the groups).
+      axis_name: Mesh axis or axes that split the batch: inside your own `shard_map`, or together
+        with `mesh`.
+      mesh: Wrap a `shard_map` over this mesh. Not needed where the sharding is visible (Explicit
+        axes); on Auto meshes all methods are right without it, and "between" uses it to find its
+        groups.
 
     Returns:
-      A function `(params, batch, mask=None) -> GradientMoments`, or `(moments, aux)`.
+      A function `(params, batch, mask=None) -> GradientMoments`, or `(moments, aux)`. The leaves of
+      `batch` have shape (m, ...); `mask`, boolean (m,), is False for padding, which has no
+      influence whatever it holds. With nothing but padding, everything is 0; where `subsample` or
+      `groups` leaves nothing to measure, the variance is NaN.
+
+    Raises:
+      TypeError: If the loss is not a scalar, or the mask not boolean.
+      ValueError: If options contradict each other or the batch, with the values.
+
+    Example:
+      >>> import cabs_jax, jax.numpy as jnp
+      >>> def loss_fn(params, example):
+      ...     return 0.5 * (params @ example["x"] - example["y"]) ** 2
+      >>> batch = {"x": jnp.eye(2), "y": jnp.zeros(2)}
+      >>> moments = cabs_jax.gradient_moments(loss_fn)(jnp.array([1.0, 2.0]), batch)
+      >>> moments.mean.tolist(), float(moments.variance), int(moments.count)
+      ([0.5, 1.0], 1.25, 2)
     """
+    _check_options(method, variance, subsample, microbatch_size, groups)
+    if keep_batch_dim:
+        loss_fn = _of_one(loss_fn, has_aux)
+
+    def checked(params: PyTree, example: PyTree) -> Any:
+        result = loss_fn(params, example)
+        check_scalar(result[0] if has_aux else result)
+        return result
 
     def compute(params: PyTree, batch: PyTree, mask: jax.Array | None = None) -> Any:
-        _, axes = sharding.resolve(mesh, axis_name, batch)
-        split = per_example_value_and_grad(loss_fn, has_aux=has_aux, axis_name=axes or None)
+        _check_mask(mask, batch_size_of(batch))
+        mesh_used, axes = sharding.resolve(mesh, axis_name, batch)
 
         def on_shard(params: PyTree, batch: PyTree, mask: jax.Array | None) -> tuple[Any, Any]:
-            values, grads = split(params, batch)
-            losses, aux = values if has_aux else (values, None)
-            moments = moments_from_per_example(
-                losses, grads, mask, variance=variance, axis_name=axes or None
+            params = sharding.vary(params, axes)
+            if method == "per_example" and microbatch_size is None:
+                return _reference(checked, params, batch, mask, variance, has_aux, axes)
+            size = batch_size_of(batch)
+            keep = sharding.vary(jnp.ones(size, jnp.bool_), axes) if mask is None else mask
+            batch = _fill(batch, keep)
+            sums, aux = _add_up(
+                _estimator(checked, method, variance, has_aux, subsample, axes),
+                (params, batch, keep),
+                _block_size(size, method, microbatch_size, groups, axes),
+                skip_padding=mask is not None and method != "between",
             )
-            return moments, aux
+            real = jnp.sum(keep, dtype=jnp.int32)
+            sums = jax.tree.map(lambda s: jnp.where(real > 0, s, jnp.zeros_like(s)), sums)
+            total, count = sum_over((sums, real), axes or None)
+            return _moments(total, count, params, method, variance), aux
 
-        moments: GradientMoments
-        moments, aux = on_shard(params, batch, mask)
+        if mesh_used is None:
+            moments, aux = on_shard(params, batch, mask)
+        else:
+            moments, aux = sharding.per_shard(
+                on_shard, mesh_used, axes, (sharding.WHOLE, sharding.SPLIT)
+            )(params, batch, mask)
         return (moments, aux) if has_aux else moments
 
     return compute
+
+
+def _reference(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    batch: PyTree,
+    mask: jax.Array | None,
+    variance: Variance,
+    has_aux: bool,
+    axes: tuple[str, ...],
+) -> tuple[GradientMoments, PyTree]:
+    values, grads = per_example_value_and_grad(loss_fn, has_aux=has_aux, axis_name=axes or None)(
+        params, batch
+    )
+    losses, aux = values if has_aux else (values, ())
+    moments = moments_from_per_example(
+        losses, grads, mask, variance=variance, axis_name=axes or None
+    )
+    return moments, aux
+
+
+def _estimator(
+    loss_fn: Callable[..., Any],
+    method: Method,
+    variance: Variance,
+    has_aux: bool,
+    subsample: int | None,
+    axes: tuple[str, ...],
+) -> Callable[[PyTree, PyTree, jax.Array], tuple[Sums, PyTree]]:
+    """Returns the function that sums up one block of the batch."""
+
+    def factored(params: PyTree, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
+        weights, size = keep.astype(jnp.float32), keep.shape[0]
+        measured = _measured(subsample, size, axes)
+        result = batch_sums(
+            loss_fn,
+            params,
+            batch,
+            weights,
+            variance=variance,
+            has_aux=has_aux,
+            measured=measured,
+            axes=axes,
+        )
+        step = size // measured
+        real = jnp.sum(keep[: step * measured : step], dtype=jnp.int32) if step > 1 else keep.sum()
+        squares = jnp.sum(result.squares) if variance == "trace" else result.squares
+        sums = Sums(_kept_sum(result.losses, keep), result.gradient, squares, real)
+        return sums, result.aux
+
+    def per_example(params: PyTree, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
+        values, grads = per_example_value_and_grad(
+            loss_fn, has_aux=has_aux, axis_name=axes or None
+        )(params, batch)
+        losses, aux = values if has_aux else (values, ())
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        squares = jax.tree.map(lambda g: _kept_sum(jnp.square(g), keep), grads)
+        return Sums(
+            _kept_sum(losses, keep),
+            jax.tree.map(lambda g: _kept_sum(g, keep), grads),
+            tree_sum(squares) if variance == "trace" else squares,
+            jnp.sum(keep, dtype=jnp.int32),
+        ), aux
+
+    def between(params: PyTree, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
+        def total(params: PyTree) -> tuple[jax.Array, PyTree]:
+            result = jax.vmap(loss_fn, (None, 0))(params, batch)
+            losses, aux = result if has_aux else (result, ())
+            return _kept_sum(losses, keep), aux
+
+        (value, aux), gradient = jax.value_and_grad(total, has_aux=True, allow_int=True)(params)
+        gradient = jax.tree.map(_float32_or_zero, gradient, params)
+        size = jnp.sum(keep, dtype=jnp.float32)
+        squares = jax.tree.map(lambda g: jnp.square(g) / jnp.maximum(size, 1.0), gradient)
+        summed = tree_sum(squares) if variance == "trace" else squares
+        return Sums(value, gradient, summed, (size > 0).astype(jnp.int32)), aux
+
+    return {"per_example": per_example, "between": between}.get(method, factored)
+
+
+def _add_up(
+    estimator: Callable[[PyTree, PyTree, jax.Array], tuple[Sums, PyTree]],
+    operands: tuple[PyTree, PyTree, jax.Array],
+    block: int | None,
+    *,
+    skip_padding: bool,
+) -> tuple[Sums, PyTree]:
+    """Applies an estimator to the whole batch at once, or block by block."""
+    params, batch, keep = operands
+    size: int = keep.shape[0]
+    if block is None or block == size:
+        return estimator(params, batch, keep)
+    axes = tuple(compat.varying_axes(keep))
+    devices = jax.device_count()
+    # Where the batch may be split over devices, a block takes a part of every device's examples.
+    lanes = devices if not axes and block % devices == 0 and size % devices == 0 else 1
+    count = size // block
+
+    def by_block(x: jax.Array) -> jax.Array:
+        return x.reshape(lanes, count, block // lanes, *x.shape[1:])
+
+    def take(x: jax.Array, index: jax.Array) -> jax.Array:
+        taken = lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
+        return jnp.reshape(taken, (block, *taken.shape[2:]))
+
+    blocks = jax.tree.map(by_block, (batch, keep))
+
+    def evaluate(index: jax.Array) -> tuple[Sums, PyTree]:
+        batch, keep = jax.tree.map(lambda x: take(x, index), blocks)
+        return estimator(params, batch, keep)
+
+    def step(index: jax.Array, carry: tuple[Sums, PyTree]) -> tuple[Sums, PyTree]:
+        sums, stacked = carry
+        more, aux = evaluate(index)
+        stacked = jax.tree.map(
+            lambda all_, x: lax.dynamic_update_index_in_dim(
+                all_, x.reshape(lanes, block // lanes, *x.shape[1:]), index, axis=1
+            ),
+            stacked,
+            aux,
+        )
+        return jax.tree.map(jnp.add, sums, more), stacked
+
+    def empty(shape: tuple[int, ...], like: Any) -> jax.Array:
+        zeros: jax.Array = sharding.vary(jnp.zeros(shape, like.dtype), axes)
+        return zeros
+
+    sums, aux = jax.eval_shape(evaluate, jnp.zeros((), jnp.int32))
+    start = (
+        jax.tree.map(lambda s: empty(s.shape, s), sums),
+        jax.tree.map(lambda a: empty((lanes, count, block // lanes, *a.shape[1:]), a), aux),
+    )
+    last: int | jax.Array = count
+    if skip_padding:
+        occupied = jnp.any(blocks[1], axis=(0, 2))
+        last = jnp.max(jnp.where(occupied, jnp.arange(1, count + 1), 0))
+    sums, aux = lax.fori_loop(0, last, step, start)
+    return sums, jax.tree.map(lambda a: a.reshape(size, *a.shape[3:]), aux)
+
+
+def _moments(
+    total: Sums, count: jax.Array, params: PyTree, method: Method, variance: Variance
+) -> GradientMoments:
+    """Turns sums over the whole batch into moments; there are none of an empty one."""
+    examples = jnp.maximum(count, 1).astype(jnp.float32)
+    mean = jax.tree.map(lambda g: g / examples, total.gradient)
+    units = total.measured.astype(jnp.float32)
+
+    def spread(squares: jax.Array, squared_mean: jax.Array) -> jax.Array:
+        if method == "between":
+            freedom = jnp.where(units > 1, units - 1, jnp.nan)
+            estimate = (squares - examples * squared_mean) / freedom * (1 - 1 / examples)
+        else:
+            estimate = squares / jnp.where(units > 0, units, jnp.nan) - squared_mean
+        return jnp.where(count > 0, jnp.maximum(estimate, 0.0), 0.0)
+
+    return GradientMoments(
+        total.value / examples,
+        jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), mean, params),
+        spread(total.squares, tree_squared_norm(mean))
+        if variance == "trace"
+        else jax.tree.map(spread, total.squares, jax.tree.map(jnp.square, mean)),
+        count,
+    )
+
+
+def _kept_sum(x: jax.Array, keep: jax.Array) -> jax.Array:
+    """Float32 sum over the examples that are kept, whatever the others hold."""
+    keep = keep.reshape(keep.shape + (1,) * (x.ndim - 1))
+    total: jax.Array = jnp.sum(
+        jnp.where(keep, x, jnp.zeros((), x.dtype)), axis=0, dtype=jnp.float32
+    )
+    return total
+
+
+def _float32_or_zero(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
+    """A gradient in float32; for a parameter that is not floating-point, zeros."""
+    if gradient.dtype == jax.dtypes.float0:
+        return jnp.zeros(jnp.shape(parameter), jnp.float32)
+    return jnp.asarray(gradient, jnp.float32)
+
+
+def _fill(batch: PyTree, keep: jax.Array) -> PyTree:
+    """Overwrites padding with the first real example, so that it computes nothing unusual."""
+    place = jnp.arange(keep.shape[0])
+    first = place == jnp.min(jnp.where(keep, place, keep.shape[0]))
+
+    def filled(x: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+            return x
+        shape = keep.shape + (1,) * (x.ndim - 1)
+        picked = jnp.where(first.reshape(shape), x, jnp.zeros((), x.dtype))
+        row = jnp.any(picked, 0) if x.dtype == jnp.bool_ else jnp.sum(picked, 0, dtype=x.dtype)
+        return jnp.where(keep.reshape(shape), x, row[None])
+
+    return jax.tree.map(filled, batch)
+
+
+def _of_one(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """Turns a loss of a batch into a loss of one example, given to it as a batch of one."""
+
+    def of_one(params: PyTree, example: PyTree) -> Any:
+        result = loss_fn(params, jax.tree.map(lambda x: x[None], example))
+        loss, aux = result if has_aux else (result, ())
+        loss = loss.reshape(()) if loss.size == 1 else loss
+        return (loss, aux) if has_aux else loss
+
+    return of_one
+
+
+def _measured(subsample: int | None, size: int, axes: tuple[str, ...]) -> int:
+    """Number of examples of this block and device that are measured."""
+    if subsample is None:
+        return size
+    shards = math.prod(lax.axis_size(axis) for axis in axes)
+    if subsample % shards:
+        raise ValueError(
+            f"subsample={subsample} does not split evenly over {shards} shards of the batch;"
+            f" take a multiple of {shards}"
+        )
+    return min(subsample // shards, size)
+
+
+def _block_size(
+    size: int,
+    method: Method,
+    microbatch_size: int | None,
+    groups: int | None,
+    axes: tuple[str, ...],
+) -> int | None:
+    """Examples that are worked on at a time; None for all."""
+    if method == "between":
+        shards = math.prod(lax.axis_size(axis) for axis in axes)
+        parts = groups or 1
+        if parts * shards < 2:
+            raise ValueError(
+                f'method="between" compares groups, and here there is {parts * shards}: pass'
+                " groups=2 or more, or split the batch over a mesh (mesh= or axis_name=)"
+            )
+        if size % parts:
+            raise ValueError(f"groups={parts} does not divide the batch (or shard) of {size}")
+        return size // parts
+    if microbatch_size is not None and size % microbatch_size:
+        raise ValueError(
+            f"microbatch_size={microbatch_size} does not divide the batch (or shard) of {size}; pad"
+            " the batch and pass a mask"
+        )
+    return microbatch_size
+
+
+def _check_options(
+    method: Method,
+    variance: Variance,
+    subsample: int | None,
+    microbatch_size: int | None,
+    groups: int | None,
+) -> None:
+    for name, value, known in (
+        ("method", method, get_args(Method)),
+        ("variance", variance, get_args(Variance)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+    numbers = {"subsample": subsample, "microbatch_size": microbatch_size, "groups": groups}
+    for name, number in numbers.items():
+        if number is not None and not (isinstance(number, int) and number >= 1):
+            raise ValueError(f"{name} must be a positive int or None, got {number!r}")
+    if subsample is not None and (method in {"per_example", "between"} or microbatch_size):
+        raise ValueError(
+            f"subsample={subsample} goes with the factored method on the whole batch, not with"
+            f" method={method!r} and microbatch_size={microbatch_size}"
+        )
+    if groups is not None and method != "between":
+        raise ValueError(f'groups={groups} goes with method="between", not with {method!r}')
+    if microbatch_size is not None and method == "between":
+        raise ValueError(
+            f'microbatch_size={microbatch_size} has no place in method="between", whose groups are'
+            " worked on one at a time; use groups="
+        )
+
+
+def _check_mask(mask: jax.Array | None, size: int) -> None:
+    if mask is None:
+        return
+    if not hasattr(mask, "dtype") or mask.dtype != jnp.bool_:
+        found = getattr(mask, "dtype", type(mask).__name__)
+        raise TypeError(f"mask must be a boolean array, got {found}")
+    if mask.shape != (size,):
+        raise ValueError(f"mask must have shape ({size},) like the batch, got {mask.shape}")

@@ -65,9 +65,9 @@ def per_example_value_and_grad(
 
         if mesh_used is None:
             return on_shard(params, batch)
-        sharded: tuple[Any, PyTree] = sharding.per_shard(
-            on_shard, mesh_used, axes, split_output=True
-        )(params, batch)
+        sharded: tuple[Any, PyTree] = sharding.per_shard(on_shard, mesh_used, axes, sharding.SPLIT)(
+            params, batch
+        )
         return sharded
 
     return compute

@@ -66,8 +66,8 @@ def _evaluate_equation(
         return [convolve(*values, **params)], everything
     if not any(compat.contains(j, CONVOLUTION) for j in compat.subjaxprs(equation)):
         return compat.evaluate(equation, values), everything
-    if inner := compat.inner_jaxpr(equation):
-        return _evaluate(*inner, values, batched)
+    if kind in compat.INLINED:
+        return _evaluate(*compat.inner_jaxpr(equation), values, batched)
 
     def rewritten(closed: Any) -> Callable[..., list[Any]]:
         inner, consts = compat.open_jaxpr(closed)

@@ -13,6 +13,7 @@ from cabs_jax.moments import compat
 
 PyTree = Any
 AxisNames = str | tuple[str, ...]
+SPLIT, WHOLE = "split", "whole"
 
 
 def as_axis_names(axis_name: AxisNames | None) -> tuple[str, ...]:
@@ -85,8 +86,7 @@ def per_shard(
     function: Callable[..., PyTree],
     mesh: Mesh | AbstractMesh,
     axis_names: tuple[str, ...],
-    *,
-    split_output: bool,
+    out_specs: PyTree,
 ) -> Callable[..., PyTree]:
     """Wraps `function(params, *batches)` in a shard_map over the batch axes of the mesh.
 
@@ -94,16 +94,20 @@ def per_shard(
       function: Sees replicated parameters and its shard of every batch.
       mesh: The mesh; axes other than `axis_names` stay with the compiler.
       axis_names: Axes that split the leading axis of the batches.
-      split_output: Whether outputs have a leading example axis (else: are replicated).
+      out_specs: A tree prefix of the output: `SPLIT` where there is a leading example axis,
+        `WHOLE` where every device holds the same.
     """
-    split = P(axis_names)
+    split: Any = P(axis_names)
+
+    def spec(output: str) -> Any:
+        return split if output == SPLIT else P()
 
     def wrapped(params: PyTree, *batches: PyTree) -> PyTree:
         return jax.shard_map(
             function,
             mesh=mesh,
             in_specs=(P(), *(split for _ in batches)),
-            out_specs=split if split_output else P(),
+            out_specs=jax.tree.map(spec, out_specs),
             axis_names=set(axis_names),
         )(params, *batches)
 

@@ -1,0 +1,176 @@
+"""One rule per primitive: how a weight's gradient follows from its input and output cotangent.
+
+Where a weight w meets an example in an equation y = f(w, x) that is linear in w, the gradient of
+one example is a sum of outer products over positions t,
+
+    g[k, p, q] = Σ_t  left[k, t, p] · right[k, t, q],
+
+with `left` made of x, `right` made of the cotangent of y, and k running over groups that do not mix
+(batch dimensions, feature groups). The rest of the package needs no more than that.
+
+To teach it a primitive:
+
+1. Write `def _rule(equation, operand) -> Rule | None`. `operand` says which input is the weight.
+   Return None for a case the rule does not cover: it is then differentiated example by example.
+2. In the `Rule`, give the shape to which the weight is to be reshaped so that every axis belongs
+   wholly to the groups, to `left` or to `right`; which axes those are, in the order in which they
+   are flattened; and the number of positions.
+3. Give `factors(x, cotangent)`. Both arrive with a leading axis of examples, and in the layout of
+   the equation. Return `left` of shape (examples, groups, positions, p) and `right` likewise with
+   q. If `left` would be one-hot, return the indices, an integer array (examples, positions).
+4. Enter it in `RULES` and add a case to the zoo in the tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import GatherScatterMode
+
+from cabs_jax.moments import compat, convolution
+
+Factors = tuple[jax.Array, jax.Array]
+
+
+class Rule(NamedTuple):
+    """How the gradient of a weight is made of outer products.
+
+    Attributes:
+      operand: Which operand of the equation is the weight.
+      shape: Shape of the weight, its axes split where one belongs to two of the following.
+      groups: Axes of that shape which stay apart.
+      left: Axes that come from the input.
+      right: Axes that come from the cotangent of the output.
+      positions: Number of outer products summed per example.
+      factors: `(x, cotangent) -> (left, right)`, all with a leading axis of examples.
+      one_hot: Whether `left` is given as indices.
+    """
+
+    operand: int
+    shape: tuple[int, ...]
+    groups: tuple[int, ...]
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    positions: int
+    factors: Callable[[jax.Array, jax.Array], Factors]
+    one_hot: bool = False
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Returns the numbers (groups, positions, p, q)."""
+        count = [math.prod(self.shape[a] for a in axes) for axes in self[2:5]]
+        return count[0], self.positions, count[1], count[2]
+
+    def assemble(self, gradient: jax.Array, weight_shape: tuple[int, ...]) -> jax.Array:
+        """Lays a gradient of shape (..., groups, p, q) out like the weight."""
+        lead = gradient.ndim - 3
+        order = (*self.groups, *self.left, *self.right)
+        gradient = gradient.reshape(*gradient.shape[:lead], *(self.shape[a] for a in order))
+        back = [lead + order.index(axis) for axis in range(len(order))]
+        gradient = gradient.transpose(*range(lead), *back)
+        return gradient.reshape(*gradient.shape[:lead], *weight_shape)
+
+
+def find_rule(equation: compat.Equation, operand: int) -> Rule | None:
+    """Returns the rule for a weight at one operand of an equation, None if none covers it."""
+    make = RULES.get(compat.name(equation))
+    return make(equation, operand) if make else None
+
+
+def _dot_general(equation: compat.Equation, operand: int) -> Rule | None:
+    contracting, batching = equation.params["dimension_numbers"]
+    w_contract, x_contract = contracting[operand], contracting[1 - operand]
+    w_batch, x_batch = batching[operand], batching[1 - operand]
+    w_shape = equation.invars[operand].aval.shape
+    x_shape = equation.invars[1 - operand].aval.shape
+    w_free = _others(len(w_shape), w_contract, w_batch)
+    x_free = _others(len(x_shape), x_contract, x_batch)
+    groups = math.prod(w_shape[a] for a in w_batch)
+    positions = math.prod(x_shape[a] for a in x_free)
+    p = math.prod(w_shape[a] for a in w_contract)
+    q = math.prod(w_shape[a] for a in w_free)
+
+    def factors(x: jax.Array, cotangent: jax.Array) -> Factors:
+        examples = x.shape[0]
+        left = x.transpose(0, *(1 + a for a in (*x_batch, *x_free, *x_contract)))
+        left = left.reshape(examples, groups, positions, p)
+        if operand == 1:
+            right = cotangent.reshape(examples, groups, positions, q)
+        else:
+            right = cotangent.reshape(examples, groups, q, positions).swapaxes(2, 3)
+        return left, right
+
+    return Rule(operand, w_shape, tuple(w_batch), tuple(w_contract), w_free, positions, factors)
+
+
+def _conv_general_dilated(equation: compat.Equation, operand: int) -> Rule | None:
+    params = equation.params
+    if operand != 1 or params["batch_group_count"] != 1:
+        return None
+    x_shape, w_shape = (v.aval.shape for v in equation.invars)
+    lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
+    g = convolution.geometry(x_shape, w_shape, equation.outvars[0].aval.shape, params)
+    kernel, positions = math.prod(g.kernel), g.batch * math.prod(g.output)
+    features = rhs_spec[0]
+    shape = (*w_shape[:features], g.groups, g.filters, *w_shape[features + 1 :])
+    left = tuple(a if a < features else a + 1 for a in (*rhs_spec[2:], rhs_spec[1]))
+
+    def factors(x: jax.Array, cotangent: jax.Array) -> Factors:
+        examples = x.shape[0]
+        x = convolution.channels_last(x, lhs_spec, lead=1)
+        cut = convolution.patches(x.reshape(-1, *x.shape[2:]), g)
+        cut = cut.reshape(examples, positions, kernel, g.groups, g.channels)
+        cut = cut.transpose(0, 3, 1, 2, 4).reshape(examples, g.groups, positions, -1)
+        out = convolution.channels_last(cotangent, out_spec, lead=1)
+        out = out.reshape(examples, positions, g.groups, g.filters).swapaxes(1, 2)
+        return cut, out
+
+    return Rule(1, shape, (features,), left, (features + 1,), positions, factors)
+
+
+def _gather(equation: compat.Equation, operand: int) -> Rule | None:
+    """Rows of a table, as in an embedding."""
+    numbers, table = equation.params["dimension_numbers"], equation.invars[0].aval.shape
+    axis = numbers.start_index_map
+    whole = tuple(1 if a in axis else size for a, size in enumerate(table))
+    if (
+        operand != 0
+        or len(axis) != 1
+        or numbers.collapsed_slice_dims != axis
+        or numbers.operand_batching_dims
+        or tuple(equation.params["slice_sizes"]) != whole
+    ):
+        return None
+    rows, mode = table[axis[0]], equation.params["mode"]
+    right = _others(len(table), axis, ())
+    q = math.prod(table[a] for a in right)
+    out_rank = len(equation.outvars[0].aval.shape)
+    looked_up = _others(out_rank, numbers.offset_dims, ())
+    positions = math.prod(equation.invars[1].aval.shape[:-1])
+
+    def factors(indices: jax.Array, cotangent: jax.Array) -> Factors:
+        examples = indices.shape[0]
+        indices = indices.reshape(examples, positions)
+        order = (*looked_up, *numbers.offset_dims)
+        out = cotangent.transpose(0, *(1 + a for a in order)).reshape(examples, 1, positions, q)
+        if mode == GatherScatterMode.FILL_OR_DROP:
+            inside = (indices >= 0) & (indices < rows)
+            out = jnp.where(inside[:, None, :, None], out, jnp.zeros((), out.dtype))
+        return jnp.clip(indices, 0, rows - 1).astype(jnp.int32), out
+
+    return Rule(0, table, (), axis, right, positions, factors, one_hot=True)
+
+
+def _others(rank: int, *axes: Any) -> tuple[int, ...]:
+    taken = {axis for group in axes for axis in group}
+    return tuple(axis for axis in range(rank) if axis not in taken)
+
+
+RULES: dict[str, Callable[[compat.Equation, int], Rule | None]] = {
+    "dot_general": _dot_general,
+    "conv_general_dilated": _conv_general_dilated,
+    "gather": _gather,
+}

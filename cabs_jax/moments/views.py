@@ -1,0 +1,202 @@
+"""Ways of looking at a parameter that leave the norm of its gradient alone.
+
+A reshape, transpose, cast, slice or scaling of a parameter is a view: each entry of the view is one
+entry of the parameter. The squared norm of the gradient is then the same for both, and two uses of
+one parameter can be compared by the strides with which they walk through it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from cabs_jax.moments import compat
+
+Atom = tuple[int, int]
+
+
+class Window(NamedTuple):
+    """The part [start, stop) of one axis, named by its stride and length, that a view keeps."""
+
+    stride: int
+    length: int
+    start: int
+    stop: int
+
+
+class View(NamedTuple):
+    """A strided view of one parameter.
+
+    Attributes:
+      leaf: Which parameter, by its place among the leaves of the tree.
+      axes: For each axis of the view, the (size, stride) pairs it runs through, slowest first;
+        strides count entries of the parameter in row-major order.
+      looped: The (size, stride) pairs that enclosing scans run through.
+      offset: Where it starts.
+      windows: The slices taken.
+      repeats: How often enclosing scans show the same entries again.
+    """
+
+    leaf: int
+    axes: tuple[tuple[Atom, ...], ...]
+    looped: tuple[Atom, ...] = ()
+    offset: int = 0
+    windows: frozenset[Window] = frozenset()
+    repeats: int = 1
+
+
+def whole(leaf: int, shape: tuple[int, ...]) -> View:
+    """The view of a parameter as it is.
+
+    >>> whole(0, (2, 3)).axes
+    (((2, 3),), ((3, 1),))
+    """
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return View(leaf, tuple(((size, stride),) for size, stride in zip(shape, strides, strict=True)))
+
+
+def scanned(view: View) -> View:
+    """The view of one step of a scan over the leading axis."""
+    return view._replace(axes=view.axes[1:], looped=view.looped + view.axes[0])
+
+
+def merge(atoms: tuple[Atom, ...]) -> tuple[Atom, ...]:
+    """Joins neighbouring axes that together are one; drops those of size one.
+
+    >>> merge(((2, 12), (3, 4), (4, 1)))
+    ((24, 1),)
+    """
+    merged: list[Atom] = []
+    for size, stride in atoms:
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return tuple(merged)
+
+
+def layout(view: View, axes: tuple[int, ...]) -> tuple[Atom, ...]:
+    """The entries of the parameter that some axes of a view run through, in a normal form."""
+    atoms = [atom for axis in axes for atom in view.axes[axis]]
+    return merge(tuple(sorted(atoms, key=lambda atom: -atom[1])))
+
+
+def in_order(view: View, axes: tuple[int, ...]) -> bool:
+    """Whether flattening some axes of a view runs through the parameter from slow to fast."""
+    strides = [stride for axis in axes for size, stride in view.axes[axis] if size > 1]
+    return strides == sorted(strides, reverse=True)
+
+
+def disjoint(first: View, second: View) -> bool:
+    """Whether two views surely share no entry of the parameter."""
+    return any(
+        (a.stride, a.length) == (b.stride, b.length) and (a.stop <= b.start or b.stop <= a.start)
+        for a in first.windows
+        for b in second.windows
+    )
+
+
+def through(view: View, equation: compat.Equation) -> list[View] | None:
+    """Follows a view through an equation that takes nothing else that is not a constant.
+
+    Returns:
+      A view for each output, or None where the equation does more than rearrange.
+    """
+    kind, params = compat.name(equation), equation.params
+    shapes = [out.aval.shape for out in equation.outvars]
+    if kind in {"copy", "copy_p", "optimization_barrier", "name", "pvary"}:
+        return [view]
+    if kind == "convert_element_type":
+        floating = jnp.issubdtype(params["new_dtype"], jnp.floating)
+        return [view] if floating else None
+    if kind == "transpose":
+        return [view._replace(axes=tuple(view.axes[axis] for axis in params["permutation"]))]
+    if kind == "squeeze":
+        kept = [a for axis, a in enumerate(view.axes) if axis not in params["dimensions"]]
+        return [view._replace(axes=tuple(kept))]
+    if kind == "reshape" and params["dimensions"] is None:
+        seen = reshaped(view, shapes[0])
+        return None if seen is None else [seen]
+    if kind == "broadcast_in_dim":
+        return _expanded(view, equation.invars[0].aval.shape, shapes[0], params)
+    if kind == "slice":
+        strides = params["strides"] or (1,) * len(view.axes)
+        if any(stride != 1 for stride in strides):
+            return None
+        return _sliced(view, params["start_indices"], params["limit_indices"])
+    if kind == "split":
+        return _split(view, equation.invars[0].aval.shape, params)
+    return None
+
+
+def reshaped(view: View, shape: tuple[int, ...]) -> View | None:
+    """Deals the atoms out to new axes, splitting one where a new axis ends inside it."""
+    atoms = [atom for axis in view.axes for atom in axis if atom[0] != 1]
+    if 0 in shape:
+        return None
+    axes: list[tuple[Atom, ...]] = []
+    for size in shape:
+        axis: list[Atom] = []
+        while size > 1:
+            if not atoms:
+                return None
+            length, stride = atoms.pop(0)
+            if size % length == 0:
+                axis.append((length, stride))
+                size //= length
+            elif length % size == 0:
+                axis.append((size, stride * (length // size)))
+                atoms.insert(0, (length // size, stride))
+                size = 1
+            else:
+                return None
+        axes.append(tuple(axis))
+    return None if atoms else view._replace(axes=tuple(axes))
+
+
+def _expanded(
+    view: View, old: tuple[int, ...], new: tuple[int, ...], params: dict[str, tuple[int, ...]]
+) -> list[View] | None:
+    if math.prod(old) != math.prod(new):
+        return None
+    axes: list[tuple[Atom, ...]] = [()] * len(new)
+    for axis, target in zip(view.axes, params["broadcast_dimensions"], strict=True):
+        axes[target] = axis
+    return [view._replace(axes=tuple(axes))]
+
+
+def _sliced(view: View, start: tuple[int, ...], stop: tuple[int, ...]) -> list[View] | None:
+    axes, windows, offset = list(view.axes), set(view.windows), view.offset
+    for index, (axis, low, high) in enumerate(zip(view.axes, start, stop, strict=True)):
+        length = math.prod(size for size, _ in axis)
+        if (low, high) == (0, length):
+            continue
+        if len(axis) != 1:
+            return None
+        stride = axis[0][1]
+        # Inside what an earlier slice kept, coordinates no longer follow from the stride alone.
+        if all(length * stride <= w.stride or w.length * w.stride <= stride for w in windows):
+            windows.add(Window(stride, length, low, high))
+        axes[index] = ((high - low, stride),)
+        offset += low * stride
+    return [view._replace(axes=tuple(axes), windows=frozenset(windows), offset=offset)]
+
+
+def _split(
+    view: View, shape: tuple[int, ...], params: dict[str, tuple[int, ...]]
+) -> list[View] | None:
+    axis, views = int(params["axis"]), []  # type: ignore[call-overload]
+    stops = np.cumsum(params["sizes"]).tolist()
+    for low, high in zip([0, *stops[:-1]], stops, strict=True):
+        start, stop = [0] * len(shape), list(shape)
+        start[axis], stop[axis] = low, high
+        part = _sliced(view, tuple(start), tuple(stop))
+        if part is None:
+            return None
+        views += part
+    return views
