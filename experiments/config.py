@@ -52,7 +52,7 @@ class RunConfig:
     examples: int | None = option(
         None, f"stop once this many examples were seen ({DEFAULT_EXAMPLES} without --steps)"
     )
-    evaluations: int = option(20, "evaluations, evenly spread over the steps or examples")
+    evaluations: int = option(10, "evaluations, evenly spread over the steps or examples")
     seed: int = option(0, "of the initial parameters and of the order of the examples")
     width: float = option(1.0, "multiplies the channels and units of the net's hidden layers")
     theta: float = option(1.0, "the norm test's tolerance of relative noise in the gradient")

@@ -49,9 +49,8 @@ def plot(runs: Mapping[str, Record], path: Path, title: str = "") -> None:
     batch_size.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     accuracy.set(ylabel="test accuracy")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))
-    shown = np.concatenate([after_the_start(run.evaluations) for run in runs.values()])
-    margin = 0.05 * np.ptp(shown) + 0.001
-    accuracy.set_ylim(shown.min() - margin, shown.max() + margin)
+    shown = np.concatenate([late_accuracies(run.evaluations) for run in runs.values()])
+    accuracy.set_ylim(min(shown.min(), shown.max() - 0.05), shown.max() + 0.005)
     for axes in (loss, batch_size, accuracy):
         axes.set_xlabel("examples seen")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -63,10 +62,10 @@ def plot(runs: Mapping[str, Record], path: Path, title: str = "") -> None:
     figure.savefig(path, dpi=150)
 
 
-def after_the_start(evaluations: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The test accuracies after the first tenth, when the steepest rise is usually over."""
+def late_accuracies(evaluations: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The test accuracies of the run's second half, whose differences are worth seeing."""
     examples = evaluations["examples"]
-    late: np.ndarray = evaluations["test_accuracy"][examples >= examples[-1] / 10]
+    late: np.ndarray = evaluations["test_accuracy"][examples >= examples[-1] / 2]
     return late
 
 

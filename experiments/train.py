@@ -18,7 +18,7 @@ from experiments.config import BUCKETS, RunConfig
 from experiments.evaluate import make_evaluate
 from experiments.step import CompiledStep, make_train_step
 
-TRAIN_EXAMPLES_EVALUATED = 5_000
+TRAIN_EXAMPLES_EVALUATED = 2_000
 
 
 class Experiment(NamedTuple):
