@@ -27,7 +27,7 @@ class GradientMoments(NamedTuple):
     value: jax.Array
     mean: PyTree
     variance: PyTree
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count is not missed
 
 
 def tree_squared_norm(tree: PyTree) -> jax.Array:

@@ -36,7 +36,7 @@ def gradients(factors: Factors, rows: int) -> jax.Array:
     if _is_indices(left):
         empty = jnp.zeros((rows, right.shape[-1]), jnp.float32)
         empty = sharding.vary(empty, tuple(compat.varying_axes(right)))
-        scatter = jax.vmap(lambda at, row: empty.at[at].add(row))
+        scatter: Any = jax.vmap(lambda at, row: empty.at[at].add(row))
         tables: jax.Array = scatter(left, right[:, 0].astype(jnp.float32))
         return tables[:, None]
     if left.shape[2] == 1:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cabs_jax.moments import compat, sharding
+from cabs_jax.moments import compat, options, sharding
 from cabs_jax.moments.factored import batch_sums
+from cabs_jax.moments.options import Method
 from cabs_jax.moments.per_example import batch_size_of, check_scalar, per_example_value_and_grad
 from cabs_jax.statistics import (
     GradientMoments,
@@ -23,7 +23,6 @@ from cabs_jax.statistics import (
 )
 
 PyTree = Any
-Method = Literal["auto", "factored", "per_example", "between"]
 
 
 class Sums(NamedTuple):
@@ -113,7 +112,7 @@ def gradient_moments(
       >>> moments.mean.tolist(), float(moments.variance), int(moments.count)
       ([0.5, 1.0], 1.25, 2)
     """
-    _check_options(method, variance, subsample, microbatch_size, groups)
+    options.check(method, variance, subsample, microbatch_size, groups)
     if keep_batch_dim:
         loss_fn = _of_one(loss_fn, has_aux)
 
@@ -123,7 +122,7 @@ def gradient_moments(
         return result
 
     def compute(params: PyTree, batch: PyTree, mask: jax.Array | None = None) -> Any:
-        _check_mask(mask, batch_size_of(batch))
+        options.check_mask(mask, batch_size_of(batch))
         mesh_used, axes = sharding.resolve(mesh, axis_name, batch)
 
         def on_shard(params: PyTree, batch: PyTree, mask: jax.Array | None) -> tuple[Any, Any]:
@@ -136,7 +135,7 @@ def gradient_moments(
             sums, aux = _add_up(
                 _estimator(checked, method, variance, has_aux, subsample, axes),
                 (params, batch, keep),
-                _block_size(size, method, microbatch_size, groups, axes),
+                options.block_size(size, method, microbatch_size, groups, axes),
                 skip_padding=mask is not None and method != "between",
             )
             real = jnp.sum(keep, dtype=jnp.int32)
@@ -186,7 +185,7 @@ def _estimator(
 
     def factored(params: PyTree, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
         weights, size = keep.astype(jnp.float32), keep.shape[0]
-        measured = _measured(subsample, size, axes)
+        measured = options.measured(subsample, size, axes)
         result = batch_sums(
             loss_fn,
             params,
@@ -361,84 +360,3 @@ def _of_one(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
         return (loss, aux) if has_aux else loss
 
     return of_one
-
-
-def _measured(subsample: int | None, size: int, axes: tuple[str, ...]) -> int:
-    """Number of examples of this block and device that are measured."""
-    if subsample is None:
-        return size
-    shards = math.prod(lax.axis_size(axis) for axis in axes)
-    if subsample % shards:
-        raise ValueError(
-            f"subsample={subsample} does not split evenly over {shards} shards of the batch;"
-            f" take a multiple of {shards}"
-        )
-    return min(subsample // shards, size)
-
-
-def _block_size(
-    size: int,
-    method: Method,
-    microbatch_size: int | None,
-    groups: int | None,
-    axes: tuple[str, ...],
-) -> int | None:
-    """Examples that are worked on at a time; None for all."""
-    if method == "between":
-        shards = math.prod(lax.axis_size(axis) for axis in axes)
-        parts = groups or 1
-        if parts * shards < 2:
-            raise ValueError(
-                f'method="between" compares groups, and here there is {parts * shards}: pass'
-                " groups=2 or more, or split the batch over a mesh (mesh= or axis_name=)"
-            )
-        if size % parts:
-            raise ValueError(f"groups={parts} does not divide the batch (or shard) of {size}")
-        return size // parts
-    if microbatch_size is not None and size % microbatch_size:
-        raise ValueError(
-            f"microbatch_size={microbatch_size} does not divide the batch (or shard) of {size}; pad"
-            " the batch and pass a mask"
-        )
-    return microbatch_size
-
-
-def _check_options(
-    method: Method,
-    variance: Variance,
-    subsample: int | None,
-    microbatch_size: int | None,
-    groups: int | None,
-) -> None:
-    for name, value, known in (
-        ("method", method, get_args(Method)),
-        ("variance", variance, get_args(Variance)),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {known}, got {value!r}")
-    numbers = {"subsample": subsample, "microbatch_size": microbatch_size, "groups": groups}
-    for name, number in numbers.items():
-        if number is not None and not (isinstance(number, int) and number >= 1):
-            raise ValueError(f"{name} must be a positive int or None, got {number!r}")
-    if subsample is not None and (method in {"per_example", "between"} or microbatch_size):
-        raise ValueError(
-            f"subsample={subsample} goes with the factored method on the whole batch, not with"
-            f" method={method!r} and microbatch_size={microbatch_size}"
-        )
-    if groups is not None and method != "between":
-        raise ValueError(f'groups={groups} goes with method="between", not with {method!r}')
-    if microbatch_size is not None and method == "between":
-        raise ValueError(
-            f'microbatch_size={microbatch_size} has no place in method="between", whose groups are'
-            " worked on one at a time; use groups="
-        )
-
-
-def _check_mask(mask: jax.Array | None, size: int) -> None:
-    if mask is None:
-        return
-    if not hasattr(mask, "dtype") or mask.dtype != jnp.bool_:
-        found = getattr(mask, "dtype", type(mask).__name__)
-        raise TypeError(f"mask must be a boolean array, got {found}")
-    if mask.shape != (size,):
-        raise ValueError(f"mask must have shape ({size},) like the batch, got {mask.shape}")

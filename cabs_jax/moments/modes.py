@@ -108,5 +108,7 @@ def _no_factors(site: Site, parameter: Parameter) -> str:
 
 def is_small(site: Site) -> bool:
     """Whether a copy of the weights for each example is no larger than what the site puts out."""
+    if site.equation is None or site.equation.primitive.name == "scan":
+        return True
     weights = sum(site.equation.invars[operand].aval.size for operand, _ in site.weights)
     return bool(weights <= sum(out.aval.size for out in site.equation.outvars))

@@ -1,0 +1,182 @@
+"""Says what the moments of a loss cost, parameter by parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from cabs_jax.moments import compat, cost
+from cabs_jax.moments.factored import trace_plan
+from cabs_jax.moments.modes import Choice, Mode, choose, is_small
+from cabs_jax.moments.primitives import Rule
+from cabs_jax.moments.tracing import Plan
+from cabs_jax.statistics import Variance
+
+PyTree = Any
+Sizes = tuple[int, int, int, int]
+
+
+class Explanation(NamedTuple):
+    """How one parameter's share of the squared gradient norm is computed.
+
+    Attributes:
+      parameter: Path of the parameter in the tree.
+      shape: Its shape.
+      primitives: Primitives in which it meets the example.
+      form: "one position", "Gram" or "direct" (see `cost`); "small" where its gradient, no larger
+        than what it acts on (a bias, a scale), is held for every example; "per example" where a
+        large one is; "unused" where the loss does not depend on it.
+      extra_flops: Operations per example on top of the plain gradient's.
+      relative_flops: The same as a fraction of what the plain gradient spends on this parameter,
+        forward and backward; NaN where that is not known.
+      bytes_per_example: Memory for one example while it is measured.
+      reason: Why this form, where it is not a single use that a rule covers.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    primitives: tuple[str, ...]
+    form: str
+    extra_flops: int
+    relative_flops: float
+    bytes_per_example: int
+    reason: str
+
+
+def explain(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    example: PyTree,
+    *,
+    variance: Variance = "trace",
+    has_aux: bool = False,
+) -> tuple[Explanation, ...]:
+    """Prints, for every parameter, how `gradient_moments` measures it and what that costs.
+
+    Nothing is computed: the loss is traced for one example, so shapes suffice
+    (`jax.ShapeDtypeStruct`).
+
+    Args:
+      loss_fn: `loss_fn(params, example) -> loss`, or `(loss, aux)` with `has_aux`.
+      params: Parameters.
+      example: One example, without a batch axis.
+      variance: "trace" or "diagonal".
+      has_aux: Whether `loss_fn` returns auxiliary data.
+
+    Returns:
+      The rows of the table.
+
+    Example:
+      >>> import cabs_jax, jax.numpy as jnp
+      >>> def loss_fn(params, example):
+      ...     return jnp.sum((example @ params["w"] + params["b"]) ** 2)
+      >>> params = {"w": jnp.zeros((8, 4)), "b": jnp.zeros(4)}
+      >>> rows = cabs_jax.explain(loss_fn, params, jnp.zeros(8))
+      parameter  shape  primitives   form          extra flops  of plain  bytes/example  reason
+      ['b']      4      add          small                   8         –             16
+      ['w']      8×4    dot_general  one position           24      0.12             48
+      total                                                 32                       64
+    """
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), example)
+
+    def loss(params: PyTree, example: PyTree) -> Any:
+        return loss_fn(params, example)
+
+    plan, _ = trace_plan(loss, params, batch)
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    choices = choose(plan, len(paths), variance)
+    rows = tuple(
+        _row(plan, choice, jax.tree_util.keystr(path), leaf.shape)
+        for (path, leaf), choice in zip(paths, choices, strict=True)
+    )
+    print(_table(rows))
+    return rows
+
+
+def _row(plan: Plan, choice: Choice, parameter: str, shape: tuple[int, ...]) -> Explanation:
+    sites = [plan.sites[number] for number in choice.sites]
+    names = {compat.name(site.equation) if site.equation else "loss" for site in sites}
+    known = Explanation(parameter, shape, tuple(sorted(names)), "unused", 0, math.nan, 0, "")
+    if choice.mode is Mode.UNUSED:
+        return known
+    size = math.prod(shape)
+    if choice.mode is Mode.PER_EXAMPLE:
+        small = all(site.rule is None and is_small(site) for site in sites)
+        return known._replace(
+            form="small" if small else "per example",
+            extra_flops=2 * size,
+            bytes_per_example=4 * size,
+            reason="" if small else choice.reason,
+        )
+    sizes = [_sizes(site.rule, site.depth) for site in sites]
+    if choice.mode is Mode.COLLECTED:
+        groups, _, p, q = sizes[0]
+        sizes = [(groups, sum(positions for _, positions, _, _ in sizes), p, q)]
+    forms, flops, memory = zip(*map(_cost, sizes), strict=True)
+    plain = sum(6 * math.prod(size) for size in sizes)
+    return known._replace(
+        form="/".join(dict.fromkeys(forms)),
+        extra_flops=sum(flops),
+        relative_flops=sum(flops) / plain,
+        bytes_per_example=max(memory),
+        reason=choice.reason,
+    )
+
+
+def _sizes(rule: Rule | None, depth: tuple[int, ...]) -> Sizes:
+    assert rule is not None
+    groups, positions, p, q = rule.sizes()
+    return groups, positions * math.prod(depth), p, q
+
+
+def _cost(sizes: Sizes) -> tuple[str, int, int]:
+    groups, positions, p, q = sizes
+    direct = cost.prefers_direct(sizes)
+    memory = cost.norm_bytes(sizes, direct=direct)
+    if positions == 1:
+        return "one position", 2 * groups * (p + q), 4 * groups * (p + q)
+    if direct:
+        return "direct", 3 * groups * p * q, memory
+    return "Gram", 2 * groups * positions**2 * (p + q), memory
+
+
+def _table(rows: tuple[Explanation, ...]) -> str:
+    header = (
+        "parameter",
+        "shape",
+        "primitives",
+        "form",
+        "extra flops",
+        "of plain",
+        "bytes/example",
+        "reason",
+    )
+    lines = [header]
+    for row in rows:
+        known = not math.isnan(row.relative_flops)
+        lines.append(
+            (
+                row.parameter,
+                "×".join(map(str, row.shape)) or "scalar",
+                ", ".join(row.primitives),
+                row.form,
+                f"{row.extra_flops:,}",
+                f"{row.relative_flops:.2f}" if known else "–",
+                f"{row.bytes_per_example:,}",
+                row.reason,
+            )
+        )
+    flops, memory = sum(r.extra_flops for r in rows), sum(r.bytes_per_example for r in rows)
+    lines.append(("total", "", "", "", f"{flops:,}", "", f"{memory:,}", ""))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    numeric = {4, 5, 6}
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i in numeric else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
