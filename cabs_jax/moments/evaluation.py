@@ -52,6 +52,9 @@ def _evaluate(context: Context, step: Step, values: list[Value]) -> Sequence[Val
     equation, inner = step.equation, step.inner
     if step.kind is Kind.SITE:
         return evaluate_site(context, step.site, values)
+    if step.kind is Kind.SHIFT:
+        fixed = [Shared(lax.stop_gradient(v.value)) if isinstance(v, Shared) else v for v in values]
+        return evaluate_plain(equation, fixed)
     if inner is not None and step.kind is Kind.CALL:
         return run(context, inner, values)
     if inner is not None and step.kind is Kind.CHECKPOINT:
@@ -67,6 +70,52 @@ def _evaluate(context: Context, step: Step, values: list[Value]) -> Sequence[Val
     if any(isinstance(value, Batched) for value in values):
         return evaluate_plain(equation, values)
     return _evaluate_shared(context, equation, [v for v in values if isinstance(v, Shared)])
+
+
+def shift(
+    context: Context, program: Program, inputs: Sequence[Shared | None]
+) -> tuple[jax.Array, list[Shared | None]]:
+    """Sums the terms of the loss that depend on parameters alone.
+
+    Args:
+      context: As for `run`.
+      program: The program.
+      inputs: The parameters' values, and None for what depends on the example.
+
+    Returns:
+      The sum, and those outputs of the program that depend on parameters alone.
+    """
+    total = jnp.zeros((), jnp.float32)
+    known: dict[Any, Shared | None] = {
+        var: Shared(const)
+        for var, const in zip(program.jaxpr.constvars, program.consts, strict=True)
+    }
+    known |= zip(program.jaxpr.invars, inputs, strict=True)
+
+    def read(atom: compat.Atom) -> Shared | None:
+        return Shared(atom.val) if compat.is_literal(atom) else known[atom]
+
+    for step in program.steps:
+        values = [read(atom) for atom in step.equation.invars]
+        given = [value for value in values if value is not None]
+        outputs: list[Shared | None] = [None] * len(step.equation.outvars)
+        if step.kind is Kind.CALL and step.inner is not None:
+            more, outputs = shift(context, step.inner, values)
+            total = total + more
+        elif step.kind is Kind.SHIFT:
+            total = total + sum(value.value for value in given).astype(jnp.float32)
+        elif len(given) == len(values):
+            outputs = list(_evaluate_shared(context, step.equation, given))
+        known |= zip(step.equation.outvars, outputs, strict=True)
+    return total, [read(atom) for atom in program.jaxpr.outvars]
+
+
+def has_shift(program: Program) -> bool:
+    """Whether the loss has terms that depend on parameters alone."""
+    return any(
+        step.kind is Kind.SHIFT or (step.inner is not None and has_shift(step.inner))
+        for step in program.steps
+    )
 
 
 def _scan(

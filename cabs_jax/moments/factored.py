@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cabs_jax.moments import compat, cost, forms, views
-from cabs_jax.moments.evaluation import run
+from cabs_jax.moments import compat, cost, evaluation, forms, views
 from cabs_jax.moments.modes import Choice, Mode, choose, weight
 from cabs_jax.moments.primitives import Rule
 from cabs_jax.moments.sites import Batched, Context, Shared, Value, to_batched
@@ -33,12 +32,15 @@ class BatchSums(NamedTuple):
       gradient: Σ_i w_i g_i, a float32 tree like the parameters.
       squares: For the trace, ‖w_i g_i‖² of each example, shape (m,), or (n,) for a subsample; for
         the diagonal, Σ_i (w_i g_i)², a float32 tree like the parameters.
+      shift: Gradient of the terms of the loss that depend on parameters alone, which is in neither
+        of the two, a float32 tree like the parameters; () if there are none.
       aux: Auxiliary outputs of each example.
     """
 
     losses: jax.Array
     gradient: PyTree
     squares: PyTree
+    shift: PyTree
     aux: PyTree
 
 
@@ -87,7 +89,7 @@ def batch_sums(
             for i, leaf in enumerate(leaves)
         ]
         here = context._replace(norms=slots.norms, collected=slots.collected)
-        outputs = run(here, the_plan.program, [*inputs, *batched])
+        outputs = evaluation.run(here, the_plan.program, [*inputs, *batched])
         results = [to_batched(here, output).value for output in outputs]
         result = jax.tree.unflatten(out_tree, results)
         losses, aux = result if has_aux else (result, ())
@@ -116,7 +118,30 @@ def batch_sums(
         by_leaf = filled.squares | {i: jnp.sum(jnp.square(t), axis=0) for i, t in taps.items()}
         zeros = [jnp.zeros(jnp.shape(leaf), jnp.float32) for leaf in leaves]
         squares = jax.tree.unflatten(treedef, [by_leaf.get(i, z) for i, z in enumerate(zeros)])
-    return BatchSums(losses, jax.tree.unflatten(treedef, total), squares, aux)
+    shifted = _shift_gradient(context, leaves, len(batched))
+    return BatchSums(
+        losses,
+        jax.tree.unflatten(treedef, total),
+        squares,
+        jax.tree.unflatten(treedef, shifted) if shifted else (),
+        aux,
+    )
+
+
+def _shift_gradient(context: Context, leaves: list[Any], num_inputs: int) -> list[jax.Array]:
+    """Gradient of the terms of the loss that depend on parameters alone, if there are any."""
+    program = context.plan.program
+    if not evaluation.has_shift(program):
+        return []
+    floating = {i: x for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)}
+
+    def terms(floating: dict[int, Any]) -> jax.Array:
+        values = [Shared(floating.get(i, leaf)) for i, leaf in enumerate(leaves)]
+        return evaluation.shift(context, program, [*values, *[None] * num_inputs])[0]
+
+    gradient = jax.grad(terms)(floating)
+    zeros = [jnp.zeros(jnp.shape(leaf), jnp.float32) for leaf in leaves]
+    return [gradient.get(i, zero).astype(jnp.float32) for i, zero in enumerate(zeros)]
 
 
 def trace_plan(loss_fn: Any, params: PyTree, batch: PyTree) -> tuple[Plan, Any]:

@@ -34,12 +34,14 @@ class Sums(NamedTuple):
       squares: Σ of squared gradients (or norms) of the measured units; between groups, each
         group's ‖Σ g‖²/n.
       measured: Number of real units measured: examples, or non-empty groups.
+      shift: Σ of gradients that are the same for every example and not in `gradient`, or ().
     """
 
     value: jax.Array
     gradient: PyTree
     squares: PyTree
     measured: jax.Array
+    shift: PyTree = ()
 
 
 def gradient_moments(
@@ -199,8 +201,10 @@ def _estimator(
         step = size // measured
         real = jnp.sum(keep[: step * measured : step], dtype=jnp.int32) if step > 1 else keep.sum()
         squares = jnp.sum(result.squares) if variance == "trace" else result.squares
-        sums = Sums(_kept_sum(result.losses, keep), result.gradient, squares, real)
-        return sums, result.aux
+        count = jnp.sum(weights)
+        shift = jax.tree.map(lambda g: g * count, result.shift)
+        value = _kept_sum(result.losses, keep)
+        return Sums(value, result.gradient, squares, real, shift), result.aux
 
     def per_example(params: PyTree, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
         values, grads = per_example_value_and_grad(
@@ -308,9 +312,12 @@ def _moments(
             estimate = squares / jnp.where(units > 0, units, jnp.nan) - squared_mean
         return jnp.where(count > 0, jnp.maximum(estimate, 0.0), 0.0)
 
+    shifted = mean
+    if jax.tree.leaves(total.shift):
+        shifted = jax.tree.map(lambda g, s: g + s / examples, mean, total.shift)
     return GradientMoments(
         total.value / examples,
-        jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), mean, params),
+        jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), shifted, params),
         spread(total.squares, tree_squared_norm(mean))
         if variance == "trace"
         else jax.tree.map(spread, total.squares, jax.tree.map(jnp.square, mean)),

@@ -5,11 +5,15 @@ the example differs from one example to the next; what depends on the parameters
 for all. An equation that takes some of both is a *site*: the gradient of a parameter is the sum of
 what comes back from its sites. The walk goes into jit, checkpoint and scan; anything else that
 holds a jaxpr is one equation to it.
+
+A term of the loss that depends on parameters alone, such as a penalty on their norm, is no site: it
+adds the same to the gradient of every example, which moves their mean and leaves their variance.
 """
 
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +51,7 @@ class Kind(enum.Enum):
 
     PLAIN = enum.auto()  # as it is, vmapped over what depends on the example
     SITE = enum.auto()  # parameters meet the example
+    SHIFT = enum.auto()  # parameters add the same to the loss of every example
     CALL = enum.auto()  # walk into the jaxpr inside
     CHECKPOINT = enum.auto()  # walk into it, and keep it rematerialised
     SCAN = enum.auto()  # walk into its body
@@ -120,7 +125,7 @@ def plan(closed: Any, num_params: int, differentiable: Sequence[bool]) -> Plan:
     ]
     origins += [EXAMPLE] * (len(jaxpr.invars) - num_params)
     sites: list[Site] = []
-    program = _walk(jaxpr, consts, tuple(origins), (), sites)
+    program = _walk(jaxpr, consts, tuple(origins), (), sites, (True,))
     sites += _copies(None, program.outputs[:1], ())
     return Plan(program, tuple(sites))
 
@@ -131,7 +136,10 @@ def _walk(
     inputs: tuple[Origin, ...],
     depth: tuple[int, ...],
     sites: list[Site],
+    summed: tuple[bool, ...] = (),
 ) -> Program:
+    """Sorts a jaxpr; `summed` tells which of its first outputs are terms of the loss."""
+    terms = _terms(jaxpr, summed)
     known: dict[Any, Origin] = dict.fromkeys(jaxpr.constvars, CONSTANT)
     known |= zip(jaxpr.invars, inputs, strict=True)
 
@@ -141,7 +149,8 @@ def _walk(
     steps = []
     for equation in jaxpr.eqns:
         origins = tuple(map(read, equation.invars))
-        step, outputs = _sort(equation, origins, depth, sites)
+        summed = tuple(var in terms for var in equation.outvars)
+        step, outputs = _sort(equation, origins, depth, sites, summed)
         steps.append(step)
         for var, origin in zip(equation.outvars, outputs, strict=True):
             known[var] = origin if _carries_gradient(var) or origin is EXAMPLE else CONSTANT
@@ -153,18 +162,21 @@ def _sort(
     origins: tuple[Origin, ...],
     depth: tuple[int, ...],
     sites: list[Site],
+    summed: tuple[bool, ...],
 ) -> tuple[Step, Sequence[Origin]]:
     """Sorts one equation; returns its step and where its outputs come from."""
     everything, kind = len(equation.outvars), compat.name(equation)
     weights = tuple((i, o) for i, o in enumerate(origins) if isinstance(o, Parameter))
     if weights and kind in compat.CALLS:
         inner, consts = compat.inner_jaxpr(equation)
-        program = _walk(inner, consts, origins, depth, sites)
+        program = _walk(inner, consts, origins, depth, sites, summed)
         return Step(Kind.CALL, equation, program), program.outputs
     if EXAMPLE not in origins:
         return Step(Kind.PLAIN, equation), _from_parameters(equation, [w for _, w in weights])
     if not weights or not any(map(_carries_gradient, equation.outvars)):
         return Step(Kind.PLAIN, equation), [EXAMPLE] * everything
+    if kind == "add" and any(summed) and len(weights) == 1:
+        return Step(Kind.SHIFT, equation), [EXAMPLE]
     if kind in compat.CHECKPOINTS:
         inner, consts = compat.inner_jaxpr(equation)
         program = _walk(inner, consts, origins, depth, sites)
@@ -174,6 +186,18 @@ def _sort(
     rule = primitives.find_rule(equation, weights[0][0]) if len(weights) == 1 else None
     sites.append(Site(equation, weights, rule, depth))
     return Step(Kind.SITE, equation, site=len(sites) - 1), [EXAMPLE] * everything
+
+
+def _terms(jaxpr: compat.Jaxpr, summed: tuple[bool, ...]) -> set[Any]:
+    """Variables that enter the loss as terms of a sum and are used for nothing else."""
+    outputs = [v for v, term in zip(jaxpr.outvars, summed, strict=False) if term]
+    uses = Counter(v for e in jaxpr.eqns for v in e.invars if not compat.is_literal(v))
+    terms = {v for v in outputs if not compat.is_literal(v) and not uses[v]}
+    for equation in reversed(jaxpr.eqns):
+        if compat.name(equation) == "add" and equation.outvars[0] in terms:
+            operands = [v for v in equation.invars if not compat.is_literal(v)]
+            terms |= {v for v in operands if uses[v] == 1}
+    return terms
 
 
 def _from_parameters(equation: compat.Equation, weights: list[Parameter]) -> list[Origin]:
