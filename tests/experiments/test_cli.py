@@ -66,7 +66,7 @@ def test_without_arguments_three_runs_share_a_figure(tmp_path, monkeypatch, caps
         (["run", "--round-to", "x"], "argument --round-to"),
         (["run", "--momentum", "0.9"], "unrecognized arguments: --momentum 0.9"),
         (["run", "--data-dir", "nowhere"], "nowhere"),
-        (["bench", "speed"], "unknown benchmark 'speed'; known benchmarks: "),
+        (["bench", "speed"], "unknown benchmark 'speed'; known benchmarks:"),
         (["fly"], "invalid choice: 'fly'"),
     ],
 )
