@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import operator
 import weakref
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
 
 from cabs_jax.loader.order import Order
+from cabs_jax.loader.padding import PadTo, padding_rule
+from cabs_jax.loader.placement import place, placement
 from cabs_jax.loader.read_ahead import ReadAhead
 from cabs_jax.loader.sources import ArraySource, Batch, as_source
 
@@ -37,11 +42,21 @@ class BatchLoader:
         batch_size: size of the first batches; see the attribute.
         seed: non-negative integer that identifies the order.
         shuffle: False gives the source's own order in every epoch.
+        sharding: yields global arrays sharded so, such as `NamedSharding(mesh, P("data"))`. Each
+            process reads only its own share of the stream, one example in as many as there are
+            shares, whatever the sizes: the batch holds the same examples as on one process, in
+            another order. Sizes must be multiples of the number of shards, unless padded. The
+            transfer to the devices is not waited for.
+        pad_to: yields `(batch, mask)`, padded with zeros to one size, to the next larger of several
+            (see `buckets`), or to `pad_to(size)`; `mask`, of shape (rows,), is True for examples.
+        lag: every size takes effect `lag` batches late. With 1, the next batch is cut with the size
+            that was known when the last one was, so that no cut waits for the step just dispatched.
 
     Raises:
-        TypeError: if `source`, `batch_size` or `seed` is of the wrong type.
-        ValueError: if `source` is empty, if its arrays differ in length, if `seed` is negative,
-            or if `batch_size` is not positive.
+        TypeError: if an argument is of the wrong type.
+        ValueError: if `source` is empty, if its arrays differ in length, if `seed` or `lag` is
+            negative, if `batch_size` is not positive, if `pad_to` is not increasing multiples of
+            the number of shards, or if `sharding` splits another axis than the leading one.
 
     Example:
         >>> import numpy as np
@@ -60,14 +75,27 @@ class BatchLoader:
         seed: int = 0,
         *,
         shuffle: bool = True,
+        sharding: Sharding | None = None,
+        pad_to: PadTo | None = None,
+        lag: int = 0,
     ):
-        self._seed = operator.index(seed)
-        if self._seed < 0:
-            raise ValueError(f"seed must be non-negative, got {seed}")
+        self._seed = _non_negative("seed", seed)
+        self._lag = _non_negative("lag", lag)
         self._shuffle = bool(shuffle)
         self._source = as_source(source)
-        self._order = Order(self._source.length, self._seed, self._shuffle)
-        self._position = 0
+        self._sharding = sharding
+        self._placement = placement(sharding)
+        self._rows = padding_rule(pad_to, self._placement.shards)
+        self._masked = pad_to is not None
+        self._order = Order(
+            self._source.length,
+            self._seed,
+            self._shuffle,
+            offset=self._placement.reader,
+            stride=self._placement.readers,
+        )
+        self._position = 0  # in the global stream
+        self._earlier_sizes: tuple[int | jax.Array, ...] = ()  # oldest first, at most `lag`
         self._reader: ReadAhead | None = None
         self._stop_reader = weakref.finalize(self, lambda: None)
         self.batch_size = batch_size
@@ -76,8 +104,8 @@ class BatchLoader:
     def batch_size(self) -> int | jax.Array:
         """Number of examples in the next batch, settable to an integer or an integer scalar array.
 
-        A `jax.Array` is only read when the next batch is cut, so that setting it does not wait for
-        the device; if its value is then not a positive size, the cut raises a ValueError.
+        A `jax.Array` is only read when the batch is cut, so that setting it does not wait for the
+        device; if its value is then not a positive size, the cut raises a ValueError.
         """
         return self._batch_size
 
@@ -90,59 +118,72 @@ class BatchLoader:
                 raise TypeError(
                     f"batch_size must be an integer scalar, got {value.dtype}{list(value.shape)}"
                 )
-            value.copy_to_host_async()
-            self._batch_size: int | jax.Array = value
+            # A late reader needs its own copy: the next step may be given, and reuse, the original.
+            self._batch_size: int | jax.Array = jnp.copy(value) if self._lag else value
+            self._batch_size.copy_to_host_async()
         else:
             self._batch_size = _checked_size(value)
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Batch:
-        """The next `batch_size` examples: a pytree of numpy arrays of shape (batch_size, ...)."""
-        count = _checked_size(self._batch_size)
-        batch = self._cut(self._position, count)
-        self._position += count
+    def __next__(self) -> Any:
+        """The next `batch_size` examples.
+
+        Returns:
+            a pytree of numpy arrays of shape (batch_size, ...), or of global `jax.Array`s with
+            `sharding`. With `pad_to`, a pair of that and the mask.
+        """
+        sizes = (*self._earlier_sizes, self._batch_size)
+        size = _checked_size(sizes[0])
+        try:
+            batch = self._load(size)
+        except BaseException as error:  # Ctrl-C too
+            self._stop_reader()  # it may have given examples away: read them anew
+            if isinstance(error, StopIteration):
+                raise RuntimeError("source raised StopIteration") from error
+            raise
+        self._position += size
+        self._earlier_sizes = sizes[1:] if len(sizes) > self._lag else sizes
         return batch
 
-    def get_state(self) -> dict[str, int | bool]:
+    def get_state(self) -> dict[str, Any]:
         """What identifies the next example, for JSON; the batch size lives in the optimizer state.
 
-        It depends on neither past batch sizes nor reading ahead.
+        It is the same for all processes, whatever their number, and depends on neither past batch
+        sizes nor reading ahead. With `lag`, it includes the sizes that are still to take effect.
 
         Example:
             >>> loader = BatchLoader([3, 1, 4, 1, 5], batch_size=3, seed=7)
             >>> _ = next(loader)
             >>> loader.get_state()
-            {'seed': 7, 'position': 3, 'length': 5, 'shuffle': True}
+            {'seed': 7, 'length': 5, 'shuffle': True, 'position': 3}
         """
-        return {
-            "seed": self._seed,
-            "position": self._position,
-            "length": self._source.length,
-            "shuffle": self._shuffle,
-        }
+        state = {**self._stream(), "position": self._position}
+        if self._lag:
+            state["batch_sizes"] = [int(size) for size in self._earlier_sizes]
+        return state
 
-    def set_state(self, state: dict[str, int | bool]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues with the example after the last one that was loaded at `get_state`.
 
         Raises:
-            ValueError: if the state belongs to another stream of examples.
+            ValueError: if the state is incomplete, or belongs to another stream of examples.
         """
-        own = self.get_state()
-        if state.keys() != own.keys():
-            raise ValueError(f"state must have the keys {sorted(own)}, got {sorted(state)}")
-        for key in own.keys() - {"position"}:
-            if state[key] != own[key]:
+        stream = self._stream()
+        if missing := {*stream, "position"} - state.keys():
+            raise ValueError(f"state lacks {sorted(missing)}, got {dict(state)}")
+        for key, own in stream.items():
+            if state[key] != own:
                 raise ValueError(
-                    f"state was saved with {key}={state[key]}, this loader has {key}={own[key]}: "
+                    f"state was saved with {key}={state[key]}, this loader has {key}={own}: "
                     "the order of examples would differ"
                 )
-        position = operator.index(state["position"])
-        if position < 0:
-            raise ValueError(f"position must be non-negative, got {position}")
+        position = _non_negative("position", state["position"])
+        sizes = tuple(_checked_size(size) for size in state.get("batch_sizes", ()))
         self.close()
         self._position = position
+        self._earlier_sizes = sizes[len(sizes) - min(len(sizes), self._lag) :]
 
     def close(self) -> None:
         """Ends the background thread, if there is one; the next batch would start it again."""
@@ -162,18 +203,29 @@ class BatchLoader:
     ) -> None:
         self.close()
 
-    def _cut(self, start: int, count: int) -> Batch:
+    def _stream(self) -> dict[str, Any]:
+        return {"seed": self._seed, "length": self._source.length, "shuffle": self._shuffle}
+
+    def _load(self, size: int) -> Any:
+        """The `size` next examples of all processes together."""
+        readers = self._placement.readers
+        rows = self._rows(size) // readers
+        if size < readers:
+            raise ValueError(f"batch size {size} leaves some of {readers} processes without any")
+        start, stop = (
+            (position - self._placement.reader + readers - 1) // readers
+            for position in (self._position, self._position + size)
+        )
+        batch = self._cut(start, stop - start, rows)
+        if self._masked:
+            batch = batch, np.arange(rows) < stop - start
+        return batch if self._sharding is None else place(batch, self._sharding)
+
+    def _cut(self, start: int, count: int, rows: int) -> Batch:
+        """This process's examples from its position `start` on, padded to `rows`."""
         if isinstance(self._source, ArraySource) and self._source.in_memory:
-            return self._source.read(self._order(start, start + count))
-        try:
-            pieces = self._read_ahead(start, count).take(count)
-        except BaseException as error:
-            # The reader may hold less than the position says, after Ctrl-C too: read anew.
-            self._stop_reader()
-            if isinstance(error, StopIteration):
-                raise RuntimeError("source raised StopIteration") from error
-            raise
-        return self._source.collate(pieces, count)
+            return self._source.read(self._order(start, start + count), rows)
+        return self._source.collate(self._read_ahead(start, count).take(count), rows)
 
     def _read_ahead(self, start: int, count: int) -> ReadAhead:
         if self._reader is None or not self._stop_reader.alive:
@@ -181,6 +233,13 @@ class BatchLoader:
             self._reader = ReadAhead(self._source, self._order, start, count)
             self._stop_reader = weakref.finalize(self, self._reader.stop)
         return self._reader
+
+
+def _non_negative(name: str, value: SupportsIndex) -> int:
+    number = operator.index(value)
+    if number < 0:
+        raise ValueError(f"{name} must be non-negative, got {number}")
+    return number
 
 
 def _checked_size(value: SupportsIndex | jax.Array) -> int:

@@ -146,15 +146,16 @@ def _is_memory_mapped(array: Any) -> bool:
 
 def _gather(leaf: NDArray[Any], indices: Indices, rows: int) -> NDArray[Any]:
     count = len(indices)
-    if not (leaf.flags.c_contiguous and leaf.flags.aligned):  # `take` would copy the whole leaf
-        if rows == count:
-            return leaf[indices]
-        gathered = np.zeros((rows, *leaf.shape[1:]), leaf.dtype)
-        gathered[:count] = leaf[indices]
-        return gathered
+    # `take` is faster than indexing, but would first copy the whole of an array with gaps. Indices
+    # are in range: mode="clip" only saves it from gathering into a second buffer to check them.
+    without_gaps = leaf.flags.c_contiguous and leaf.flags.aligned
+    if rows == count:
+        return leaf.take(indices, axis=0, mode="clip") if without_gaps else leaf[indices]
     gathered = np.empty((rows, *leaf.shape[1:]), leaf.dtype)
-    # Indices are in range; mode="raise" would gather into a second buffer first.
-    np.take(leaf, indices, axis=0, out=gathered[:count], mode="clip")
+    if without_gaps:
+        leaf.take(indices, axis=0, out=gathered[:count], mode="clip")
+    else:
+        gathered[:count] = leaf[indices]
     gathered[count:] = 0
     return gathered
 
