@@ -1,0 +1,144 @@
+"""Examples per second of `BatchLoader`, plain numpy indexing and Grain, on the same arrays."""
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from cabs_jax import BatchLoader
+
+BATCH_SIZES = (16, 128, 2048)
+OURS = "cabs_jax"
+
+
+class Examples(NamedTuple):
+    """A data set in memory, or a batch of it."""
+
+    image: np.ndarray
+    label: np.ndarray
+
+
+class Result(NamedTuple):
+    """Median examples per second of each contender, and medians of paired ratios."""
+
+    examples_per_second: dict[str, float]
+    over_numpy: float
+    over_grain: float
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m experiments bench loader", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15, help="paired measurements of each cell")
+    parser.add_argument("--seconds", type=float, default=0.1, help="length of a measurement")
+    arguments = parser.parse_args(argv)
+
+    table = Table(box=SIMPLE_HEAD, title="examples per second")
+    for column in ("data", "m", *contenders(data_sets()["MNIST"], 16), "/ numpy", "/ Grain"):
+        table.add_column(column, justify="left" if column == "data" else "right")
+    cells = list(itertools.product(data_sets().items(), BATCH_SIZES))
+    for (name, examples), batch_size in track(cells, "bench loader", transient=True):
+        result = measure(examples, batch_size, arguments.rounds, arguments.seconds)
+        table.add_row(
+            name,
+            str(batch_size),
+            *(f"{rate:,.0f}" for rate in result.examples_per_second.values()),
+            f"{result.over_numpy:.2f}",
+            f"{result.over_grain:.1f}",
+        )
+    Console().print(table)
+
+
+def data_sets() -> dict[str, Examples]:
+    """Random examples of the shapes, types and numbers of MNIST and CIFAR-10."""
+    random = np.random.default_rng(0)
+    return {
+        "MNIST": Examples(
+            random.random((60_000, 28, 28, 1), np.float32), random.integers(0, 10, 60_000, np.int32)
+        ),
+        "CIFAR-10": Examples(
+            random.integers(0, 256, (50_000, 32, 32, 3), np.uint8),
+            random.integers(0, 10, 50_000, np.int32),
+        ),
+    }
+
+
+def contenders(examples: Examples, batch_size: int) -> dict[str, Iterator[Any]]:
+    """Endless iterators over shuffled batches.
+
+    Grain is read in this thread: the global interpreter lock makes its reading threads slower.
+    """
+    dataset = grain.MapDataset.source(Rows(examples)).seed(0).shuffle().repeat().batch(batch_size)
+    return {
+        "numpy": by_hand(examples, batch_size),
+        OURS: BatchLoader(examples, batch_size),
+        "Grain": (dataset[i] for i in itertools.count()),
+    }
+
+
+def by_hand(examples: Examples, batch_size: int) -> Iterator[Examples]:
+    """What one writes without a library: a permutation per epoch, and fancy indexing."""
+    random = np.random.default_rng(0)
+    while True:
+        order = random.permutation(len(examples.label))
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            indices = order[start : start + batch_size]
+            yield Examples(examples.image[indices], examples.label[indices])
+
+
+class Rows:
+    """Arrays as a source of single examples, which is what Grain reads."""
+
+    def __init__(self, examples: Examples):
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples.label)
+
+    def __getitem__(self, index: int) -> Examples:
+        return Examples(self._examples.image[index], self._examples.label[index])
+
+
+def measure(examples: Examples, batch_size: int, rounds: int, seconds: float) -> Result:
+    """Times all contenders in turn, `rounds` times, after one untimed turn."""
+    iterators = contenders(examples, batch_size)
+    rates: dict[str, list[float]] = {name: [] for name in iterators}
+    for turn in range(rounds + 1):
+        for name, iterator in iterators.items():
+            batches_per_second = rate(iterator, seconds)
+            if turn:
+                rates[name].append(batches_per_second * batch_size)
+    return Result(
+        {name: statistics.median(values) for name, values in rates.items()},
+        median_ratio(rates[OURS], rates["numpy"]),
+        median_ratio(rates[OURS], rates["Grain"]),
+    )
+
+
+def rate(iterator: Iterator[Any], seconds: float) -> float:
+    """Items per second, over at least `seconds`."""
+    started = time.perf_counter()
+    count, elapsed = 0, 0.0
+    while elapsed < seconds:
+        next(iterator)
+        count += 1
+        elapsed = time.perf_counter() - started
+    return count / elapsed
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """The median of pairwise quotients."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+if __name__ == "__main__":
+    main()
