@@ -2,8 +2,8 @@
 
 from cabs_jax import rules
 from cabs_jax._jaxlib_check import warn_if_miscompiling as _warn_if_miscompiling
-from cabs_jax.loader import BatchLoader
-from cabs_jax.moments import gradient_moments, per_example_value_and_grad
+from cabs_jax.loader import BatchLoader, buckets
+from cabs_jax.moments import Explanation, explain, gradient_moments, per_example_value_and_grad
 from cabs_jax.rules import Statistics
 from cabs_jax.state import batch_size
 from cabs_jax.statistics import GradientMoments
@@ -11,11 +11,14 @@ from cabs_jax.transform import adapt_batch_size, cabs
 
 __all__ = [
     "BatchLoader",
+    "Explanation",
     "GradientMoments",
     "Statistics",
     "adapt_batch_size",
     "batch_size",
+    "buckets",
     "cabs",
+    "explain",
     "gradient_moments",
     "per_example_value_and_grad",
     "rules",
