@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from experiments import benchmarks, display, figure, records
+from experiments import benchmarks, datasets, display, figure, methods, models, records
 from experiments.config import BUCKETS, RunConfig
 from experiments.train import Experiment, set_up, train
 
@@ -62,14 +62,24 @@ def parser() -> Parser:
     run_parser = commands.add_parser(
         "run", help="train once", allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
-    types: dict[Any, Callable[[str], Any]] = {int | None: int, int | str: _integer_or_buckets}
+    types: dict[Any, Callable[[str], Any]] = {
+        int | None: int,
+        float | None: float,
+        int | str: _integer_or_buckets,
+    }
+    metavars: dict[Any, str] = {str: "NAME", float: "X", float | None: "X"}
+    known = {"dataset": datasets.NAMES, "method": methods.METHODS, "model": models.NAMES}
     for field in dataclasses.fields(RunConfig):
-        default = f" (default {field.default})" if field.default not in (None, "") else ""
+        help_text = field.metadata["help"]
+        if field.name in known:
+            help_text += f": {', '.join(known[field.name])}"
+        if field.default not in (None, ""):
+            help_text += f" (default {field.default})"
         run_parser.add_argument(
             "--" + field.name.replace("_", "-"),
             type=types.get(field.type, field.type),
-            metavar="X" if field.type is float else "NAME" if field.type is str else "N",
-            help=(field.metadata["help"] + default).replace("%", "%%"),
+            metavar=metavars.get(field.type, "N"),
+            help=help_text.replace("%", "%%"),
         )
     run_parser.add_argument(
         "--data-dir", metavar="DIR", help="holds the data sets (default $CABS_JAX_DATA)"

@@ -35,9 +35,11 @@ class RunConfig:
         ValueError: A value is out of range, or two contradict each other.
     """
 
-    dataset: str = option("digits", "a data set's name, or a folder or tar of split/class/file")
+    dataset: str = option(
+        "digits", "a folder or tar of images laid out split/class/file, or a name"
+    )
     method: str = option("cabs", "the rule that sets the batch size")
-    model: str = option("", "a net's name; by default the one that fits the data set")
+    model: str = option("", "by default the net that fits the data set")
     learning_rate: float = option(0.1, "the step size of SGD, and of the rules that depend on it")
     batch_size: int = option(16, "the size that `constant` keeps and the others start from")
     min_batch_size: int = option(16, "the smallest size an adaptive method may choose")
@@ -56,8 +58,8 @@ class RunConfig:
     seed: int = option(0, "of the initial parameters and of the order of the examples")
     width: float = option(1.0, "multiplies the channels and units of the net's hidden layers")
     theta: float = option(1.0, "the norm test's tolerance of relative noise in the gradient")
-    lipschitz: float = option(
-        0.0, "expected_progress: the gradient's Lipschitz constant (default 1 / learning rate)"
+    lipschitz: float | None = option(
+        None, "expected_progress: the gradient's Lipschitz constant (default 1 / learning rate)"
     )
 
     def __post_init__(self) -> None:
@@ -67,12 +69,10 @@ class RunConfig:
             self._resolve("examples", DEFAULT_EXAMPLES)
         if not self.model:
             self._resolve("model", DEFAULT_MODELS.get(self.dataset, FALLBACK_MODEL))
-        if not self.lipschitz and self.learning_rate > 0:
-            self._resolve("lipschitz", 1 / self.learning_rate)
 
         for name in ("learning_rate", "width", "theta", "lipschitz"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value}")
         for name in (
             "batch_size",

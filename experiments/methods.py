@@ -15,7 +15,7 @@ METHODS: dict[str, Callable[[RunConfig], rules.Rule]] = {
     "cabs": lambda config: rules.cabs(config.learning_rate),
     "constant": lambda config: rules.constant(config.batch_size),
     "expected_progress": lambda config: rules.expected_progress(
-        config.learning_rate, config.lipschitz
+        config.learning_rate, config.lipschitz or 1 / config.learning_rate
     ),
     "norm_test": lambda config: rules.norm_test(config.theta),
     "noise_scale": lambda config: rules.noise_scale(),
