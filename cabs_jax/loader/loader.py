@@ -49,8 +49,8 @@ class BatchLoader:
             transfer to the devices is not waited for.
         pad_to: yields `(batch, mask)`, padded with zeros to one size, to the next larger of several
             (see `buckets`), or to `pad_to(size)`; `mask`, of shape (rows,), is True for examples.
-        lag: every size takes effect `lag` batches late. With 1, the next batch is cut with the size
-            that was known when the last one was, so that no cut waits for the step just dispatched.
+        lag: every size takes effect `lag` batches late. With 1, batch k + 1 is cut with the size
+            that step k - 1 gave, so that cutting and transferring it overlap step k.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -138,12 +138,12 @@ class BatchLoader:
         size = _checked_size(sizes[0])
         try:
             batch = self._load(size)
+            self._position += size
         except BaseException as error:  # Ctrl-C too
             self._stop_reader()  # it may have given examples away: read them anew
             if isinstance(error, StopIteration):
                 raise RuntimeError("source raised StopIteration") from error
             raise
-        self._position += size
         self._earlier_sizes = sizes[1:] if len(sizes) > self._lag else sizes
         return batch
 
@@ -183,7 +183,7 @@ class BatchLoader:
         sizes = tuple(_checked_size(size) for size in state.get("batch_sizes", ()))
         self.close()
         self._position = position
-        self._earlier_sizes = sizes[len(sizes) - min(len(sizes), self._lag) :]
+        self._earlier_sizes = sizes[-self._lag :] if self._lag else ()
 
     def close(self) -> None:
         """Ends the background thread, if there is one; the next batch would start it again."""
@@ -235,18 +235,22 @@ class BatchLoader:
         return self._reader
 
 
+def _integer(name: str, value: SupportsIndex | jax.Array) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from error
+
+
 def _non_negative(name: str, value: SupportsIndex) -> int:
-    number = operator.index(value)
+    number = _integer(name, value)
     if number < 0:
         raise ValueError(f"{name} must be non-negative, got {number}")
     return number
 
 
 def _checked_size(value: SupportsIndex | jax.Array) -> int:
-    try:
-        size = operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"batch_size must be an integer, got {value!r}") from error
+    size = _integer("batch_size", value)
     if isinstance(value, bool) or not 1 <= size <= MAX_BATCH_SIZE:
         raise ValueError(f"batch_size must be in [1, {MAX_BATCH_SIZE}], got {value!r}")
     return size

@@ -146,7 +146,7 @@ def test_setting_the_size_inside_jit_raises():
 
 @pytest.mark.parametrize(("seed", "error"), [(-1, ValueError), (0.5, TypeError)])
 def test_bad_seeds_raise(seed, error):
-    with pytest.raises(error):
+    with pytest.raises(error, match=f"seed must be .* got {seed}"):
         BatchLoader(np.arange(3), seed=seed)
 
 

@@ -9,6 +9,8 @@ import sys
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -153,6 +155,44 @@ def test_shares_that_overlap_or_differ_in_size_raise(monkeypatch, shares):
 def test_a_process_without_a_share_raises(monkeypatch):
     with pytest.raises(ValueError, match="no device of process 2"):
         placement_of(monkeypatch, 2, [[0], [1]], 2)
+
+
+def loaders_of(readers, length, **kwargs):
+    """The loaders of several processes, which yield local rows for want of a sharding."""
+    loaders = []
+    for reader in range(readers):
+        with pytest.MonkeyPatch.context() as patch:
+            share = Placement(readers, readers, reader)
+            patch.setattr("cabs_jax.loader.loader.placement", lambda sharding, share=share: share)
+            loaders.append(BatchLoader(np.arange(length), seed=5, **kwargs))
+    return loaders
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    readers=st.integers(1, 5),
+    length=st.integers(1, 30),
+    sizes=st.lists(st.integers(5, 60), min_size=1, max_size=6),
+)
+def test_shares_of_every_batch_make_up_the_batch(readers, length, sizes):
+    loaders = loaders_of(readers, length, pad_to=lambda size: -(-size // readers) * readers)
+    plain = BatchLoader(np.arange(length), seed=5)
+    for size in sizes:
+        real = []
+        for loader in (*loaders, plain):
+            loader.batch_size = size
+        for loader in loaders:
+            rows, mask = next(loader)
+            assert len(rows) == len(mask) == -(-size // readers)
+            real.extend(rows[mask].tolist())
+            assert loader.get_state()["position"] == plain.get_state()["position"] + size
+        assert sorted(real) == sorted(next(plain).tolist())
+
+
+def test_a_batch_smaller_than_the_number_of_processes_raises():
+    for loader in loaders_of(3, 10, batch_size=2, pad_to=3):
+        with pytest.raises(ValueError, match="batch size 2 leaves some of 3 processes without"):
+            next(loader)
 
 
 def read_with(processes, **request):
