@@ -17,6 +17,7 @@ from cabs_jax.moments.sites import (
     Value,
     evaluate_plain,
     evaluate_site,
+    slot_dtype,
     to_batched,
 )
 from cabs_jax.moments.tracing import CONSTANT, Kind, Program, Step
@@ -184,9 +185,8 @@ def _evaluate_shared(
     kind = compat.name(equation)
     if kind == "stop_gradient" or not (taps or squares):
         return [Shared(output) for output in outputs]
-    if len(values) == 1 and kind == "convert_element_type":
-        floating = jnp.issubdtype(outputs[0].dtype, jnp.inexact)
-        return [values[0]._replace(value=outputs[0]) if floating else Shared(outputs[0])]
+    if kind == "convert_element_type" and _is_real(values[0].value) and _is_real(outputs[0]):
+        return [values[0]._replace(value=outputs[0])]
     if len(values) == 1 and kind in REARRANGING:
         tapped, squared = _rearranged(equation, values[0], len(outputs))
         return [Shared(*parts) for parts in zip(outputs, tapped, squared, strict=True)]
@@ -223,7 +223,7 @@ def _lifted(
 
     @jax.custom_vjp
     def slots(arguments: dict[int, Any], others: dict[int, Any], inner: Any) -> list[Any]:
-        return [context.zeros((context.measured, *shape.shape)) for shape in shapes]
+        return [context.zeros((context.measured, *s.shape), slot_dtype(s.dtype)) for s in shapes]
 
     def forward(arguments: Any, others: Any, inner: Any) -> tuple[list[Any], Any]:
         return slots(arguments, others, inner), (arguments, others)
@@ -239,13 +239,17 @@ def _lifted(
         _, pull = jax.vjp(function, arguments)
         cast = [c.astype(shape.dtype) for c, shape in zip(cotangents, shapes, strict=True)]
         (pulled,) = jax.vmap(pull)(cast)
-        into_inner = {i: p.astype(jnp.float32) for i, p in pulled.items()}
+        into_inner = {i: p.astype(slot_dtype(p.dtype)) for i, p in pulled.items()}
         return jax.tree.map(jnp.zeros_like, arguments), None, into_inner
 
     slots.defvjp(forward, backward)
     filled = slots(arguments, others, {i: values[i].taps for i in taps})
     by_output = dict(zip(floating, filled, strict=True))
     return [by_output.get(i) for i in range(len(equation.outvars))]
+
+
+def _is_real(x: Any) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.floating))
 
 
 def _is_floating(aval: Any) -> bool:

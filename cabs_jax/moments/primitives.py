@@ -77,7 +77,8 @@ class Rule(NamedTuple):
 def find_rule(equation: compat.Equation, operand: int) -> Rule | None:
     """Returns the rule for a weight at one operand of an equation, None if none covers it."""
     make = RULES.get(compat.name(equation))
-    return make(equation, operand) if make else None
+    real = jnp.issubdtype(equation.invars[operand].aval.dtype, jnp.floating)
+    return make(equation, operand) if make and real else None
 
 
 def _dot_general(equation: compat.Equation, operand: int) -> Rule | None:

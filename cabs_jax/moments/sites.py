@@ -93,6 +93,11 @@ class Context(NamedTuple):
         return slot
 
 
+def slot_dtype(dtype: Any) -> Any:
+    """The dtype of a slot for gradients of a value: float32, or complex64 for a complex value."""
+    return jnp.complex64 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float32
+
+
 def to_batched(context: Context, value: Value) -> Batched:
     """Gives every example a copy of its own of a shared value."""
     if isinstance(value, Batched):
@@ -294,7 +299,7 @@ def _by_derivative(context: Context, site: Site, values: list[Value]) -> list[Ba
             for i, w in weights.items()
         }
         into_examples = {i: into_smooth.get(i) for i in examples}
-        slots = {i: context.rows(g).astype(jnp.float32) for i, g in gradients.items()}
+        slots = {i: context.rows(g).astype(slot_dtype(g.dtype)) for i, g in gradients.items()}
         return into_weights, None, into_examples, slots
 
     apply.defvjp(forward, backward)
