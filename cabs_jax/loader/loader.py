@@ -21,6 +21,8 @@ from cabs_jax.loader.sources import ArraySource, Batch, as_source
 
 MAX_BATCH_SIZE = 2**24  # larger ones are accidents, and would exhaust memory before any error
 
+_copy = jax.jit(jnp.copy)  # 7 microseconds; dispatched alone, the copy costs 44
+
 
 class BatchLoader:
     """Endless batches whose size may change at every step.
@@ -119,7 +121,7 @@ class BatchLoader:
                     f"batch_size must be an integer scalar, got {value.dtype}{list(value.shape)}"
                 )
             # A late reader needs its own copy: the next step may be given, and reuse, the original.
-            self._batch_size: int | jax.Array = jnp.copy(value) if self._lag else value
+            self._batch_size: int | jax.Array = _copy(value) if self._lag else value
             self._batch_size.copy_to_host_async()
         else:
             self._batch_size = _checked_size(value)

@@ -163,7 +163,8 @@ def loaders_of(readers, length, **kwargs):
     for reader in range(readers):
         with pytest.MonkeyPatch.context() as patch:
             share = Placement(readers, readers, reader)
-            patch.setattr("cabs_jax.loader.loader.placement", lambda sharding, share=share: share)
+            here = BatchLoader.__init__.__globals__
+            patch.setitem(here, "placement", lambda sharding, share=share: share)
             loaders.append(BatchLoader(np.arange(length), seed=5, **kwargs))
     return loaders
 
