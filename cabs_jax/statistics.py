@@ -36,8 +36,14 @@ def tree_squared_norm(tree: PyTree) -> jax.Array:
     >>> float(tree_squared_norm({"w": jnp.array([3.0, 4.0])}))
     25.0
     """
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
-    return sum(squares, start=jnp.zeros((), jnp.float32))
+
+    def squared_norm(leaf: jax.Array) -> jax.Array:
+        # As a product over all axes: a sum of squares is stored as squares first on CPU.
+        x, axes = leaf.astype(jnp.float32), tuple(range(leaf.ndim))
+        return jax.lax.dot_general(x, x, ((axes, axes), ((), ())), jax.lax.Precision.HIGHEST)
+
+    norms = map(squared_norm, jax.tree.leaves(tree))
+    return sum(norms, start=jnp.zeros((), jnp.float32))
 
 
 def tree_sum(tree: PyTree) -> jax.Array:

@@ -26,15 +26,18 @@ PyTree = Any
 
 
 class Sums(NamedTuple):
-    """What is added up over blocks and devices.
+    """What is added up over blocks and devices, each example weighted by 1/m.
+
+    The weight goes in where the backward pass starts, so that what comes out is the mean gradient
+    and need not be touched again.
 
     Attributes:
-      value: Σ of losses.
-      gradient: Σ of gradients, float32.
-      squares: Σ of squared gradients (or norms) of the measured units; between groups, each
-        group's ‖Σ g‖²/n.
-      measured: Number of real units measured: examples, or non-empty groups.
-      shift: Σ of gradients that are the same for every example and not in `gradient`, or ().
+      value: Σ ℓ_i/m.
+      gradient: Σ g_i/m, float32.
+      squares: Σ ‖g_i/m‖² of the measured examples, or of the entries' squares; between groups of
+        n_k examples, Σ_k ‖Σ_i g_i/m‖²/n_k.
+      measured: Number of real examples measured, or of non-empty groups.
+      shift: Part of Σ g_i/m that is the same for every example and not in `gradient`, or ().
     """
 
     value: jax.Array
@@ -42,6 +45,10 @@ class Sums(NamedTuple):
     squares: PyTree
     measured: jax.Array
     shift: PyTree = ()
+
+
+Shared = tuple[PyTree, jax.Array]
+Estimator = Callable[[Shared, PyTree, jax.Array], tuple[Sums, PyTree]]
 
 
 def gradient_moments(
@@ -133,16 +140,19 @@ def gradient_moments(
                 return _reference(checked, params, batch, mask, variance, has_aux, axes)
             size = batch_size_of(batch)
             keep = sharding.vary(jnp.ones(size, jnp.bool_), axes) if mask is None else mask
-            batch = _fill(batch, keep)
+            real = jnp.sum(keep, dtype=jnp.int32)
+            count = sum_over(real, axes or None)
+            weight = sharding.vary(1.0 / jnp.maximum(count, 1).astype(jnp.float32), axes)
             sums, aux = _add_up(
                 _estimator(checked, method, variance, has_aux, subsample, axes),
-                (params, batch, keep),
+                (params, weight),
+                (batch if mask is None else _fill(batch, keep), keep),
                 options.block_size(size, method, microbatch_size, groups, axes),
                 skip_padding=mask is not None and method != "between",
             )
-            real = jnp.sum(keep, dtype=jnp.int32)
-            sums = jax.tree.map(lambda s: jnp.where(real > 0, s, jnp.zeros_like(s)), sums)
-            total, count = sum_over((sums, real), axes or None)
+            if mask is not None:
+                sums = jax.tree.map(lambda s: jnp.where(real > 0, s, jnp.zeros_like(s)), sums)
+            total = sum_over(sums, axes or None)
             return _moments(total, count, params, method, variance), aux
 
         if mesh_used is None:
@@ -182,11 +192,12 @@ def _estimator(
     has_aux: bool,
     subsample: int | None,
     axes: tuple[str, ...],
-) -> Callable[[PyTree, PyTree, jax.Array], tuple[Sums, PyTree]]:
+) -> Estimator:
     """Returns the function that sums up one block of the batch."""
 
-    def factored(params: PyTree, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
-        weights, size = keep.astype(jnp.float32), keep.shape[0]
+    def factored(shared: Shared, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
+        params, weight = shared
+        weights, size = jnp.where(keep, weight, 0.0), keep.shape[0]
         measured = options.measured(subsample, size, axes)
         result = batch_sums(
             loss_fn,
@@ -201,30 +212,32 @@ def _estimator(
         step = size // measured
         real = jnp.sum(keep[: step * measured : step], dtype=jnp.int32) if step > 1 else keep.sum()
         squares = jnp.sum(result.squares) if variance == "trace" else result.squares
-        count = jnp.sum(weights)
-        shift = jax.tree.map(lambda g: g * count, result.shift)
-        value = _kept_sum(result.losses, keep)
+        shift = jax.tree.map(lambda g: g * jnp.sum(weights), result.shift)
+        value = _kept_sum(result.losses, keep) * weight
         return Sums(value, result.gradient, squares, real, shift), result.aux
 
-    def per_example(params: PyTree, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
+    def per_example(shared: Shared, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
+        params, weight = shared
         values, grads = per_example_value_and_grad(
             loss_fn, has_aux=has_aux, axis_name=axes or None
         )(params, batch)
         losses, aux = values if has_aux else (values, ())
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) * weight, grads)
         squares = jax.tree.map(lambda g: _kept_sum(jnp.square(g), keep), grads)
         return Sums(
-            _kept_sum(losses, keep),
+            _kept_sum(losses, keep) * weight,
             jax.tree.map(lambda g: _kept_sum(g, keep), grads),
             tree_sum(squares) if variance == "trace" else squares,
             jnp.sum(keep, dtype=jnp.int32),
         ), aux
 
-    def between(params: PyTree, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
+    def between(shared: Shared, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
+        params, weight = shared
+
         def total(params: PyTree) -> tuple[jax.Array, PyTree]:
             result = jax.vmap(loss_fn, (None, 0))(params, batch)
             losses, aux = result if has_aux else (result, ())
-            return _kept_sum(losses, keep), aux
+            return _kept_sum(losses, keep) * weight, aux
 
         (value, aux), gradient = jax.value_and_grad(total, has_aux=True, allow_int=True)(params)
         gradient = jax.tree.map(_float32_or_zero, gradient, params)
@@ -237,17 +250,18 @@ def _estimator(
 
 
 def _add_up(
-    estimator: Callable[[PyTree, PyTree, jax.Array], tuple[Sums, PyTree]],
-    operands: tuple[PyTree, PyTree, jax.Array],
+    estimator: Estimator,
+    shared: Shared,
+    examples: tuple[PyTree, jax.Array],
     block: int | None,
     *,
     skip_padding: bool,
 ) -> tuple[Sums, PyTree]:
     """Applies an estimator to the whole batch at once, or block by block."""
-    params, batch, keep = operands
+    batch, keep = examples
     size: int = keep.shape[0]
     if block is None or block == size:
-        return estimator(params, batch, keep)
+        return estimator(shared, batch, keep)
     axes = tuple(compat.varying_axes(keep))
     devices = jax.device_count()
     # Where the batch may be split over devices, a block takes a part of every device's examples.
@@ -265,7 +279,7 @@ def _add_up(
 
     def evaluate(index: jax.Array) -> tuple[Sums, PyTree]:
         batch, keep = jax.tree.map(lambda x: take(x, index), blocks)
-        return estimator(params, batch, keep)
+        return estimator(shared, batch, keep)
 
     def step(index: jax.Array, carry: tuple[Sums, PyTree]) -> tuple[Sums, PyTree]:
         sums, stacked = carry
@@ -301,22 +315,22 @@ def _moments(
 ) -> GradientMoments:
     """Turns sums over the whole batch into moments; there are none of an empty one."""
     examples = jnp.maximum(count, 1).astype(jnp.float32)
-    mean = jax.tree.map(lambda g: g / examples, total.gradient)
-    units = total.measured.astype(jnp.float32)
+    units, mean = total.measured.astype(jnp.float32), total.gradient
 
     def spread(squares: jax.Array, squared_mean: jax.Array) -> jax.Array:
         if method == "between":
             freedom = jnp.where(units > 1, units - 1, jnp.nan)
-            estimate = (squares - examples * squared_mean) / freedom * (1 - 1 / examples)
+            estimate = (examples * squares - squared_mean) / freedom * (examples - 1)
         else:
-            estimate = squares / jnp.where(units > 0, units, jnp.nan) - squared_mean
+            per_unit = examples / jnp.where(units > 0, units, jnp.nan)
+            estimate = examples * squares * per_unit - squared_mean
         return jnp.where(count > 0, jnp.maximum(estimate, 0.0), 0.0)
 
     shifted = mean
     if jax.tree.leaves(total.shift):
-        shifted = jax.tree.map(lambda g, s: g + s / examples, mean, total.shift)
+        shifted = jax.tree.map(jnp.add, mean, total.shift)
     return GradientMoments(
-        total.value / examples,
+        total.value,
         jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), shifted, params),
         spread(total.squares, tree_squared_norm(mean))
         if variance == "trace"
