@@ -2,6 +2,7 @@
 
 from cabs_jax import rules
 from cabs_jax._jaxlib_check import warn_if_miscompiling as _warn_if_miscompiling
+from cabs_jax.compilation import CompiledStep
 from cabs_jax.loader import BatchLoader, buckets
 from cabs_jax.moments import Explanation, explain, gradient_moments, per_example_value_and_grad
 from cabs_jax.rules import Statistics
@@ -11,6 +12,7 @@ from cabs_jax.transform import adapt_batch_size, cabs
 
 __all__ = [
     "BatchLoader",
+    "CompiledStep",
     "Explanation",
     "GradientMoments",
     "Statistics",
