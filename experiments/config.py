@@ -50,6 +50,11 @@ class RunConfig:
         "one of 16 shapes and masked, so at most 16 train steps are compiled. `buckets` makes "
         "those shapes the only legal sizes: nothing is padded, but sizes are rounded to them",
     )
+    lag: int = option(
+        0,
+        "steps until a new size takes effect; 0 is the paper's exact sequence, with 1 the next "
+        "batch is loaded while the device computes",
+    )
     steps: int | None = option(None, "stop after this many steps")
     examples: int | None = option(
         None, f"stop once this many examples were seen ({DEFAULT_EXAMPLES} without --steps)"
@@ -85,8 +90,9 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+        for name in ("seed", "lag"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.round_to != BUCKETS and not (isinstance(self.round_to, int) and self.round_to > 0):
             raise ValueError(
                 f"round_to must be a positive integer or {BUCKETS!r}, got {self.round_to!r}"

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.buckets import pad
-
 
 class Evaluation(NamedTuple):
     """Means over a split: cross entropy in nats, and the fraction classified correctly."""
@@ -40,9 +38,19 @@ def make_evaluate(
         size = min(batch_size, count)
         for start in range(0, count, size):
             batch = {name: array[start : start + size] for name, array in split.items()}
-            loss, correct = totals(params, *pad(batch, size))
+            loss, correct = totals(params, *_padded(batch, size))
             total_loss += float(loss)
             total_correct += int(correct)
         return Evaluation(total_loss / count, total_correct / count)
 
     return evaluate
+
+
+def _padded(batch: Mapping[str, np.ndarray], size: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Zeros after the examples, up to `size`, and the mask (size,) of the examples."""
+    count = len(batch["label"])
+    padded = {
+        name: np.concatenate([array, np.zeros((size - count, *array.shape[1:]), array.dtype)])
+        for name, array in batch.items()
+    }
+    return padded, np.arange(size) < count

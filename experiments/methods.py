@@ -7,7 +7,6 @@ import optax
 
 import cabs_jax
 from cabs_jax import rules
-from experiments.buckets import buckets
 from experiments.config import BUCKETS, RunConfig
 
 METHODS: dict[str, Callable[[RunConfig], rules.Rule]] = {
@@ -29,6 +28,11 @@ def bounds(config: RunConfig) -> tuple[int, int]:
     return config.min_batch_size, config.max_batch_size
 
 
+def legal_sizes(config: RunConfig) -> tuple[int, ...]:
+    """The sizes that `--round-to buckets` allows."""
+    return cabs_jax.buckets(*bounds(config), multiple_of=1)
+
+
 def build(config: RunConfig) -> optax.GradientTransformationExtraArgs:
     """The optimizer that `config` asks for.
 
@@ -46,7 +50,7 @@ def build(config: RunConfig) -> optax.GradientTransformationExtraArgs:
     if config.method == "constant":
         round_to: int | tuple[int, ...] = 1
     elif config.round_to == BUCKETS:
-        round_to = buckets(smallest, largest)
+        round_to = legal_sizes(config)
     else:
         round_to = int(config.round_to)
     return optax.chain(

@@ -1,6 +1,5 @@
-"""One step of training, compiled once per shape of batch."""
+"""One step of training: gradient moments, the optimizer and the next batch size."""
 
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,30 +51,3 @@ def make_train_step(
         return optax.apply_updates(params, updates), opt_state, info
 
     return train_step
-
-
-class CompiledStep:
-    """A train step with its executables: one per shape of batch, compiled when first met.
-
-    Attributes:
-        executables: From the batch's shape to the compiled step.
-        compile_seconds: Wall-clock time spent on tracing and compiling them.
-    """
-
-    def __init__(self, train_step: Callable[..., tuple[Any, Any, StepInfo]]):
-        self._jitted = jax.jit(train_step, donate_argnames=("params", "opt_state"))
-        self.executables: dict[tuple[int, bool], jax.stages.Compiled] = {}
-        self.compile_seconds = 0.0
-
-    def __call__(
-        self, params: Any, opt_state: Any, batch: Any, mask: Any = None
-    ) -> tuple[Any, Any, StepInfo]:
-        """Runs `train_step`; `params` and `opt_state` are donated."""
-        shape = (len(jax.tree.leaves(batch)[0]), mask is None)
-        if shape not in self.executables:
-            started = time.perf_counter()
-            lowered = self._jitted.lower(params, opt_state, batch, mask)
-            self.executables[shape] = lowered.compile()
-            self.compile_seconds += time.perf_counter() - started
-        result: tuple[Any, Any, StepInfo] = self.executables[shape](params, opt_state, batch, mask)
-        return result

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +14,10 @@ import numpy as np
 import optax
 
 import cabs_jax
-from experiments import buckets, datasets, methods, models, records
+from experiments import datasets, methods, models, records
 from experiments.config import BUCKETS, RunConfig
 from experiments.evaluate import make_evaluate
-from experiments.step import CompiledStep, make_train_step
+from experiments.step import StepInfo, make_train_step
 
 TRAIN_EXAMPLES_EVALUATED = 2_000
 
@@ -58,7 +59,7 @@ def train(
 
     `seconds` is wall-clock time since the first step began: data, training and compilation
     (whose share is `compile_seconds`), but not evaluation, which only the measurement needs.
-    A run whose loss is no longer finite has diverged, and stops there.
+    A run whose loss is no longer finite has diverged, and stops there, or `lag` steps later.
 
     Args:
         experiment: As `set_up` makes it. The model's parameters are left intact.
@@ -78,11 +79,10 @@ def train(
 
     unit, limit = config.limit
     train_size = len(dataset.train["label"])
-    shapes = _shapes(config)
     evaluate = make_evaluate(model.predict)
     train_subset = _subset(dataset.train, TRAIN_EXAMPLES_EVALUATED)
 
-    train_step = CompiledStep(make_train_step(model.loss, optimizer))
+    legal, padded = _shapes(config)
     # The step donates both, so each leaf needs a buffer of its own, and the model keeps its.
     params, opt_state = jax.tree.map(jnp.copy, (model.params, optimizer.init(model.params)))
     first_size = int(cabs_jax.batch_size(opt_state))
@@ -90,7 +90,19 @@ def train(
     with (
         (out / records.METRICS).open("x", buffering=1, encoding="utf-8") as metrics_file,
         (out / records.EVALUATIONS).open("x", buffering=1, encoding="utf-8") as evaluations_file,
-        cabs_jax.BatchLoader(dataset.train, first_size, config.seed) as loader,
+        cabs_jax.BatchLoader(
+            dataset.train,
+            first_size,
+            config.seed,
+            pad_to=legal if padded else None,
+            lag=config.lag,
+        ) as loader,
+        cabs_jax.CompiledStep(
+            make_train_step(model.loss, optimizer),
+            legal,
+            batch_argnums=(2, 3),
+            donate_argnums=(0, 1),
+        ) as train_step,
     ):
 
         def evaluate_and_write(step: int, examples: int, seconds: float) -> dict[str, Any]:
@@ -100,7 +112,7 @@ def train(
                 "examples": examples,
                 "epoch": examples / train_size,
                 "seconds": seconds,
-                "compile_seconds": train_step.compile_seconds,
+                "compile_seconds": train_step.seconds_waited,
                 "train_loss": on_train.loss,
                 "train_accuracy": on_train.accuracy,
                 "test_loss": on_test.loss,
@@ -109,20 +121,8 @@ def train(
             evaluations_file.write(records.to_json(evaluation))
             return evaluation
 
-        step, examples, seconds, done, evaluated, diverged = 0, 0, 0.0, 0, 0, False
-        evaluation = evaluate_and_write(step, examples, seconds)
-        started = time.perf_counter()
-        while done < limit and not diverged:
-            batch = next(loader)
-            size, mask = len(batch["label"]), None
-            if shapes:
-                batch, mask = buckets.pad(batch, buckets.bucket_of(size, shapes))
-            params, opt_state, info = train_step(params, opt_state, batch, mask)
+        def write_metrics(step: int, size: int, examples: int, info: StepInfo) -> dict[str, Any]:
             info = jax.device_get(info)
-            loader.batch_size = int(info.next_batch_size)
-
-            step, examples = step + 1, examples + size
-            seconds = time.perf_counter() - started
             metrics: dict[str, Any] = {
                 "step": step,
                 "batch_size": size,
@@ -131,13 +131,31 @@ def train(
                 "learning_rate": _decimal(info.learning_rate),
                 "examples": examples,
                 "epoch": examples / train_size,
-                "seconds": seconds,
+                "seconds": time.perf_counter() - started,
             }
             metrics_file.write(records.to_json(metrics))
             observe(metrics)
-            diverged = not math.isfinite(metrics["loss"])
-            done = metrics[unit]
+            return metrics
+
+        step, examples, seconds, done, evaluated, diverged = 0, 0, 0.0, 0, 0, False
+        evaluation = evaluate_and_write(step, examples, seconds)
+        dispatched: deque[tuple[int, int, int, StepInfo]] = deque()
+        started = time.perf_counter()
+        while done < limit and not diverged:
+            batch, mask = next(loader) if padded else (next(loader), None)
+            params, opt_state, info = train_step(params, opt_state, batch, mask)
+            loader.batch_size = info.next_batch_size
+
+            size = len(batch["label"]) if mask is None else int(mask.sum())
+            step, examples = step + 1, examples + size
+            done = step if unit == "step" else examples
             due = done * config.evaluations // limit
+            dispatched.append((step, size, examples, info))
+            while dispatched and not diverged:
+                if len(dispatched) <= config.lag and due == evaluated and done < limit:
+                    break  # reading its numbers would wait for it
+                metrics = write_metrics(*dispatched.popleft())
+                seconds, diverged = metrics["seconds"], not math.isfinite(metrics["loss"])
             if diverged or due > evaluated:
                 evaluation, evaluated = evaluate_and_write(step, examples, seconds), due
                 started = time.perf_counter() - seconds
@@ -148,22 +166,24 @@ def train(
         "steps": step,
         "examples": examples,
         "seconds": seconds,
-        "compile_seconds": train_step.compile_seconds,
-        "compilations": len(train_step.executables),
+        "compile_seconds": train_step.seconds_waited,
+        "compilations": train_step.compilations,
         "diverged": diverged,
     }
     records.write_json(out / records.SUMMARY, summary)
     return summary
 
 
-def _shapes(config: RunConfig) -> tuple[int, ...]:
-    """The sizes that batches are padded to; none where each legal size is a shape of its own."""
-    if config.method == "constant" or config.round_to == BUCKETS:
-        return ()
-    return buckets.buckets(*methods.bounds(config))
+def _shapes(config: RunConfig) -> tuple[tuple[int, ...], bool]:
+    """The few sizes that batches have, and whether they are padded to them."""
+    if config.method == "constant":
+        return (), False
+    if config.round_to == BUCKETS:
+        return methods.legal_sizes(config), False
+    return cabs_jax.buckets(*methods.bounds(config)), True
 
 
-def _decimal(value: np.ndarray) -> float:
+def _decimal(value: np.ndarray | jax.Array) -> float:
     """The shortest decimal that is this float32: 0.1 rather than 0.10000000149011612."""
     return float(str(value))
 

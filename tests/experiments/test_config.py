@@ -33,6 +33,7 @@ def test_a_resolved_configuration_reproduces_itself():
         ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
         ({"width": float("inf")}, "width must be a positive number, got inf"),
         ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"lag": -1}, "lag must not be negative, got -1"),
         ({"round_to": 0}, "round_to must be a positive integer or 'buckets', got 0"),
         ({"round_to": "powers"}, "got 'powers'"),
         ({"min_batch_size": 64, "max_batch_size": 32}, "min_batch_size 64 exceeds max_batch_size"),
