@@ -90,6 +90,9 @@ def per_shard(
 ) -> Callable[..., PyTree]:
     """Wraps `function(params, *batches)` in a shard_map over the batch axes of the mesh.
 
+    What varies over devices is not tracked inside: the user's loss need not know that it runs
+    there, and may for example start a scan with zeros.
+
     Args:
       function: Sees replicated parameters and its shard of every batch.
       mesh: The mesh; axes other than `axis_names` stay with the compiler.
@@ -103,12 +106,15 @@ def per_shard(
         return split if output == SPLIT else P()
 
     def wrapped(params: PyTree, *batches: PyTree) -> PyTree:
-        return jax.shard_map(
+        mapped = jax.shard_map(
             function,
             mesh=mesh,
             in_specs=(P(), *(split for _ in batches)),
             out_specs=jax.tree.map(spec, out_specs),
             axis_names=set(axis_names),
-        )(params, *batches)
+            check_vma=False,
+        )
+        # Outside of jit, untracked axes cannot be left to the compiler.
+        return jax.jit(mapped)(params, *batches)
 
     return wrapped
