@@ -1,0 +1,88 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cabs_jax
+
+RANDOM = np.random.default_rng(0)
+INPUTS = RANDOM.normal(size=(300, 5)).astype(np.float32)
+DATA = {"x": INPUTS, "y": INPUTS.sum(1) + RANDOM.normal(size=300).astype(np.float32)}
+PARAMS = {"w": jnp.zeros(5), "b": jnp.zeros(())}
+OPTIMIZER = cabs_jax.cabs(0.2, min_batch_size=4, max_batch_size=100)
+
+
+def loss_fn(params, example):
+    return 0.5 * jnp.square(params["w"] @ example["x"] + params["b"] - example["y"])
+
+
+def on_device(**options):
+    return jax.jit(
+        cabs_jax.on_device_loop(
+            loss_fn, OPTIMIZER, max_batch_size=100, microbatch_size=8, max_steps=60, **options
+        )
+    )
+
+
+def on_host(num_steps, **options):
+    @jax.jit
+    def step(params, state, batch, mask):
+        m = cabs_jax.gradient_moments(loss_fn, microbatch_size=8)(params, batch, mask)
+        updates, state = OPTIMIZER.update(
+            m.mean, state, params, value=m.value, gradient_variance=m.variance, count=m.count
+        )
+        return optax.apply_updates(params, updates), state, (m.count, m.value, m.variance)
+
+    loader = cabs_jax.BatchLoader(DATA, 4, pad_to=104, **options)
+    params, state, metrics = PARAMS, OPTIMIZER.init(PARAMS), []
+    for _ in range(num_steps):
+        loader.batch_size = cabs_jax.batch_size(state)
+        params, state, measured = step(params, state, *next(loader))
+        metrics.append(measured)
+    return (
+        params,
+        state,
+        loader.get_state()["position"],
+        jax.device_get([jnp.stack(column) for column in zip(*metrics, strict=True)]),
+    )
+
+
+@pytest.mark.parametrize("options", [{"seed": 3}, {"shuffle": False}])
+def test_sizes_losses_and_parameters_are_those_of_the_host_loop(options):
+    params, state, position, (sizes, values, variances) = on_host(60, **options)
+    result = on_device(**options)(PARAMS, OPTIMIZER.init(PARAMS), DATA, cabs_jax.Position(), 60)
+    np.testing.assert_array_equal(result.metrics.batch_size, sizes)
+    np.testing.assert_allclose(result.metrics.value, values, rtol=1e-5)
+    np.testing.assert_allclose(result.metrics.gradient_variance, variances, rtol=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        (result.params, result.opt_state),
+        (params, state),
+    )
+    assert tuple(map(int, result.position)) == divmod(position, 300)
+    assert len(np.unique(sizes)) > 5
+    assert sum(sizes) > 900  # several epochs, and several windows of the order
+
+
+def test_pieces_make_up_the_whole_and_compile_once():
+    loop = on_device()
+    start = PARAMS, OPTIMIZER.init(PARAMS)
+    whole = loop(*start, DATA, cabs_jax.Position(), 60)
+    sizes, result = [], (*start, cabs_jax.Position())
+    for steps in (25, 34, 1):
+        result = loop(*result[:2], DATA, result[2], steps)
+        sizes += result.metrics.batch_size[:steps].tolist()
+        assert not result.metrics.batch_size[steps:].any()
+    np.testing.assert_array_equal(sizes, whole.metrics.batch_size)
+    jax.tree.map(np.testing.assert_array_equal, result[:3], whole[:3])
+    assert loop._cache_size() <= 2  # positions of Python numbers, and of arrays
+
+
+def test_what_cannot_work_is_refused():
+    with pytest.raises(ValueError, match="microbatch_size must be positive, got 0"):
+        cabs_jax.on_device_loop(loss_fn, OPTIMIZER, microbatch_size=0)
+    with pytest.raises(ValueError, match="no batch size in this state"):
+        on_device()(PARAMS, optax.sgd(0.1).init(PARAMS), DATA, cabs_jax.Position(), 1)
+    with pytest.raises(ValueError, match="holds no examples"):
+        on_device()(PARAMS, OPTIMIZER.init(PARAMS), {"x": np.ones((0, 5))}, cabs_jax.Position(), 1)
