@@ -62,6 +62,9 @@ def add_options(parser: argparse.ArgumentParser, models: Sequence[str]) -> None:
     )
     parser.add_argument("--repeats", type=int, default=25, help="pairs of each cell, at most")
     parser.add_argument("--seconds", type=float, default=3.0, help="spent on each cell, about")
+    parser.add_argument(
+        "--memory", type=float, default=4, metavar="GIB", help="what a program may need to be run"
+    )
     parser.add_argument("--quick", action="store_true", help="few repeats")
     parser.add_argument("--out", type=Path, metavar="FILE", help="writes all numbers as JSON")
 

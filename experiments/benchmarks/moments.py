@@ -101,9 +101,6 @@ def parser() -> argparse.ArgumentParser:
     )
     _report.add_options(result, models=_nets.NAMES)
     result.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
-    result.add_argument(
-        "--memory", type=float, default=4, metavar="GIB", help="what a program may need to be run"
-    )
     return result
 
 
