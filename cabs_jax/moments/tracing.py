@@ -190,9 +190,11 @@ def _sort(
 
 def _terms(jaxpr: compat.Jaxpr, summed: tuple[bool, ...]) -> set[Any]:
     """Variables that enter the loss as terms of a sum and are used for nothing else."""
-    outputs = [v for v, term in zip(jaxpr.outvars, summed, strict=False) if term]
-    uses = Counter(v for e in jaxpr.eqns for v in e.invars if not compat.is_literal(v))
-    terms = {v for v in outputs if not compat.is_literal(v) and not uses[v]}
+    outputs = jaxpr.outvars[: len(summed)]
+    read = [*outputs, *(v for equation in jaxpr.eqns for v in equation.invars)]
+    uses = Counter(v for v in read if not compat.is_literal(v))
+    candidates = [v for v, term in zip(outputs, summed, strict=True) if term]
+    terms = {v for v in candidates if not compat.is_literal(v) and uses[v] == 1}
     for equation in reversed(jaxpr.eqns):
         if compat.name(equation) == "add" and equation.outvars[0] in terms:
             operands = [v for v in equation.invars if not compat.is_literal(v)]
