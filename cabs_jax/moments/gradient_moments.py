@@ -210,7 +210,7 @@ def _estimator(
             axes=axes,
         )
         step = size // measured
-        real = jnp.sum(keep[: step * measured : step], dtype=jnp.int32) if step > 1 else keep.sum()
+        real = jnp.sum(keep[: step * measured : step], dtype=jnp.int32)
         squares = jnp.sum(result.squares) if variance == "trace" else result.squares
         shift = jax.tree.map(lambda g: g * jnp.sum(weights), result.shift)
         value = _kept_sum(result.losses, keep) * weight
