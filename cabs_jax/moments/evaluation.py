@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cabs_jax.moments import compat
+from cabs_jax.moments import compat, views
 from cabs_jax.moments.sites import (
     Batched,
     Context,
@@ -25,7 +25,6 @@ from cabs_jax.moments.tracing import CONSTANT, Kind, Program, Step
 PyTree = Any
 REARRANGING = {
     "broadcast_in_dim",
-    "copy",
     "reshape",
     "slice",
     "split",
@@ -186,6 +185,8 @@ def _evaluate_shared(
     if kind == "stop_gradient" or not (taps or squares):
         return [Shared(output) for output in outputs]
     if kind == "convert_element_type" and _is_real(values[0].value) and _is_real(outputs[0]):
+        return [values[0]._replace(value=outputs[0])]
+    if len(values) == 1 and kind in views.IDENTITIES:
         return [values[0]._replace(value=outputs[0])]
     if len(values) == 1 and kind in REARRANGING:
         tapped, squared = _rearranged(equation, values[0], len(outputs))

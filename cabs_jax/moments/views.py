@@ -1,6 +1,6 @@
 """Ways of looking at a parameter that leave the norm of its gradient alone.
 
-A reshape, transpose, cast, slice or scaling of a parameter is a view: each entry of the view is one
+A reshape, transpose, cast or slice of a parameter is a view: each entry of the view is one
 entry of the parameter. The squared norm of the gradient is then the same for both, and two uses of
 one parameter can be compared by the strides with which they walk through it.
 """
@@ -16,6 +16,7 @@ import numpy as np
 from cabs_jax.moments import compat
 
 Atom = tuple[int, int]
+IDENTITIES = {"copy", "copy_p", "name", "optimization_barrier", "pvary"}
 
 
 class Window(NamedTuple):
@@ -109,7 +110,7 @@ def through(view: View, equation: compat.Equation) -> list[View] | None:
     """
     kind, params = compat.name(equation), equation.params
     shapes = [out.aval.shape for out in equation.outvars]
-    if kind in {"copy", "copy_p", "optimization_barrier", "name", "pvary"}:
+    if kind in IDENTITIES:
         return [view]
     if kind == "convert_element_type":
         floating = jnp.issubdtype(params["new_dtype"], jnp.floating)
