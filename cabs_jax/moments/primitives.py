@@ -89,6 +89,8 @@ def _dot_general(equation: compat.Equation, operand: int) -> Rule | None:
     x_shape = equation.invars[1 - operand].aval.shape
     w_free = _others(len(w_shape), w_contract, w_batch)
     x_free = _others(len(x_shape), x_contract, x_batch)
+    if not jnp.issubdtype(equation.invars[1 - operand].aval.dtype, jnp.floating):
+        return None
     groups = math.prod(w_shape[a] for a in w_batch)
     positions = math.prod(x_shape[a] for a in x_free)
     p = math.prod(w_shape[a] for a in w_contract)
@@ -155,6 +157,8 @@ def _gather(equation: compat.Equation, operand: int) -> Rule | None:
     def factors(indices: jax.Array, cotangent: jax.Array) -> Factors:
         examples = indices.shape[0]
         indices = indices.reshape(examples, positions)
+        # The number of rows may not fit narrower types.
+        indices = indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices
         order = (*looked_up, *numbers.offset_dims)
         out = cotangent.transpose(0, *(1 + a for a in order)).reshape(examples, 1, positions, q)
         if mode == GatherScatterMode.FILL_OR_DROP:
