@@ -67,7 +67,7 @@ def batch_sums(
       measured: Number of examples, evenly spread, whose squares are summed; None for all.
       axes: Mesh axes over which everything here varies, inside a shard_map.
     """
-    leaves, treedef = jax.tree.flatten(params)
+    leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
     examples = weights.shape[0]
     the_plan, out_tree = trace_plan(loss_fn, params, batch)
     choices = choose(the_plan, len(leaves), variance)
@@ -146,11 +146,21 @@ def _shift_gradient(context: Context, leaves: list[Any], num_inputs: int) -> lis
 
 def trace_plan(loss_fn: Any, params: PyTree, batch: PyTree) -> tuple[Plan, Any]:
     """Traces `loss_fn(params, example)` for the examples of a batch and sorts it."""
-    example = jax.eval_shape(lambda b: jax.tree.map(lambda x: x[0], b), batch)
+    example = jax.tree.map(_first, batch)
     closed, out_tree = compat.trace(loss_fn, params, example)
     leaves = jax.tree.leaves(params)
     floating = [bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating)) for leaf in leaves]
     return plan(closed, len(leaves), floating), out_tree
+
+
+def _first(x: Any) -> Any:
+    """The first example of an array, or of what describes one.
+
+    Not by `eval_shape`, whose result is no valid argument where some mesh axes are manual.
+    """
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    return jax.lax.index_in_dim(x, 0, keepdims=False)
 
 
 class Slots(NamedTuple):
