@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 PyTree = Any
 Variance = Literal["trace", "diagonal"]
+LONGEST_ROW = 8192
 
 
 class GradientMoments(NamedTuple):
@@ -38,9 +39,14 @@ def tree_squared_norm(tree: PyTree) -> jax.Array:
     """
 
     def squared_norm(leaf: jax.Array) -> jax.Array:
-        # As a product over all axes: a sum of squares is stored as squares first on CPU.
-        x, axes = leaf.astype(jnp.float32), tuple(range(leaf.ndim))
-        return jax.lax.dot_general(x, x, ((axes, axes), ((), ())), jax.lax.Precision.HIGHEST)
+        x = leaf.astype(jnp.float32)
+        if x.ndim < 2 or x.shape[-1] > LONGEST_ROW:
+            return jnp.sum(jnp.square(x))
+        # As products of rows: XLA would write the squares to memory on CPU, and adds up the product
+        # of two long vectors in sequence, which costs three digits.
+        rows, last = tuple(range(x.ndim - 1)), (x.ndim - 1,)
+        numbers = ((last, last), (rows, rows))
+        return jnp.sum(jax.lax.dot_general(x, x, numbers, jax.lax.Precision.HIGHEST))
 
     norms = map(squared_norm, jax.tree.leaves(tree))
     return sum(norms, start=jnp.zeros((), jnp.float32))
@@ -94,11 +100,15 @@ def moments_from_per_example(
         sum_over((example_sum(losses), jax.tree.map(example_sum, grads)), axis_name),
     )
 
-    def centred_square_sum(g: jax.Array, centre: jax.Array) -> jax.Array:
-        return example_sum(jnp.square(g.astype(jnp.float32) - centre[None]))
+    def centred_squares(g: jax.Array, centre: jax.Array) -> jax.Array:
+        return jnp.square(g.astype(jnp.float32) - centre[None])
 
-    diagonal = jax.tree.map(centred_square_sum, grads, mean)
-    spread = tree_sum(diagonal) if variance == "trace" else diagonal
+    squares = jax.tree.map(centred_squares, grads, mean)
+    if variance == "trace":  # entries first: a scalar for each example, wherever it lives
+        by_entry = [jnp.sum(s, axis=tuple(range(1, s.ndim))) for s in jax.tree.leaves(squares)]
+        spread = example_sum(sum(by_entry, start=jnp.zeros((size,), jnp.float32)))
+    else:
+        spread = jax.tree.map(example_sum, squares)
     spread = jax.tree.map(lambda total: total * weight, sum_over(spread, axis_name))
     mean = jax.tree.map(lambda centre, g: centre.astype(g.dtype), mean, grads)
     return GradientMoments(value, mean, spread, count)
