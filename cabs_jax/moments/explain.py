@@ -89,7 +89,7 @@ def explain(
     paths = jax.tree_util.tree_leaves_with_path(params)
     choices = choose(plan, len(paths), variance)
     rows = tuple(
-        _row(plan, choice, jax.tree_util.keystr(path), leaf.shape)
+        _row(plan, choice, jax.tree_util.keystr(path), jax.numpy.shape(leaf))
         for (path, leaf), choice in zip(paths, choices, strict=True)
     )
     print(_table(rows))

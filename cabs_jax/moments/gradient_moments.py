@@ -131,6 +131,7 @@ def gradient_moments(
         return result
 
     def compute(params: PyTree, batch: PyTree, mask: jax.Array | None = None) -> Any:
+        options.check_parameters(params)
         options.check_mask(mask, batch_size_of(batch))
         mesh_used, axes = sharding.resolve(mesh, axis_name, batch)
 

@@ -156,6 +156,8 @@ def _by_rule(context: Context, number: int, values: list[Value], mode: Mode) -> 
         Mode.PER_EXAMPLE: (_gradients, weight.taps),
     }[mode]
 
+    assert slot is not None  # without one, what it should report would be lost
+
     @jax.custom_vjp
     def apply(w: jax.Array, x: jax.Array, slot: PyTree) -> jax.Array:
         return forward(w, x)
