@@ -10,7 +10,7 @@ RANDOM = np.random.default_rng(0)
 INPUTS = RANDOM.normal(size=(300, 5)).astype(np.float32)
 DATA = {"x": INPUTS, "y": INPUTS.sum(1) + RANDOM.normal(size=300).astype(np.float32)}
 PARAMS = {"w": jnp.zeros(5), "b": jnp.zeros(())}
-OPTIMIZER = cabs_jax.cabs(0.2, min_batch_size=4, max_batch_size=100)
+OPTIMIZER = cabs_jax.cabs(0.2, scale=40.0, min_batch_size=4, max_batch_size=100)
 
 
 def loss_fn(params, example):
