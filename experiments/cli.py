@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 from rich.console import Console
 
 from experiments import benchmarks, datasets, display, figure, methods, models, records
@@ -90,6 +91,15 @@ def parser() -> Parser:
         metavar="DIR",
         help="a new or empty folder for the results (default: a new one under ./runs)",
     )
+    run_parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, over whose devices batches are split; process 0 writes. "
+        "Cloud TPU and SLURM say which it is; elsewhere the next three options do",
+    )
+    run_parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    run_parser.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    run_parser.add_argument("--process-id", type=int, metavar="N", help="this one, from 0")
     bench_parser = commands.add_parser("bench", help="measure", allow_abbrev=False)
     bench_parser.add_argument("name", choices=benchmark_names(), help="followed by its options")
     return top
@@ -113,20 +123,48 @@ def compare() -> None:
 def run(options: dict[str, Any]) -> None:
     """Trains once, as the options of `run` say."""
     out, data_dir = options.pop("out", None), options.pop("data_dir", None)
+    mesh = mesh_of_processes(options)
+    writes = jax.process_index() == 0
     with user_errors(ValueError, OSError):
         config = RunConfig(**options)
-        if out is not None:
+        if out is not None and writes:
             records.check_unused(out)
         experiment = set_up(config, data_dir)
+        if not writes:
+            train(experiment, None, mesh=mesh)
+            return
         if out is None:
             out = records.fresh_folder(RUNS, f"{experiment.dataset.name}-{config.method}")
     size = f" {config.batch_size}" if config.method == "constant" else ""
     label = config.method + size
-    train_and_plot({label: experiment}, {label: out}, out / records.FIGURE)
+    train_and_plot({label: experiment}, {label: out}, out / records.FIGURE, mesh)
+
+
+def mesh_of_processes(options: dict[str, Any]) -> jax.sharding.Mesh | None:
+    """Joins the other processes if told to, taking what says so out of `options`.
+
+    Returns:
+        One axis over all devices of all processes, or None.
+    """
+    distributed = options.pop("distributed", False)
+    names = ("coordinator", "num_processes", "process_id")
+    given = {name: options.pop(name) for name in names if name in options}
+    if not distributed:
+        if given:
+            raise UserError(f"--{next(iter(given)).replace('_', '-')} goes with --distributed")
+        return None
+    with user_errors(ValueError, RuntimeError):
+        jax.distributed.initialize(
+            given.get("coordinator"), given.get("num_processes"), given.get("process_id")
+        )
+    return jax.make_mesh((jax.device_count(),), ("data",))
 
 
 def train_and_plot(
-    experiments: Mapping[str, Experiment], folders: Mapping[str, Path], figure_path: Path
+    experiments: Mapping[str, Experiment],
+    folders: Mapping[str, Path],
+    figure_path: Path,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> None:
     """Trains each experiment into its folder, draws them in one figure and prints a table."""
     console = Console()
@@ -134,7 +172,7 @@ def train_and_plot(
     with user_errors(OSError), display.progress_bars(console) as bars:
         for label, experiment in experiments.items():
             observe = display.observer(bars, label, experiment.config)
-            summaries[label] = train(experiment, folders[label], observe)
+            summaries[label] = train(experiment, folders[label], observe, mesh)
     first = next(iter(experiments.values()))
     title = (
         f"{first.dataset.name}, {first.config.model}, learning rate {first.config.learning_rate:g}"

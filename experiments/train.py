@@ -2,16 +2,18 @@
 
 import dataclasses
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 import cabs_jax
 from experiments import datasets, methods, models, records
@@ -52,8 +54,9 @@ def set_up(config: RunConfig, data_dir: str | Path | None = None) -> Experiment:
 
 def train(
     experiment: Experiment,
-    out: Path,
+    out: Path | None,
     observe: Callable[[dict[str, Any]], None] = lambda metrics: None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
     """Runs the experiment and writes config, metrics, evaluations and summary into `out`.
 
@@ -63,8 +66,9 @@ def train(
 
     Args:
         experiment: As `set_up` makes it. The model's parameters are left intact.
-        out: A folder that is missing or empty.
+        out: A folder that is missing or empty; None writes nothing, as all processes but one do.
         observe: Called with each line of the metrics after it was written.
+        mesh: Splits batches over all its devices, which may belong to several processes.
 
     Returns:
         The summary, as written.
@@ -73,27 +77,34 @@ def train(
         OSError: `out` is not empty or cannot be written; lines already written stay.
     """
     config, dataset, model, optimizer = experiment
-    records.check_unused(out)
-    out.mkdir(parents=True, exist_ok=True)
-    records.write_json(out / records.CONFIG, dataclasses.asdict(config))
+    if out is not None:
+        records.check_unused(out)
+        out.mkdir(parents=True, exist_ok=True)
+        records.write_json(out / records.CONFIG, dataclasses.asdict(config))
 
     unit, limit = config.limit
     train_size = len(dataset.train["label"])
     evaluate = make_evaluate(model.predict)
     train_subset = _subset(dataset.train, TRAIN_EXAMPLES_EVALUATED)
 
-    legal, padded = _shapes(config)
+    legal, padded = _shapes(config, 1 if mesh is None else mesh.size)
     # The step donates both, so each leaf needs a buffer of its own, and the model keeps its.
     params, opt_state = jax.tree.map(jnp.copy, (model.params, optimizer.init(model.params)))
-    first_size = int(cabs_jax.batch_size(opt_state))
+    first_size, sharding = int(cabs_jax.batch_size(opt_state)), None
+    if mesh is not None:
+        sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        params, opt_state = jax.device_put(
+            (params, opt_state), NamedSharding(mesh, PartitionSpec())
+        )
 
     with (
-        (out / records.METRICS).open("x", buffering=1, encoding="utf-8") as metrics_file,
-        (out / records.EVALUATIONS).open("x", buffering=1, encoding="utf-8") as evaluations_file,
+        _open_lines(out, records.METRICS) as metrics_file,
+        _open_lines(out, records.EVALUATIONS) as evaluations_file,
         cabs_jax.BatchLoader(
             dataset.train,
             first_size,
             config.seed,
+            sharding=sharding,
             pad_to=legal if padded else None,
             lag=config.lag,
         ) as loader,
@@ -170,12 +181,20 @@ def train(
         "compilations": train_step.compilations,
         "diverged": diverged,
     }
-    records.write_json(out / records.SUMMARY, summary)
+    if out is not None:
+        records.write_json(out / records.SUMMARY, summary)
     return summary
 
 
-def _shapes(config: RunConfig) -> tuple[tuple[int, ...], bool]:
+def _open_lines(out: Path | None, name: str) -> IO[Any]:
+    path, mode = (Path(os.devnull), "w") if out is None else (out / name, "x")
+    return path.open(mode, buffering=1, encoding="utf-8")
+
+
+def _shapes(config: RunConfig, shards: int) -> tuple[tuple[int, ...], bool]:
     """The few sizes that batches have, and whether they are padded to them."""
+    if shards > 1:
+        return cabs_jax.buckets(*methods.bounds(config), multiple_of=shards), True
     if config.method == "constant":
         return (), False
     if config.round_to == BUCKETS:

@@ -1,0 +1,40 @@
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import records
+
+RUN = [sys.executable, "-m", "experiments", "run", "--steps", "20", "--learning-rate", "1"]
+RUN += ["--batch-size", "8", "--min-batch-size", "4"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_only_the_first_writes(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+
+    def run(name, *options):
+        command = [*RUN, "--out", str(tmp_path / name), *options]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+
+    def process(index):
+        where = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2"]
+        return run(f"from-{index}", "--distributed", *where, "--process-id", str(index))
+
+    for started in [run("single"), process(0), process(1)]:
+        started.communicate(timeout=150)
+        assert started.returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"single", "from-0"}
+    single, together = records.read(tmp_path / "single"), records.read(tmp_path / "from-0")
+    assert len(set(single.metrics["batch_size"])) > 2
+    np.testing.assert_array_equal(together.metrics["batch_size"], single.metrics["batch_size"])
+    np.testing.assert_allclose(together.metrics["loss"], single.metrics["loss"], rtol=1e-4)
+    np.testing.assert_allclose(
+        together.evaluations["test_loss"], single.evaluations["test_loss"], rtol=1e-4
+    )
