@@ -324,7 +324,7 @@ def test_empty_batch_changes_nothing():
     _, before = tx.update(grads, tx.init(PARAMS), PARAMS, value=losses)
     empty = jnp.zeros(6, bool)
     for mask_filler in (1.0, jnp.nan):
-        filled = jax.tree.map(lambda g: g * mask_filler, grads)  # noqa: B023
+        filled = jax.tree.map(lambda g: g * mask_filler, grads)
         updates, after = tx.update(filled, before, PARAMS, value=losses * mask_filler, mask=empty)
         assert_states_equal(after, before)
         assert_states_equal(updates, PARAMS)
