@@ -8,8 +8,7 @@ import pytest
 
 from experiments import records
 
-RUN = [sys.executable, "-m", "experiments", "run", "--steps", "20", "--learning-rate", "1"]
-RUN += ["--batch-size", "8", "--min-batch-size", "4"]
+RUN = [sys.executable, "-m", "experiments", "run", "--steps", "12", "--method", "noise_scale"]
 
 
 @pytest.mark.slow
@@ -21,15 +20,19 @@ def test_two_processes_train_as_one_and_only_the_first_writes(tmp_path):
 
     def run(name, *options):
         command = [*RUN, "--out", str(tmp_path / name), *options]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+        return subprocess.Popen(command, env=environment)
 
     def process(index):
         where = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2"]
         return run(f"from-{index}", "--distributed", *where, "--process-id", str(index))
 
-    for started in [run("single"), process(0), process(1)]:
-        started.communicate(timeout=150)
-        assert started.returncode == 0
+    started = [run("single"), process(0), process(1)]
+    try:
+        assert [one.wait(timeout=150) for one in started] == [0, 0, 0]
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
     assert {path.name for path in tmp_path.iterdir()} == {"single", "from-0"}
     single, together = records.read(tmp_path / "single"), records.read(tmp_path / "from-0")
     assert len(set(single.metrics["batch_size"])) > 2
