@@ -218,7 +218,7 @@ QUICK = {
 def cases(layouts, padding):
     for case in itertools.product(NETS, ESTIMATORS, layouts, padding):
         quick = case[:3] in QUICK and case[3] == "padded"
-        marks = () if quick else pytest.mark.slow
+        marks = () if quick else (pytest.mark.slow, pytest.mark.exhaustive)
         yield pytest.param(*case[:3], case[3] == "padded", id="-".join(case), marks=marks)
 
 
