@@ -1,0 +1,459 @@
+"""What gradient_moments promises whatever the loss: masks, blocks, estimates, options, errors."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from cabs_jax import gradient_moments
+from tests.cabs_jax.moments.oracle import (
+    assert_close,
+    expected,
+    moments,
+    per_example,
+    quick_jit,
+    with_garbage,
+)
+from tests.cabs_jax.moments.zoo import EXAMPLES, ZOO
+
+pytestmark = pytest.mark.exhaustive
+
+SOME = [
+    "dense",
+    "convolution_2d",
+    "embedding_as_output_head",
+    "scan_over_time",
+    "weight_norm",
+    "cond_on_the_example",
+]
+EVERY_THIRD = np.arange(EXAMPLES) % 3 == 1
+EXACT = ["factored", "per_example"]
+
+
+def linear(p, x):
+    """A loss whose gradient is the example."""
+    return jnp.dot(p, x)
+
+
+def with_aux(loss):
+    return lambda p, e: (loss(p, e), {"double": 2 * loss(p, e), "example": e})
+
+
+def run(name, *args, compiled=True, **options):
+    case = ZOO[name]()
+    function = gradient_moments(case.loss, **options)
+    function = quick_jit(function) if compiled else function
+    return function(case.params, case.batch, *args)
+
+
+# The exact methods
+
+
+@pytest.mark.parametrize("name", [*SOME, "convolution_inside_cond_and_scan", "implicit_layer"])
+def test_per_example_moments_are_those_of_float64(name):
+    moments = run(name, jnp.asarray(EVERY_THIRD), method="per_example")
+    assert_close(moments, expected(name, keep=EVERY_THIRD), ZOO[name]().tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("block", [None, 4])
+def test_exact_methods_over_the_zoo(name, variance, method, block):
+    case = ZOO[name]()
+    function = gradient_moments(case.loss, method=method, variance=variance, microbatch_size=block)
+    padded, keep = with_garbage(case.batch, EVERY_THIRD), jnp.asarray(EVERY_THIRD)
+    wanted = expected(name, variance, EVERY_THIRD)
+    assert_close(jax.jit(function)(case.params, padded, keep), wanted, case.tolerance)
+
+
+@pytest.mark.parametrize("name", ["convolution_2d", "scan_over_time", "odd_leaves"])
+def test_eager_is_jit(name):
+    assert_close(run(name, compiled=False), expected(name))
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_vmap_over_seeds(name):
+    case = ZOO[name]()
+    seeds = jax.tree.map(lambda p: np.stack([p, 0.5 * p, -p]), case.params)
+    function = gradient_moments(case.loss)
+    together = quick_jit(jax.vmap(function, (0, None)))(seeds, case.batch)
+    compiled = quick_jit(function)
+    for seed in range(3):
+        alone = compiled(jax.tree.map(lambda p: p[seed], seeds), case.batch)
+        assert_close(jax.tree.map(lambda x: x[seed], together), alone, 1e-5)
+
+
+def test_vmap_over_batches_and_masks():
+    case = ZOO["convolution_2d"]()
+    batches = jax.tree.map(lambda x: np.stack([x, x[::-1]]), case.batch)
+    masks = jnp.stack([jnp.asarray(EVERY_THIRD), ~jnp.asarray(EVERY_THIRD)])
+    function = quick_jit(jax.vmap(gradient_moments(case.loss), (None, 0, 0)))
+    result = function(case.params, batches, masks)
+    for i, keep in enumerate([EVERY_THIRD, EVERY_THIRD[::-1].copy() ^ True]):
+        assert_close(jax.tree.map(lambda x: x[i], result), expected("convolution_2d", keep=keep))
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_training_inside_scan(method):
+    case = ZOO["dense"]()
+    function = gradient_moments(case.loss, method=method)
+
+    def step(params, _):
+        m = function(params, case.batch)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, m.mean), m
+
+    params, stacked = quick_jit(lambda p: lax.scan(step, p, length=3))(case.params)
+    last = jax.tree.map(lambda x: x[2], stacked)
+    previous = jax.tree.map(lambda p, g: p + 0.1 * g, params, last.mean)
+    assert_close(last, quick_jit(function)(previous, case.batch))
+    assert stacked.value[2] < stacked.value[0]
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_value_and_mean_are_the_plain_ones(name):
+    case = ZOO[name]()
+
+    def mean_loss(params):
+        return jnp.mean(jax.vmap(case.loss, (None, 0))(params, case.batch))
+
+    value, grad = quick_jit(jax.value_and_grad(mean_loss))(case.params)
+    m = run(name)
+    assert_close((m.value, m.mean), (value, grad), 1e-5)
+
+
+def test_auto_is_exact():
+    assert_close(run("dense", method="auto"), expected("dense"))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("method", EXACT)
+def test_statistics_of_half_precision_parameters_are_float32(dtype, method):
+    # 1/4096 is lost when added to 1 in half precision.
+    batch = 1 + jnp.array([[0.0], [1 / 64], [1 / 32], [3 / 64]], dtype)
+    m = gradient_moments(linear, method=method)(jnp.ones(1, dtype), batch)
+    assert m.mean.dtype == dtype
+    assert m.value.dtype == m.variance.dtype == jnp.float32
+    expected_variance = np.var(np.asarray(batch, np.float64))
+    np.testing.assert_allclose(m.variance, expected_variance, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_float64_parameters(method):
+    with jax.enable_x64(True):
+        p, batch = jnp.arange(3.0), jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
+        m = gradient_moments(lambda p, x: jnp.tanh(jnp.dot(p, x)), method=method)(p, batch)
+        assert m.mean.dtype == jnp.float64
+        assert m.variance.dtype == m.value.dtype == jnp.float32
+        wanted = jax.vmap(jax.grad(lambda p, x: jnp.tanh(jnp.dot(p, x))), (None, 0))(p, batch)
+        np.testing.assert_allclose(m.variance, wanted.var(0).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+@pytest.mark.parametrize("method", EXACT)
+def test_identical_examples_have_no_variance(variance, method):
+    batch = jnp.tile(jnp.array([3.1, -0.7]), (5, 1))
+    m = gradient_moments(linear, method=method, variance=variance)(jnp.ones(2), batch)
+    assert jnp.all(m.variance >= 0)
+    np.testing.assert_allclose(m.variance, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_keep_batch_dim_gives_the_loss_a_batch_of_one(method, has_aux):
+    case = ZOO["dense"]()
+
+    def loss(p, batch):
+        assert jax.tree.leaves(batch)[0].shape[0] == 1
+        losses = jax.vmap(case.loss, (None, 0))(p, batch)
+        return (jnp.mean(losses), 2 * losses) if has_aux else jnp.mean(losses)
+
+    function = gradient_moments(loss, method=method, keep_batch_dim=True, has_aux=has_aux)
+    result = quick_jit(function)(case.params, case.batch)
+    m, aux = result if has_aux else (result, None)
+    assert_close(m, expected("dense"))
+    if has_aux:
+        np.testing.assert_allclose(aux, 2 * per_example("dense")[0][:, None], rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [*EXACT, "between"])
+@pytest.mark.parametrize("block", [None, 4])
+def test_aux_comes_back_per_example_and_in_order(method, block):
+    case = ZOO["dense"]()
+    blocks = {"groups": 4} if method == "between" else {"microbatch_size": block}
+    function = gradient_moments(with_aux(case.loss), method=method, has_aux=True, **blocks)
+    m, aux = quick_jit(function)(case.params, case.batch)
+    wanted = expected("dense")
+    assert_close((m.value, m.mean), (wanted.value, wanted.mean))
+    np.testing.assert_array_equal(aux["example"], case.batch)
+    np.testing.assert_allclose(aux["double"], 2 * per_example("dense")[0], rtol=1e-5)
+
+
+# Masks and blocks
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch_size": 4}, {"subsample": 4}], ids=str)
+@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+def test_an_empty_mask_gives_zeros(options, variance):
+    case = ZOO["embedding_as_output_head"]()
+    padded = with_garbage(case.batch, np.zeros(EXAMPLES, bool))
+    function = gradient_moments(case.loss, variance=variance, **options)
+    for leaf in jax.tree.leaves(function(case.params, padded, jnp.zeros(EXAMPLES, bool))):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+@pytest.mark.parametrize("method", ["per_example", "between"])
+def test_an_empty_mask_gives_zeros_by_other_methods(method):
+    groups = {"groups": 2} if method == "between" else {}
+    batch, mask = jnp.full((4, 3), jnp.nan), jnp.zeros(4, bool)
+    for leaf in gradient_moments(linear, method=method, **groups)(jnp.ones(3), batch, mask):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_a_single_example_has_no_variance(method):
+    mask = jnp.arange(4) == 2
+    batch = jnp.where(mask[:, None], jnp.arange(12.0).reshape(4, 3), jnp.nan)
+    m = gradient_moments(linear, method=method)(jnp.ones(3), batch, mask)
+    assert int(m.count) == 1
+    np.testing.assert_allclose(m.mean, batch[2])
+    np.testing.assert_allclose(m.variance, 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["convolution_2d", "embedding_as_output_head", "odd_leaves"])
+@pytest.mark.parametrize("block", [1, 2, 8, EXAMPLES])
+def test_microbatches_give_the_moments_of_the_batch(name, block):
+    case = ZOO[name]()
+    keep = np.arange(EXAMPLES) < 11
+    padded = with_garbage(case.batch, keep)
+    function = quick_jit(gradient_moments(case.loss, microbatch_size=block))
+    assert_close(
+        function(case.params, padded, jnp.asarray(keep)), expected(name, keep=keep), case.tolerance
+    )
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize(("real", "evaluated"), [(0, 0), (1, 4), (4, 4), (5, 8), (12, 12)])
+def test_blocks_of_padding_at_the_end_are_skipped(method, real, evaluated):
+    seen = []
+
+    def loss(p, x):
+        jax.debug.callback(lambda: seen.append(1))
+        return jnp.dot(p, x)
+
+    function = jax.jit(gradient_moments(loss, method=method, microbatch_size=4))
+    function(jnp.ones(3), jnp.ones((12, 3)), jnp.arange(12) < real).value.block_until_ready()
+    jax.effects_barrier()
+    assert len(seen) == evaluated
+
+
+def test_microbatches_bound_the_memory():
+    case = ZOO["weight_norm"]()
+    scale = 32
+    params = jax.tree.map(lambda p: np.tile(p, (scale,) * p.ndim), case.params)
+
+    def memory(examples, block):
+        batch = np.ones((examples, 5 * scale), np.float32)
+        function = jax.jit(gradient_moments(case.loss, microbatch_size=block))
+        return function.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+
+    held = 4 * (5 * scale) * (7 * scale)
+    assert memory(64, 8) - memory(32, 8) < held
+    assert memory(64, None) - memory(32, None) > 30 * held
+
+
+# Estimates
+
+
+@pytest.mark.parametrize("name", ["convolution_2d", "embedding_as_output_head", "weight_norm"])
+@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+def test_subsample_averaged_over_all_shifts_is_the_second_moment(name, variance):
+    case = ZOO[name]()
+    function = quick_jit(gradient_moments(case.loss, subsample=4, variance=variance))
+    wanted = expected(name, variance)
+    shifted = []
+    for shift in range(EXAMPLES // 4):
+        m = function(case.params, jax.tree.map(lambda x: np.roll(x, shift, 0), case.batch))
+        assert_close((m.value, m.mean), (wanted.value, wanted.mean), case.tolerance)
+        shifted.append(m.variance)
+    mean = jax.tree.map(lambda *parts: np.mean(parts, axis=0), *shifted)
+    # Clamped at zero, an entry of the diagonal may come out larger.
+    if variance == "trace":
+        assert min(shifted) > 0
+        assert_close(mean, wanted.variance)
+    else:
+        jax.tree.map(
+            lambda x, y: np.testing.assert_array_less(y, x + 1e-4 * y.max()), mean, wanted.variance
+        )
+
+
+def test_subsample_takes_no_more_than_there_is():
+    assert_close(run("dense", subsample=1000), expected("dense"))
+
+
+def test_subsample_of_padding_alone_is_unknown():
+    mask = jnp.arange(4) % 2 == 1
+    m = gradient_moments(linear, subsample=2)(jnp.ones(3), jnp.ones((4, 3)), mask)
+    assert jnp.isnan(m.variance)
+    np.testing.assert_allclose(m.mean, 1)
+
+
+def between(examples, keep, groups):
+    """(m−1)/m · (Σ_k n_k‖ḡ_k‖² − m‖ḡ‖²)/(G−1) in float64."""
+    parts = [
+        (x[k], k.sum())
+        for x, k in zip(np.split(examples, groups), np.split(keep, groups), strict=True)
+    ]
+    parts = [(x, n) for x, n in parts if n]
+    m = keep.sum()
+    squares = sum(n * x.mean(0) ** 2 for x, n in parts)
+    diagonal = squares - m * examples[keep].mean(0) ** 2
+    return (m - 1) / m * diagonal / (len(parts) - 1)
+
+
+@pytest.mark.parametrize("groups", [2, 3, 6])
+@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+@pytest.mark.parametrize("real", [12, 9, 7])
+def test_between_is_its_formula(groups, variance, real):
+    x = np.random.default_rng(0).normal(size=(12, 3)) + 1
+    keep = np.arange(12) < real
+    function = gradient_moments(linear, method="between", groups=groups, variance=variance)
+    m = function(jnp.ones(3), jnp.asarray(np.where(keep[:, None], x, np.nan)), jnp.asarray(keep))
+    diagonal = between(x, keep, groups)
+    wanted = diagonal.sum() if variance == "trace" else diagonal
+    np.testing.assert_allclose(m.variance, wanted, rtol=1e-5)
+    np.testing.assert_allclose(m.mean, x[keep].mean(0), rtol=1e-5)
+    assert int(m.count) == real
+
+
+def test_between_of_one_group_that_is_not_padding_is_unknown():
+    function = gradient_moments(linear, method="between", groups=3)
+    m = function(jnp.ones(2), jnp.ones((6, 2)), jnp.arange(6) < 2)
+    assert jnp.isnan(m.variance)
+
+
+@pytest.mark.parametrize("groups", [2, 8])
+def test_between_is_unbiased_with_the_stated_deviation(groups):
+    scale = np.array([2.0, 1.0, 0.5], np.float32)
+    repetitions, examples = 4000, 16
+    noise = np.random.default_rng(1).normal(size=(repetitions, examples, 3))
+    batches = jnp.asarray(noise * scale + 1, jnp.float32)
+    function = gradient_moments(linear, method="between", groups=groups)
+    estimates = jax.jit(jax.vmap(lambda b: function(jnp.ones(3), b).variance))(batches)
+    covariance = scale**2
+    trace = covariance.sum() * (examples - 1) / examples
+    deviation = np.sqrt(2 * np.sum(covariance**2) / ((groups - 1) * covariance.sum() ** 2))
+    relative = np.asarray(estimates) / trace
+    assert abs(relative.mean() - 1) < 4 * deviation / np.sqrt(repetitions)
+    np.testing.assert_allclose(relative.std(), deviation, rtol=0.08)
+
+
+# Hostile calls
+
+LOSS = lambda p, e: jnp.sum(p * e["x"])  # noqa: E731
+BATCH = {"x": jnp.ones((6, 3)), "y": jnp.ones(6)}
+
+HOSTILE = {
+    "method": ({"method": "fastest"}, ValueError, "'fastest'"),
+    "variance": ({"variance": "full"}, ValueError, "'full'"),
+    "subsample 0": ({"subsample": 0}, ValueError, "subsample .* got 0"),
+    "subsample 2.5": ({"subsample": 2.5}, ValueError, "subsample .* got 2.5"),
+    "microbatch -1": ({"microbatch_size": -1}, ValueError, "microbatch_size .* got -1"),
+    "groups 0": ({"method": "between", "groups": 0}, ValueError, "groups .* got 0"),
+    "subsample by reference": (
+        {"subsample": 4, "method": "per_example"},
+        ValueError,
+        "subsample=4",
+    ),
+    "subsample and blocks": ({"subsample": 4, "microbatch_size": 2}, ValueError, "size=2"),
+    "groups elsewhere": ({"groups": 3}, ValueError, "groups=3"),
+    "blocks between": ({"method": "between", "microbatch_size": 3}, ValueError, "size=3"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_bad_options_are_refused_at_once(name):
+    options, error, message = HOSTILE[name]
+    with pytest.raises(error, match=message):
+        gradient_moments(LOSS, **options)
+
+
+HOSTILE_CALLS = {
+    "mask of floats": ({}, BATCH, jnp.ones(6), TypeError, "float32"),
+    "mask as a list": ({}, BATCH, [True] * 6, TypeError, "list"),
+    "mask too long": ({}, BATCH, jnp.ones(7, bool), ValueError, r"\(6,\).*\(7,\)"),
+    "mask as a column": ({}, BATCH, jnp.ones((6, 1), bool), ValueError, r"\(6, 1\)"),
+    "ragged": ({}, {"x": jnp.ones((6, 3)), "y": jnp.ones(5)}, None, ValueError, "'y'.*5"),
+    "scalar leaf": ({}, {"x": jnp.ones((6, 3)), "y": jnp.ones(())}, None, ValueError, "'y'.*None"),
+    "no arrays": ({}, {}, None, ValueError, "none at all"),
+    "blocks": ({"microbatch_size": 4}, BATCH, None, ValueError, "microbatch_size=4.*6"),
+    "groups": ({"method": "between", "groups": 4}, BATCH, None, ValueError, "groups=4.*6"),
+    "one group": ({"method": "between"}, BATCH, None, ValueError, "here there is 1"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_CALLS)
+def test_bad_batches_are_refused_when_traced(name):
+    options, batch, mask, error, message = HOSTILE_CALLS[name]
+    with pytest.raises(error, match=message):
+        jax.eval_shape(lambda p: gradient_moments(LOSS, **options)(p, batch, mask), jnp.ones(3))
+
+
+BAD_LOSSES = {
+    "vector": (lambda p, e: p * e["x"], r"shape \(3,\)"),
+    "integer": (lambda p, e: jnp.int32(3), "int32"),
+    "complex": (lambda p, e: jnp.sum(p).astype(jnp.complex64), "complex64"),
+}
+
+
+@pytest.mark.parametrize("loss", BAD_LOSSES)
+@pytest.mark.parametrize("method", [*EXACT, "between"])
+def test_a_loss_that_is_no_scalar_is_refused(loss, method):
+    function, message = BAD_LOSSES[loss]
+    groups = {"groups": 2} if method == "between" else {}
+    with pytest.raises(TypeError, match=message):
+        gradient_moments(function, method=method, **groups)(jnp.ones(3), BATCH)
+
+
+def test_every_combination_of_options_is_computed_or_refused():
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    wanted = moments(x.sum(1), x)
+    for method, variance, subsample, block, groups, aux in itertools.product(
+        ["auto", "factored", "per_example", "between"],
+        ["trace", "diagonal"],
+        [None, 4],
+        [None, 2],
+        [None, 4],
+        [False, True],
+    ):
+        make = functools.partial(
+            gradient_moments,
+            with_aux(linear) if aux else linear,
+            method=method,
+            variance=variance,
+            subsample=subsample,
+            microbatch_size=block,
+            groups=groups,
+            has_aux=aux,
+        )
+        is_between = method == "between"
+        refused = (
+            (subsample and (block or method not in {"auto", "factored"}))
+            or (groups is None) == is_between
+            or (is_between and block)
+        )
+        if refused:
+            with pytest.raises(ValueError, match=r"subsample|groups|microbatch_size"):
+                make()(jnp.ones(3), x)
+            continue
+        result = make()(jnp.ones(3), x)
+        m = result[0] if aux else result
+        assert_close((m.value, m.mean), (wanted.value, wanted.mean))
+        assert jnp.shape(m.variance) == (() if variance == "trace" else (3,))
+        if not is_between and not subsample:
+            np.testing.assert_allclose(np.sum(m.variance), wanted.variance, rtol=1e-4)
