@@ -19,8 +19,6 @@ from tests.cabs_jax.moments.oracle import (
 )
 from tests.cabs_jax.moments.zoo import EXAMPLES, ZOO
 
-pytestmark = pytest.mark.exhaustive
-
 KEEP = np.arange(EXAMPLES) % 8 != 2
 
 

@@ -1,0 +1,106 @@
+"""The little of JAX's less stable surface that is relied on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from cabs_jax.moments import compat
+
+
+def test_trace_keeps_the_structure_of_the_result():
+    closed, tree = compat.trace(lambda x: {"a": x, "b": (2 * x,)}, jax.ShapeDtypeStruct((3,), "f4"))
+    assert jax.tree.unflatten(tree, [1, 2]) == {"a": 1, "b": (2,)}
+    jaxpr, consts = compat.open_jaxpr(closed)
+    assert compat.open_jaxpr(jaxpr) == (jaxpr, ())
+    assert list(consts) == []
+
+
+@jax.custom_vjp
+def halved(x):
+    return x
+
+
+halved.defvjp(lambda x: (x, None), lambda _, g: (g / 2,))
+
+
+@pytest.mark.parametrize(
+    ("function", "primitive"),
+    [
+        (lambda x: 2 * x, "mul"),
+        (lambda x: jnp.sort(x), "sort"),
+        (jax.jit(lambda x: jnp.sin(x)), "jit"),
+        (jax.nn.relu, "custom_jvp_call"),
+        (halved, "custom_vjp_call"),
+        (jax.checkpoint(lambda x: jnp.sin(x)), "checkpoint"),
+        (lambda x: lax.scan(lambda h, y: (h * y, h), x[0], x), "scan"),
+        (lambda x: lax.cond(x[0] > 0, jnp.sin, jnp.cos, x), "cond"),
+    ],
+)
+def test_equations_are_evaluated_and_differentiated_as_by_jax(function, primitive):
+    x = jnp.array([0.3, -1.0, 2.0])
+    closed, tree = compat.trace(function, x)
+
+    def by_equations(x):
+        known = {closed.jaxpr.invars[0]: x}
+        for equation in closed.jaxpr.eqns:
+            values = [v.val if compat.is_literal(v) else known[v] for v in equation.invars]
+            known |= dict(zip(equation.outvars, compat.evaluate(equation, values), strict=True))
+        return jax.tree.unflatten(tree, [known[v] for v in closed.jaxpr.outvars])
+
+    names = {"jit": {"jit", "pjit"}, "checkpoint": compat.CHECKPOINTS}.get(primitive, {primitive})
+    assert any(compat.contains(closed.jaxpr, name) for name in names)
+    jax.tree.map(np.testing.assert_array_equal, by_equations(x), function(x))
+
+    def total(f):
+        return lambda x: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(f(x)))
+
+    np.testing.assert_array_equal(jax.grad(total(by_equations))(x), jax.grad(total(function))(x))
+
+
+@pytest.mark.parametrize(
+    "wrap", [jax.jit, jax.checkpoint, jax.custom_vjp, jax.custom_jvp], ids=lambda w: w.__name__
+)
+def test_call_like_equations_name_their_jaxpr(wrap):
+    def function(x):
+        return jnp.sin(x) * 2
+
+    wrapped = wrap(function)
+    if wrap is jax.custom_jvp:
+        wrapped.defjvp(lambda p, t: (function(*p), t[0]))
+    if wrap is jax.custom_vjp:
+        wrapped.defvjp(lambda x: (function(x), None), lambda _, g: (g,))
+    closed, _ = compat.trace(wrapped, 1.0)
+    (equation,) = closed.eqns
+    inner, _ = compat.inner_jaxpr(equation)
+    assert [compat.name(e) for e in inner.eqns] == ["sin", "mul"]
+    assert compat.contains(closed.jaxpr, "sin")
+    assert not compat.contains(closed.jaxpr, "cos")
+
+
+def test_scan_operands_are_split():
+    def function(c, h, xs):
+        return lax.scan(lambda h, x: (h + c * x, h), h, xs)
+
+    closed, _ = compat.trace(function, 1.0, 2.0, jnp.ones(3))
+    (scan,) = [e for e in closed.eqns if compat.name(e) == "scan"]
+    assert compat.split_scan(scan, ["c", "h", "xs"]) == (["c"], ["h"], ["xs"])
+    assert {"jaxpr", "length", "reverse", "unroll"} <= scan.params.keys()
+
+
+def test_varying_axes_inside_shard_map():
+    seen = []
+
+    def function(x, y):
+        seen.append((compat.varying_axes(x), compat.varying_axes(y)))
+        return x
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    jax.shard_map(function, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))(
+        jnp.ones(8), jnp.ones(8)
+    )
+    assert seen[0] == ({"data"}, frozenset())
+    assert compat.varying_axes(jnp.ones(3)) == frozenset()

@@ -1,0 +1,97 @@
+"""Norms, squares and sums of outer products against numpy in float64."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cabs_jax.moments import cost, forms
+from tests.cabs_jax.moments.oracle import quick_jit
+
+EXAMPLES, P, Q = 6, 5, 3
+
+
+def factors(seed, positions, groups=1, one_hot=False, swapped=False):
+    random = np.random.default_rng(seed)
+    p, q = (Q, P) if swapped else (P, Q)
+    right = random.normal(size=(EXAMPLES, groups, positions, q))
+    if one_hot:
+        left = random.integers(0, p, (EXAMPLES, positions))
+        return jnp.asarray(left, jnp.int32), jnp.asarray(right, jnp.float32)
+    left = random.normal(size=(EXAMPLES, groups, positions, p))
+    return jnp.asarray(left, jnp.float32), jnp.asarray(right, jnp.float32)
+
+
+def outer(factors):
+    left, right = (np.asarray(f) for f in factors)
+    if left.ndim == 2:
+        left = np.eye(P)[left][:, None]
+    return np.einsum("bktp,bktq->bkpq", left.astype(np.float64), right.astype(np.float64))
+
+
+KINDS = [
+    {"positions": 1},
+    {"positions": 1, "groups": 4},
+    {"positions": 7},
+    {"positions": 7, "groups": 2},
+    {"positions": 1, "one_hot": True},
+    {"positions": 7, "one_hot": True},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_gradients_and_their_norms_and_squares(kind):
+    both, g = factors(0, **kind), outer(factors(0, **kind))
+    np.testing.assert_allclose(forms.gradients(both, P), g, rtol=1e-5, atol=1e-6)
+    norms = np.sum(g**2, axis=(1, 2, 3))
+    np.testing.assert_allclose(forms.gram_norms([both]), norms, rtol=1e-5)
+    if kind["positions"] == 1 and "one_hot" not in kind:
+        np.testing.assert_allclose(forms.square_sums(both), np.sum(g**2, axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [(KINDS[0], KINDS[2]), (KINDS[5], KINDS[2]), (KINDS[2], KINDS[5]), (KINDS[5], KINDS[4])],
+    ids=str,
+)
+def test_norms_of_a_sum_of_uses_hold_the_cross_terms(kinds):
+    uses = [factors(i, **kind) for i, kind in enumerate((*kinds, kinds[0]))]
+    g = sum(map(outer, uses))
+    norms = np.sum(g**2, axis=(1, 2, 3))
+    np.testing.assert_allclose(forms.gram_norms(uses), norms, rtol=1e-5)
+
+
+def test_results_of_half_precision_factors_are_float32():
+    left, right = (f.astype(jnp.bfloat16) for f in factors(0, 7))
+    g = outer((left.astype(jnp.float32), right.astype(jnp.float32)))
+    for result, wanted in (
+        (forms.gradients((left, right), P), g),
+        (forms.gram_norms([(left, right)]), np.sum(g**2, axis=(1, 2, 3))),
+        (forms.square_sums((left[:, :, :1], right[:, :, :1])), None),
+    ):
+        assert result.dtype == jnp.float32
+        if wanted is not None:
+            np.testing.assert_allclose(result, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("examples", [1, 8, 16, 21, 24])
+@pytest.mark.parametrize("bytes_per_example", [1, 2**21, 2**40])
+def test_over_blocks_is_the_function_of_the_whole(examples, bytes_per_example):
+    x = jnp.arange(1.0, examples * 3 + 1).reshape(examples, 3)
+
+    def function(x):
+        return {"sum": x * x}, jnp.sum(x, axis=1)
+
+    sums, rows = quick_jit(lambda x: forms.over_blocks(function, x, bytes_per_example))(x)
+    np.testing.assert_allclose(sums["sum"], jnp.sum(x * x, axis=0), rtol=1e-6)
+    np.testing.assert_array_equal(rows, jnp.sum(x, axis=1))
+
+
+def test_over_blocks_really_works_in_blocks():
+    seen = []
+
+    def function(x):
+        seen.append(x.shape[0])
+        return (), x
+
+    forms.over_blocks(function, jnp.ones((64, 3)), cost.BLOCK_BYTES["cpu"] // 8)
+    assert set(seen) == {8}

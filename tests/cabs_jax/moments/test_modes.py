@@ -1,0 +1,59 @@
+"""Which way each parameter of the zoo is measured."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from cabs_jax.moments.factored import trace_plan
+from cabs_jax.moments.modes import Mode, choose, is_small
+from tests.cabs_jax.moments.oracle import matches, names
+from tests.cabs_jax.moments.zoo import ZOO
+
+
+def choices(loss, params, batch, variance="trace"):
+    plan, _ = trace_plan(loss, params, batch)
+    return choose(plan, len(jax.tree.leaves(params)), variance)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_only_parameters_named_so_are_held_for_every_example(name):
+    case = ZOO[name]()
+    chosen = choices(case.loss, case.params, case.batch)
+    for path, choice in zip(names(case.params), chosen, strict=True):
+        assert (choice.mode is Mode.PER_EXAMPLE) == matches(path, case.held), (path, choice)
+        if choice.mode is Mode.UNUSED:
+            assert matches(path, case.unused)
+
+
+def test_separate_uses_are_measured_in_place_and_overlapping_ones_collected():
+    def loss(p, x):
+        apart = jnp.sum(x[:2] @ p["apart"][:2]) + jnp.sum(x[2:] @ p["apart"][2:])
+        twice = jnp.sum(jnp.tanh(x @ p["twice"]) @ p["twice"].T)
+        return apart + twice
+
+    params = {"apart": jnp.ones((4, 3)), "twice": jnp.ones((4, 3))}
+    apart, twice = choices(loss, params, jnp.ones((1, 4)))
+    assert (apart.mode, len(apart.sites)) == (Mode.IN_PLACE, 2)
+    assert (twice.mode, len(twice.sites)) == (Mode.COLLECTED, 2)
+    assert "2 uses" in twice.reason
+
+
+def test_squares_of_entries_of_a_parameter_used_twice_need_its_gradients():
+    def loss(p, x):
+        return jnp.sum(jnp.tanh(x @ p) @ p)
+
+    (choice,) = choices(loss, jnp.ones((3, 3)), jnp.ones((1, 3)), "diagonal")
+    assert choice.mode is Mode.PER_EXAMPLE
+
+
+def test_copies_of_a_bias_are_small_and_those_of_a_table_are_not():
+    def added(p, x):
+        return jnp.sum(jnp.square(x + p))
+
+    def sliced(p, x):
+        return jnp.sum(jnp.square(lax.dynamic_slice(p, (x[0].astype(jnp.int32),), (2,))))
+
+    for loss, size, small in ((added, 3, True), (sliced, 9, False), (sliced, 2, True)):
+        (site,) = trace_plan(loss, jnp.ones(size), jnp.ones((1, 3)))[0].sites
+        assert is_small(site) == small

@@ -1,0 +1,164 @@
+"""A view runs through the very entries of the parameter that it stands for."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from cabs_jax.moments import compat, views
+
+small = st.integers(1, 4)
+
+
+def enumerate_atoms(atoms):
+    indices = np.zeros(1, int)
+    for size, stride in atoms:
+        indices = (indices[:, None] + np.arange(size) * stride).ravel()
+    return indices
+
+
+def entries(view):
+    """Indices of the parameter's entries, in the shape of the view."""
+    indices = np.array(view.offset)
+    for atoms in view.axes:
+        indices = indices[..., None] + enumerate_atoms(atoms)
+    return indices
+
+
+def factorisations(size):
+    """Shapes of at most three axes with so many entries."""
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    return [s for s in itertools.product(divisors, repeat=3) if math.prod(s) == size] + [(size,)]
+
+
+@st.composite
+def looks(draw, shape):
+    """A function of an array that only rearranges, and the same in numpy."""
+    steps = []
+    for _ in range(draw(st.integers(0, 4))):
+        kind = draw(st.sampled_from(["transpose", "reshape", "slice", "half"]))
+        if kind == "transpose":
+            order = tuple(draw(st.permutations(range(len(shape)))))
+            steps.append((lambda x, a=order: x.transpose(a),) * 2)
+            shape = tuple(shape[a] for a in order)
+        elif kind == "reshape":
+            shape = draw(st.sampled_from(factorisations(math.prod(shape))))
+            steps.append((lambda x, s=shape: x.reshape(s),) * 2)
+        elif kind == "slice":
+            low = tuple(draw(st.integers(0, n - 1)) for n in shape)
+            high = tuple(draw(st.integers(a + 1, n)) for a, n in zip(low, shape, strict=True))
+            window = tuple(map(slice, low, high))
+            steps.append((lambda x, a=low, b=high: lax.slice(x, a, b), lambda x, w=window: x[w]))
+            shape = tuple(b - a for a, b in zip(low, high, strict=True))
+        else:
+            steps.append((lambda x: x.astype(jnp.bfloat16), lambda x: x))
+    return steps
+
+
+def follow(steps, shape):
+    """The view after the steps that only look, and the entries it should see."""
+    view, seen = views.whole(0, shape), np.arange(math.prod(shape)).reshape(shape)
+    for ours, theirs in steps:
+        argument = jax.ShapeDtypeStruct(seen.shape, jnp.float32)
+        for equation in jax.make_jaxpr(ours)(argument).eqns:
+            through = views.through(view, equation)
+            if through is None:
+                return view, seen
+            (view,) = through
+        seen = theirs(seen)
+    return view, seen
+
+
+shapes = st.lists(small, min_size=1, max_size=3).map(tuple)
+
+
+@given(shapes.flatmap(lambda s: st.tuples(st.just(s), looks(s))))
+@settings(max_examples=60, deadline=None)
+def test_a_view_sees_what_the_array_holds(drawn):
+    shape, steps = drawn
+    view, seen = follow(steps, shape)
+    np.testing.assert_array_equal(entries(view), seen)
+
+
+@given(shapes.flatmap(lambda s: st.tuples(st.just(s), looks(s), looks(s))))
+@settings(max_examples=60, deadline=None)
+def test_disjoint_views_share_no_entry(drawn):
+    shape, *both = drawn
+    (first, seen), (second, other) = (follow(steps, shape) for steps in both)
+    if views.disjoint(first, second):
+        assert not set(seen.ravel()) & set(other.ravel())
+    assert views.disjoint(first, second) == views.disjoint(second, first)
+
+
+@given(shapes.flatmap(lambda s: st.tuples(st.just(s), looks(s))), st.data())
+@settings(max_examples=60, deadline=None)
+def test_layout_is_a_normal_form_of_the_entries_some_axes_run_through(drawn, data):
+    shape, steps = drawn
+    view, _ = follow(steps, shape)
+    axes = tuple(data.draw(st.permutations(range(len(view.axes)))))
+    axes = axes[: data.draw(st.integers(0, len(axes)))]
+    flattened = enumerate_atoms([atom for axis in axes for atom in view.axes[axis]])
+    normal = enumerate_atoms(views.layout(view, axes))
+    np.testing.assert_array_equal(normal, np.sort(flattened))
+    if views.in_order(view, axes):
+        np.testing.assert_array_equal(normal, flattened)
+
+
+def seen_by(function, shape):
+    """What `through` says of the only equation of a function that does something."""
+    *_, equation = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, jnp.float32)).eqns
+    return views.through(views.whole(0, shape), equation)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * 2,
+        lambda x: jnp.broadcast_to(x, (3, *x.shape)),
+        lambda x: x[::2],
+        lambda x: jnp.flip(x, 0),
+        lambda x: jnp.cumsum(x, 0),
+        lambda x: x.astype(jnp.int32),
+        lambda x: jnp.pad(x, 1),
+    ],
+)
+def test_what_does_more_than_rearrange_is_no_view(function):
+    assert seen_by(function, (4, 3)) is None
+
+
+def test_split_gives_disjoint_views():
+    first, second = seen_by(lambda x: lax.split(x, (1, 3), axis=1), (2, 4))
+    np.testing.assert_array_equal(entries(first), [[0], [4]])
+    np.testing.assert_array_equal(entries(second), [[1, 2, 3], [5, 6, 7]])
+    assert views.disjoint(first, second)
+    assert not views.disjoint(first, first)
+
+
+def test_expanded_axes_hold_one_entry():
+    (view,) = seen_by(lambda x: x[:, None], (3,))
+    np.testing.assert_array_equal(entries(view), [[0], [1], [2]])
+
+
+def test_reshaped_refuses_shapes_of_another_size_and_axes_that_do_not_nest():
+    transposed = views.whole(0, (2, 3))._replace(axes=(((3, 1),), ((2, 3),)))
+    assert views.reshaped(transposed, (2, 3)) is None
+    assert views.reshaped(transposed, (7,)) is None
+    assert views.reshaped(transposed, (0, 6)) is None
+    assert entries(views.reshaped(transposed, (6,))).tolist() == [0, 3, 1, 4, 2, 5]
+
+
+def test_a_scanned_view_moves_its_leading_axis_into_the_loop():
+    view = views.scanned(views.whole(0, (5, 2, 3)))
+    assert view.looped == ((5, 6),)
+    np.testing.assert_array_equal(entries(view), np.arange(6).reshape(2, 3))
+
+
+def test_equations_are_named():
+    (equation,) = jax.make_jaxpr(lambda x: x.T)(jnp.ones((2, 3))).eqns
+    assert compat.name(equation) == "transpose"
