@@ -41,11 +41,15 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_gradients_and_their_norms_and_squares(kind):
     both, g = factors(0, **kind), outer(factors(0, **kind))
-    np.testing.assert_allclose(forms.gradients(both, P), g, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        quick_jit(lambda f: forms.gradients(f, P))(both), g, rtol=1e-5, atol=1e-6
+    )
     norms = np.sum(g**2, axis=(1, 2, 3))
-    np.testing.assert_allclose(forms.gram_norms([both]), norms, rtol=1e-5)
+    np.testing.assert_allclose(quick_jit(forms.gram_norms)([both]), norms, rtol=1e-5)
     if kind["positions"] == 1 and "one_hot" not in kind:
-        np.testing.assert_allclose(forms.square_sums(both), np.sum(g**2, axis=0), rtol=1e-5)
+        np.testing.assert_allclose(
+            quick_jit(forms.square_sums)(both), np.sum(g**2, axis=0), rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +61,7 @@ def test_norms_of_a_sum_of_uses_hold_the_cross_terms(kinds):
     uses = [factors(i, **kind) for i, kind in enumerate((*kinds, kinds[0]))]
     g = sum(map(outer, uses))
     norms = np.sum(g**2, axis=(1, 2, 3))
-    np.testing.assert_allclose(forms.gram_norms(uses), norms, rtol=1e-5)
+    np.testing.assert_allclose(quick_jit(forms.gram_norms)(uses), norms, rtol=1e-5)
 
 
 def test_results_of_half_precision_factors_are_float32():

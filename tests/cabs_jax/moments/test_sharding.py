@@ -109,27 +109,25 @@ def test_other_methods_on_a_mesh(way, options):
     check("convolution_2d", way, **options)
 
 
+ONE_AXIS, TWO_AXES = ((8,), ("data",)), ((4, 2), ("data", "model"))
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"variance": "diagonal"},
-        {"method": "per_example"},
-        {"microbatch_size": 2},
-    ],
+    ("way", "mesh"),
+    [*((way, ONE_AXIS) for way in WAYS), ("Auto, mesh=", TWO_AXES), ("Explicit", TWO_AXES)],
     ids=str,
 )
-@pytest.mark.parametrize("shape", [(8,), (4, 2)], ids=str)
-def test_the_zoo_on_every_mesh(name, way, options, shape):
-    reference = options.get("method") == "per_example"
-    if name in ABORTS and way == "Auto" and reference:
+@pytest.mark.parametrize(
+    "options", [{}, {"variance": "diagonal"}, {"method": "per_example"}], ids=str
+)
+def test_the_zoo_on_every_mesh(name, way, mesh, options):
+    if name in ABORTS and way == "Auto" and "method" in options:
         pytest.skip("XLA aborts")
-    if way == "shard_map that checks" and name in NEEDS_NO_CHECK:
+    if name in NEEDS_NO_CHECK and way == "shard_map that checks":
         pytest.skip("refused by JAX")
-    check(name, way, shape, ("data", "model")[: len(shape)], **options)
+    check(name, way, *mesh, **options)
 
 
 def test_eager_calls_on_an_explicit_mesh():
