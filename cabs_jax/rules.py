@@ -10,6 +10,8 @@ be given to `cabs_jax.adapt_batch_size`; the factories here make the rules of th
   `norm_test`             ξ / (θ²‖∇F‖²)                            Byrd et al. 2012, unbiased
   `biased_norm_test`      ξ / (θ²‖ḡ‖²)                             Byrd et al. 2012
   `noise_scale`           ξ / ‖∇F‖²                                McCandlish et al. 2018
+  `big_batch`             m, or (1 + δ)·m if too noisy             De et al. 2017
+  `geometric_growth`      m₀·ρᵏ after k milestones                 Smith et al. 2018
   `constant`, `schedule`  a given size                             the baselines
   ======================  =======================================  ===============================
 
@@ -32,11 +34,14 @@ numerator is zero (no noise, or no step) it answers 0; else, where its denominat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from cabs_jax._arguments import check_batch_size, check_number
@@ -224,6 +229,88 @@ def noise_scale() -> Rule:
     def rule(statistics: Statistics) -> jax.Array:
         norm, _ = _unbiased_squared_norm(statistics, "noise_scale")
         return _ratio(_float32(statistics.gradient_variance), norm)
+
+    return rule
+
+
+def big_batch(theta: ArrayLike = 1.0, *, growth: ArrayLike = 0.1) -> Rule:
+    """Grows the batch while noise drowns the gradient: θ²‖ḡ‖² ≤ V/m asks for ⌈(1 + δ)·m⌉.
+
+    V = ξ·m/(m − 1) is the sample variance. This is the published test with a fixed step size, where
+    δ = 0.1, θ is left out (1), and each test sees one batch: give `adapt_batch_size` a `decay` of 0
+    for that. It differs in one thing: a batch that fails is not filled up and tested again before
+    the step; its step is made, and the next batch is the larger one. The size never falls. Legal
+    sizes must lie closer together than a factor 1 + δ, or rounding undoes the growth. Needs
+    `count`.
+
+    Args:
+      theta: Bound θ > 0 on the relative noise √(V/m) / ‖ḡ‖.
+      growth: Relative increase δ > 0 of a batch that fails.
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: If an argument is not positive.
+
+    References:
+      De, Yadav, Jacobs and Goldstein, `Big Batch SGD: Automated Inference using Adaptive Batch
+      Sizes <https://arxiv.org/abs/1610.05792>`_, 2017, algorithm 1.
+    """
+    check_number("theta", theta, "a positive number", lambda x: x > 0)
+    check_number("growth", growth, "a positive number", lambda x: x > 0)
+
+    def rule(statistics: Statistics) -> jax.Array:
+        unbiased, count = _unbiased_squared_norm(statistics, "big_batch")
+        noise = noise_in_squared_norm(_float32(statistics.gradient_variance), count)
+        fails = jnp.square(_float32(theta)) * (unbiased + noise) <= noise
+        size = _float32(statistics.batch_size)
+        # A batch without noise passes, at a minimum of the loss too.
+        return jnp.where(fails & (noise > 0), jnp.ceil((1 + _float32(growth)) * size), size)
+
+    return rule
+
+
+def geometric_growth(size: int, factor: float, milestones: Sequence[int]) -> Rule:
+    """Multiplies the batch size where a step decay would divide the learning rate: m₀·ρᵏ.
+
+    The noise of a step goes with α/m, so that both have the same effect on it. As the sizes are
+    known beforehand, so are the steps at which a number of examples has been seen; they are right
+    as long as `round_to` leaves the sizes as they are. Bounds may cut them off at the maximum.
+
+    Args:
+      size: Size m₀ of the first batches, in [1, 2**31 − 1]; give it as `initial_batch_size` too.
+      factor: ρ > 1; sizes are rounded to whole numbers.
+      milestones: Increasing numbers of examples; the first batch that starts at or after the k-th
+        is the first of size m₀·ρᵏ.
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: If an argument is out of range, or the milestones do not increase.
+
+    References:
+      Smith, Kindermans, Ying and Le, `Don't Decay the Learning Rate, Increase the Batch Size
+      <https://arxiv.org/abs/1711.00489>`_, 2018.
+    """
+    check_number("factor", factor, "a number above 1", lambda x: x > 1)
+    first = int(check_batch_size("size", size))
+    at = [int(check_batch_size("each milestone", milestone)) for milestone in milestones]
+    if any(a >= b for a, b in pairwise(at)):
+        raise ValueError(f"milestones must increase, got {milestones!r}.")
+
+    sizes, steps, step, seen = [float(first)], [], 0, 0
+    for milestone in at:
+        waited = max(0, math.ceil((milestone - seen) / sizes[-1]))
+        step, seen = step + waited, seen + waited * int(sizes[-1])
+        steps.append(step)
+        sizes.append(float(round(first * factor ** len(steps))))
+    all_sizes, last_steps = np.asarray(sizes, np.float32), np.asarray(steps, np.int32) - 1
+
+    def rule(statistics: Statistics) -> jax.Array:
+        passed = jnp.sum(statistics.step >= last_steps, dtype=jnp.int32)
+        return jnp.asarray(all_sizes)[passed]
 
     return rule
 

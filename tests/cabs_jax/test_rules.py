@@ -37,6 +37,8 @@ ALL_RULES = {
     "norm_test": rules.norm_test(0.5),
     "biased_norm_test": rules.biased_norm_test(0.5),
     "noise_scale": rules.noise_scale(),
+    "big_batch": rules.big_batch(growth=0.5),
+    "geometric_growth": rules.geometric_growth(16, 2.5, (48, 100, 1000)),
     "constant": rules.constant(32),
     "schedule": rules.schedule(lambda step: 2**step),
 }
@@ -46,10 +48,12 @@ EXPECTED = {
     "norm_test": 40 / (0.5**2 * 0.25),
     "biased_norm_test": 40 / (0.5**2 * (0.25 + 40 / 16)),
     "noise_scale": 40 / 0.25,
+    "big_batch": 18,
+    "geometric_growth": 40,
     "constant": 32,
     "schedule": 2**3,
 }
-NEED_THE_NORM = ["expected_progress", "norm_test", "biased_norm_test", "noise_scale"]
+NEED_THE_NORM = ["expected_progress", "norm_test", "biased_norm_test", "noise_scale", "big_batch"]
 
 
 @pytest.mark.parametrize("name", ALL_RULES)
@@ -115,7 +119,7 @@ def test_maximum_where_the_squared_norm_is_not_positive(name, norm):
     assert float(ALL_RULES[name](statistics(squared_gradient_norm=norm))) == math.inf
 
 
-@pytest.mark.parametrize("name", NEED_THE_NORM)
+@pytest.mark.parametrize("name", NEED_THE_NORM[:-1])
 def test_minimum_without_noise(name):
     for norm in (0.25, 0.0):
         quiet = statistics(gradient_variance=0.0, squared_gradient_norm=norm)
@@ -139,7 +143,7 @@ def test_rule_that_needs_the_count_says_so(name):
         ALL_RULES[name](statistics(count=None, squared_gradient_norm=None))
 
 
-@pytest.mark.parametrize("name", ["cabs", "constant", "schedule"])
+@pytest.mark.parametrize("name", ["cabs", "geometric_growth", "constant", "schedule"])
 def test_other_rules_do_without_the_count(name):
     size = ALL_RULES[name](statistics(count=None, squared_gradient_norm=None))
     assert float(size) == EXPECTED[name]
@@ -163,6 +167,54 @@ def test_biased_norm_test_of_a_single_example_subtracts_nothing():
 
 
 @pytest.mark.parametrize(
+    ("theta", "unbiased", "grows"),
+    [
+        (1.0, -0.01, True),  # ‖ḡ‖² = 2.49 against V/m = ξ/(m − 1) = 2.5
+        (1.0, 0.0, True),
+        (1.0, 0.01, False),
+        (0.5, 7.4, True),  # ‖ḡ‖²/4 = 2.475
+        (0.5, 7.6, False),
+        (2.0, -1.8, False),  # 4‖ḡ‖² = 2.8
+        (2.0, -1.9, True),
+    ],
+)
+def test_big_batch_compares_the_gradient_with_its_noise(theta, unbiased, grows):
+    seen = statistics(squared_gradient_norm=unbiased, batch_size=18)
+    assert float(rules.big_batch(theta)(seen)) == (20 if grows else 18)  # 18 + 1.8, rounded up
+
+
+def test_big_batch_keeps_its_size_without_noise_and_grows_from_the_smallest():
+    quiet = statistics(squared_gradient_norm=0.0, gradient_variance=0.0)
+    assert float(rules.big_batch()(quiet)) == 18
+    assert float(rules.big_batch()(statistics(squared_gradient_norm=-1.0, batch_size=2))) == 3
+
+
+def test_geometric_growth_counts_the_examples():
+    rule = rules.geometric_growth(16, 2.5, (33, 100, 101))
+    sizes = [16]
+    for step in range(6):
+        sizes.append(int(rule(statistics(step=step))))
+    assert sizes == [16, 16, 16, 40, 40, 250, 250]  # 48 ≥ 33, 128 ≥ 101 as well
+    starts = np.cumsum([0, *sizes[:-1]])
+    for size, seen in zip(sizes, starts, strict=True):
+        assert size == round(16 * 2.5 ** sum(seen >= m for m in (33, 100, 101)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 2.0, (5,)), "size must lie in .*got 0"),
+        ((16, 1.0, (5,)), r"factor must be a number above 1, got 1\.0"),
+        ((16, 2.0, (5, 5)), r"milestones must increase, got \(5, 5\)"),
+        ((16, 2.0, (0.5,)), r"each milestone must be a whole number.*got 0\.5"),
+    ],
+)
+def test_geometric_growth_shows_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rules.geometric_growth(*arguments)
+
+
+@pytest.mark.parametrize(
     ("make", "bad"),
     [
         (rules.cabs, -0.5),
@@ -181,6 +233,8 @@ def test_biased_norm_test_of_a_single_example_subtracts_nothing():
         (rules.biased_norm_test, 0),
         (rules.biased_norm_test, 1),
         (rules.biased_norm_test, 1.5),
+        (rules.big_batch, 0),
+        (lambda x: rules.big_batch(growth=x), -0.5),
         (rules.constant, 0),
         (rules.constant, -3),
         (rules.constant, 2**31),
