@@ -17,6 +17,9 @@ DEFAULT_MODELS = {
 FALLBACK_MODEL = "cifar10_2c3d"
 
 BUCKETS = "buckets"
+FIXED_SIZE_METHODS = ("constant", "constant_adam", "constant_momentum")
+SCHEDULES = ("constant", "step", "cosine")
+LARGEST_COUNT = 2**31 - 1  # of examples, which are counted in int32
 
 
 def option(default: Any, help: str) -> Any:  # noqa: A002 (argparse's word for it)
@@ -40,7 +43,17 @@ class RunConfig:
     )
     method: str = option("cabs", "the rule that sets the batch size")
     model: str = option("", "by default the net that fits the data set")
-    learning_rate: float = option(0.1, "the step size of SGD, and of the rules that depend on it")
+    learning_rate: float = option(
+        0.1,
+        "the step size, and that of the rules that depend on it; noise_scale: its upper limit, "
+        "of which a batch of the noise scale takes half",
+    )
+    schedule: str = option(
+        "constant",
+        "the learning rate of the methods of constant size: constant; step, to a tenth at 50 % "
+        "and again at 75 % of the examples; or cosine, to 0",
+    )
+    momentum: float = option(0.9, "heavy-ball momentum of the methods named after it")
     batch_size: int = option(16, "the size that `constant` keeps and the others start from")
     min_batch_size: int = option(16, "the smallest size an adaptive method may choose")
     max_batch_size: int = option(2048, "the largest size an adaptive method may choose")
@@ -62,7 +75,9 @@ class RunConfig:
     evaluations: int = option(10, "evaluations, evenly spread over the steps or examples")
     seed: int = option(0, "of the initial parameters and of the order of the examples")
     width: float = option(1.0, "multiplies the channels and units of the net's hidden layers")
-    theta: float = option(1.0, "the norm test's tolerance of relative noise in the gradient")
+    theta: float = option(
+        1.0, "tolerance of relative noise in the gradient: of the norm tests and of big_batch"
+    )
     lipschitz: float | None = option(
         None, "expected_progress: the gradient's Lipschitz constant (default 1 / learning rate)"
     )
@@ -90,6 +105,10 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.examples is not None and self.examples > LARGEST_COUNT:
+            raise ValueError(f"examples must be at most 2**31 - 1, got {self.examples}")
+        if not 0 < self.momentum < 1:
+            raise ValueError(f"momentum must lie between 0 and 1, got {self.momentum}")
         for name in ("seed", "lag"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -101,7 +120,8 @@ class RunConfig:
             raise ValueError(
                 f"min_batch_size {self.min_batch_size} exceeds max_batch_size {self.max_batch_size}"
             )
-        if self.method != "constant" and not (
+        self._check_schedule()
+        if not self.fixed_size and not (
             self.min_batch_size <= self.batch_size <= self.max_batch_size
         ):
             raise ValueError(
@@ -109,6 +129,28 @@ class RunConfig:
                 f"[{self.min_batch_size}, {self.max_batch_size}]; "
                 "change it, min_batch_size or max_batch_size"
             )
+
+    def _check_schedule(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
+            )
+        scheduled = self.schedule != "constant"
+        if scheduled and not self.fixed_size:
+            raise ValueError(
+                f"schedule {self.schedule!r} goes with {', '.join(FIXED_SIZE_METHODS)}, "
+                f"not with {self.method!r}"
+            )
+        if self.examples is None and (scheduled or self.method == "geometric_growth"):
+            what = f"schedule {self.schedule!r}" if scheduled else self.method
+            raise ValueError(
+                f"{what} changes at fractions of the run's examples: give examples, not steps"
+            )
+
+    @property
+    def fixed_size(self) -> bool:
+        """Whether every batch has `batch_size` examples."""
+        return self.method in FIXED_SIZE_METHODS
 
     @property
     def limit(self) -> tuple[str, int]:

@@ -32,6 +32,18 @@ def test_a_resolved_configuration_reproduces_itself():
         ({"learning_rate": -0.1}, "learning_rate must be a positive number, got -0.1"),
         ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
         ({"width": float("inf")}, "width must be a positive number, got inf"),
+        ({"momentum": 1.0}, "momentum must lie between 0 and 1, got 1.0"),
+        ({"examples": 2**31}, r"examples must be at most 2\*\*31 - 1, got 2147483648"),
+        ({"schedule": "linear"}, "schedule must be one of constant, step, cosine, got 'linear'"),
+        ({"schedule": "step"}, "'step' goes with constant, .*not with 'cabs'"),
+        (
+            {"method": "constant", "schedule": "cosine", "steps": 9},
+            "schedule 'cosine' changes .* give examples, not steps",
+        ),
+        (
+            {"method": "geometric_growth", "steps": 9},
+            "geometric_growth changes .* give examples, not steps",
+        ),
         ({"seed": -1}, "seed must not be negative, got -1"),
         ({"lag": -1}, "lag must not be negative, got -1"),
         ({"round_to": 0}, "round_to must be a positive integer or 'buckets', got 0"),
@@ -45,5 +57,8 @@ def test_bad_values_are_named(options, message):
         RunConfig(**options)
 
 
-def test_a_constant_size_ignores_the_bounds_of_the_adaptive_methods():
-    assert RunConfig(method="constant", batch_size=4096).batch_size == 4096
+@pytest.mark.parametrize("method", ["constant", "constant_adam", "constant_momentum"])
+def test_a_constant_size_ignores_the_bounds_of_the_adaptive_methods(method):
+    config = RunConfig(method=method, batch_size=4096)
+    assert config.fixed_size
+    assert config.batch_size == 4096
