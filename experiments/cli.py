@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 
-from experiments import benchmarks, datasets, display, figure, methods, models, records
+from experiments import benchmarks, checkpoint, datasets, display, figure, methods, models, records
+from experiments.checkpoint import Checkpoints, Interrupted, Schedule
 from experiments.config import BUCKETS, RunConfig
 from experiments.train import Experiment, set_up, train
 
@@ -53,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was written stays", file=sys.stderr)
         return 130
+    except Interrupted as error:
+        print(f"interrupted by {error}", file=sys.stderr)
+        return 128 + error.signal
     return 0
 
 
@@ -92,6 +98,29 @@ def parser() -> Parser:
         help="a new or empty folder for the results (default: a new one under ./runs)",
     )
     run_parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out from its newest whole checkpoint, or from the first step; "
+        "options that are left out are those of that run (not with --distributed: repeat them)",
+    )
+    default = Schedule()
+    run_parser.add_argument(
+        "--checkpoint-every-steps", type=int, metavar="N", help="also write a checkpoint so often"
+    )
+    run_parser.add_argument(
+        "--checkpoint-every-minutes",
+        type=float,
+        metavar="X",
+        help=f"write a checkpoint so often (default {default.every_minutes:g}), and at the end, on "
+        "Ctrl-C and on SIGTERM",
+    )
+    run_parser.add_argument(
+        "--keep-checkpoints",
+        type=int,
+        metavar="N",
+        help=f"how many, the newest, to keep (default {default.keep})",
+    )
+    run_parser.add_argument(
         "--distributed",
         action="store_true",
         help="one of several processes, over whose devices batches are split; process 0 writes. "
@@ -123,21 +152,67 @@ def compare() -> None:
 def run(options: dict[str, Any]) -> None:
     """Trains once, as the options of `run` say."""
     out, data_dir = options.pop("out", None), options.pop("data_dir", None)
+    resume, schedule = options.pop("resume", False), schedule_of(options)
+    if resume and out is None:
+        raise UserError("--resume needs --out, the folder of the run to continue")
     mesh = mesh_of_processes(options)
     writes = jax.process_index() == 0
     with user_errors(ValueError, OSError):
+        if resume and mesh is None:
+            options = stored_options(out, options)
         config = RunConfig(**options)
-        if out is not None and writes:
+        if out is not None and writes and not resume:
             records.check_unused(out)
-        experiment = set_up(config, data_dir)
-        if not writes:
-            train(experiment, None, mesh=mesh)
+        if resume and is_finished(out, mesh):
+            print(f"{out} holds a finished run; there is nothing to resume")
             return
-        if out is None:
+        experiment = set_up(config, data_dir)
+        if out is None and writes:
             out = records.fresh_folder(RUNS, f"{experiment.dataset.name}-{config.method}")
-    size = f" {config.batch_size}" if config.method == "constant" else ""
+    if not writes:
+        train(experiment, None, mesh=mesh, checkpoints=Checkpoints(None), resume=resume)
+        return
+    size = f" {config.batch_size}" if config.fixed_size else ""
     label = config.method + size
-    train_and_plot({label: experiment}, {label: out}, out / records.FIGURE, mesh)
+    with user_errors(OSError), Checkpoints(out / checkpoint.FOLDER, schedule) as checkpoints:
+        train_and_plot(
+            {label: experiment}, {label: out}, out / records.FIGURE, mesh, checkpoints, resume
+        )
+
+
+def schedule_of(options: dict[str, Any]) -> Schedule:
+    """When to write checkpoints, taking what says so out of `options`."""
+    names = {
+        "every_steps": "checkpoint_every_steps",
+        "every_minutes": "checkpoint_every_minutes",
+        "keep": "keep_checkpoints",
+    }
+    given = {field: options.pop(name) for field, name in names.items() if name in options}
+    with user_errors(ValueError):
+        return Schedule(**given).checked()
+
+
+def stored_options(out: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of the run in `out`, which those given must agree with.
+
+    Raises:
+        experiments.records.ResumeError: They do not, or the run has options that are unknown here.
+    """
+    stored = records.read_config(out)
+    if stored is None:
+        return given
+    records.check_equal(f"the run in {out}", {key: stored.get(key) for key in given}, given)
+    if unknown := stored.keys() - {field.name for field in dataclasses.fields(RunConfig)}:
+        raise records.ResumeError(
+            f"{out / records.CONFIG} holds unknown keys: {', '.join(sorted(unknown))}"
+        )
+    return stored
+
+
+def is_finished(out: Path, mesh: jax.sharding.Mesh | None) -> bool:
+    """Whether the first process finds a summary in `out`, as all processes are told."""
+    finished = np.int32(jax.process_index() == 0 and records.read_summary(out) is not None)
+    return bool(finished if mesh is None else multihost_utils.broadcast_one_to_all(finished))
 
 
 def mesh_of_processes(options: dict[str, Any]) -> jax.sharding.Mesh | None:
@@ -165,21 +240,35 @@ def train_and_plot(
     folders: Mapping[str, Path],
     figure_path: Path,
     mesh: jax.sharding.Mesh | None = None,
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
 ) -> None:
     """Trains each experiment into its folder, draws them in one figure and prints a table."""
     console = Console()
-    summaries = {}
-    with user_errors(OSError), display.progress_bars(console) as bars:
-        for label, experiment in experiments.items():
-            observe = display.observer(bars, label, experiment.config)
-            summaries[label] = train(experiment, folders[label], observe, mesh)
     first = next(iter(experiments.values()))
     title = (
         f"{first.dataset.name}, {first.config.model}, learning rate {first.config.learning_rate:g}"
     )
+
+    def draw() -> None:
+        """The runs that have begun."""
+        begun = [label for label in folders if (folders[label] / records.METRICS).exists()]
+        results = {label: records.read(folders[label]) for label in begun}
+        shown = {label: result for label, result in results.items() if result.metrics}
+        if shown:
+            figure.plot(shown, figure_path, title)
+
+    summaries = {}
+    with (
+        user_errors(OSError, records.ResumeError),
+        display.progress_bars(console) as bars,
+        display.refreshed(draw, console),
+    ):
+        for label, experiment in experiments.items():
+            observe = display.observer(bars, label, experiment.config)
+            summaries[label] = train(experiment, folders[label], observe, mesh, checkpoints, resume)
     with user_errors(OSError):
-        results = {label: records.read(folder) for label, folder in folders.items()}
-        figure.plot(results, figure_path, title)
+        draw()
     console.print(display.summary_table(summaries))
     console.print(f"figure: {figure_path}", soft_wrap=True)
 

@@ -1,7 +1,9 @@
 """What a run shows on the terminal: progress bars and a table of summaries."""
 
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,6 +14,8 @@ from rich.table import Table
 from experiments.config import RunConfig
 
 REFRESH_SECONDS = 0.1
+FIGURE_SECONDS = 60.0
+FIGURE_SHARE = 0.01  # of the time, at most, goes into figures of a run that goes on
 
 
 def progress_bars(console: Console) -> Progress:
@@ -37,6 +41,9 @@ def observer(bars: Progress, label: str, config: RunConfig) -> Callable[[dict[st
     def observe(metrics: dict[str, Any]) -> None:
         nonlocal drawn, examples, seconds
         now = time.perf_counter()
+        if not drawn and metrics["step"] > 1:  # resumed: what was done before has no speed
+            bars.reset(task, completed=metrics[unit])
+            examples, seconds = metrics["examples"], metrics["seconds"] - REFRESH_SECONDS
         if now - drawn < REFRESH_SECONDS and metrics[unit] < total:
             return
         bars.update(
@@ -49,6 +56,36 @@ def observer(bars: Progress, label: str, config: RunConfig) -> Callable[[dict[st
         drawn, examples, seconds = now, metrics["examples"], metrics["seconds"]
 
     return observe
+
+
+@contextmanager
+def refreshed(
+    draw: Callable[[], None], console: Console, interval: float = FIGURE_SECONDS
+) -> Iterator[None]:
+    """Calls `draw` in the background now and then: a long run can be watched.
+
+    If it fails, that is said once on the console, and it is not called again; the run goes on.
+    """
+    ended = threading.Event()
+
+    def repeat() -> None:
+        wait = interval
+        while not ended.wait(wait):
+            started = time.perf_counter()
+            try:
+                draw()
+            except (OSError, ValueError) as error:
+                console.print(f"the figure is not refreshed: {error}", soft_wrap=True)
+                return
+            wait = max(interval, (time.perf_counter() - started) / FIGURE_SHARE)
+
+    thread = threading.Thread(target=repeat, name="figure", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def summary_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -14,7 +14,7 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
-from experiments.records import Record
+from experiments.records import Record, replacing
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; the dashes by printers.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
@@ -23,7 +23,7 @@ POINTS = 200
 
 
 def plot(runs: Mapping[str, Record], path: Path, title: str = "") -> None:
-    """Draws the labelled runs into a PNG at `path`."""
+    """Draws the labelled runs into a PNG at `path`, which is replaced whole."""
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     loss, batch_size, accuracy = figure.subplots(1, 3, sharex=True)
@@ -59,7 +59,8 @@ def plot(runs: Mapping[str, Record], path: Path, title: str = "") -> None:
     if len(runs) > 1:
         loss.legend(frameon=False)
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
 
 
 def late_accuracies(evaluations: Mapping[str, np.ndarray]) -> np.ndarray:

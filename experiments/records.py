@@ -1,12 +1,14 @@
 """A run's folder: config.json, metrics.jsonl, evaluations.jsonl, summary.json."""
 
+import contextlib
 import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -17,10 +19,14 @@ CONFIG, METRICS, EVALUATIONS, SUMMARY, FIGURE = (
     "summary.json",
     "figure.png",
 )
+PARTIAL = ".partial"
 
 
 class Record(NamedTuple):
-    """What a finished run wrote. Columns are float arrays, one entry a line; null became NaN."""
+    """What a run wrote. Columns are float arrays, one entry a line; null became NaN.
+
+    The summary is empty until the run has finished.
+    """
 
     config: dict[str, Any]
     metrics: dict[str, np.ndarray]
@@ -28,10 +34,123 @@ class Record(NamedTuple):
     summary: dict[str, Any]
 
 
+class ResumeError(ValueError):
+    """The files in a folder are not those of the run that should go on in it."""
+
+
+class Lines:
+    """A file of JSON objects, one a line, each on disk or gone whole once `write` returns.
+
+    Args:
+        path: The file; None writes nothing.
+        keep: How many bytes of it to keep; what follows them is cut off.
+
+    Raises:
+        OSError: The file cannot be opened.
+        ResumeError: It is shorter than `keep`.
+
+    Attributes:
+        size: Bytes of the file, all of them whole lines.
+    """
+
+    def __init__(self, path: Path | None, keep: int = 0):
+        self._file = None if path is None else path.open("ab", buffering=0)
+        self.size = keep
+        if self._file is not None:
+            found = self._file.seek(0, os.SEEK_END)
+            if found < keep:
+                self._file.close()
+                raise ResumeError(f"{path} was cut to {found} bytes, {keep} were written")
+            self._file.truncate(keep)
+
+    def write(self, value: Mapping[str, Any]) -> None:
+        """Appends a line.
+
+        Raises:
+            OSError: It cannot be written; the lines before it stay.
+        """
+        if self._file is None:
+            return
+        line = to_json(value).encode()
+        rest = line
+        try:
+            while rest:  # a disk that fills up takes a part of it first
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self.size)
+            raise OSError(error.errno, error.strerror, self._file.name) from error
+        self.size += len(line)
+
+    def sync(self) -> None:
+        """Returns once the lines would survive a loss of power."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
 def check_unused(folder: Path) -> None:
     """Raises FileExistsError unless `folder` is missing or empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is not empty; name a new folder, results are never mixed")
+        raise FileExistsError(
+            f"{folder} is not empty; name a new folder, results are never mixed, or --resume"
+        )
+
+
+def check_resumable(folder: Path, config: Mapping[str, Any]) -> None:
+    """Checks that `folder` is missing, empty, or holds a run of this configuration.
+
+    Raises:
+        FileExistsError: It holds something else than a run.
+        ResumeError: The run has another configuration; the message shows the difference.
+    """
+    stored = read_config(folder)
+    if stored is not None:
+        check_equal(f"the run in {folder}", stored, config)
+    elif folder.exists() and (
+        not folder.is_dir() or {path.name for path in folder.iterdir()} - {CONFIG + PARTIAL}
+    ):
+        raise FileExistsError(f"{folder} holds no {CONFIG}, so there is no run in it to resume")
+
+
+def check_equal(owner: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ResumeError, which says what differs, unless the values under the keys are equal."""
+    differences = [
+        f"{key} {then.get(key)!r}, now {now.get(key)!r}"
+        for key in dict.fromkeys((*then, *now))
+        if then.get(key) != now.get(key)
+    ]
+    if differences:
+        raise ResumeError(f"{owner} has {'; '.join(differences)}")
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration of the run in `folder`, or None where there is none.
+
+    Raises:
+        ResumeError: The file is damaged.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise ResumeError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise ResumeError(f"{path} is damaged: it holds no JSON object")
+    return config
 
 
 def fresh_folder(parent: Path, name: str) -> Path:
@@ -57,16 +176,33 @@ def to_json(value: Mapping[str, Any], indent: int | None = None) -> str:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes all of the file or, when interrupted, none of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(to_json(value, indent=2), encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(to_json(value, indent=2), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, which takes the place of `path` once all is written.
+
+    Raises:
+        OSError: It cannot be written; what `path` held before stays.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read(folder: Path) -> Record:
-    """Reads back what a run wrote into `folder`."""
+    """Reads back what a run wrote into `folder`, or has written so far."""
 
     def columns(name: str) -> dict[str, np.ndarray]:
-        rows = [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]
+        lines = (folder / name).read_text("utf-8").splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
         keys = rows[0] if rows else ()
         return {key: np.array([row[key] for row in rows], float) for key in keys}
 
@@ -74,5 +210,14 @@ def read(folder: Path) -> Record:
         config=json.loads((folder / CONFIG).read_text("utf-8")),
         metrics=columns(METRICS),
         evaluations=columns(EVALUATIONS),
-        summary=json.loads((folder / SUMMARY).read_text("utf-8")),
+        summary=read_summary(folder) or {},
     )
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of the run in `folder`, or None while it is unfinished."""
+    try:
+        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return summary

@@ -1,13 +1,13 @@
 """One training run: set-up, loop, evaluation, files."""
 
 import dataclasses
+import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import cabs_jax
 from experiments import datasets, methods, models, records
+from experiments.checkpoint import Checkpoints
 from experiments.config import BUCKETS, RunConfig
 from experiments.evaluate import make_evaluate
 from experiments.step import StepInfo, make_train_step
@@ -57,6 +58,8 @@ def train(
     out: Path | None,
     observe: Callable[[dict[str, Any]], None] = lambda metrics: None,
     mesh: jax.sharding.Mesh | None = None,
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Runs the experiment and writes config, metrics, evaluations and summary into `out`.
 
@@ -64,23 +67,35 @@ def train(
     (whose share is `compile_seconds`), but not evaluation, which only the measurement needs.
     A run whose loss is no longer finite has diverged, and stops there, or `lag` steps later.
 
+    A run that was cut off at any moment and is resumed from its last checkpoint writes the same
+    lines as one that was not, but for `seconds` and `compile_seconds`, which go on from there.
+
     Args:
         experiment: As `set_up` makes it. The model's parameters are left intact.
         out: A folder that is missing or empty; None writes nothing, as all processes but one do.
         observe: Called with each line of the metrics after it was written.
         mesh: Splits batches over all its devices, which may belong to several processes.
+        checkpoints: Writes one whenever it says so, and one at the end.
+        resume: Continues the run in `out` from its newest checkpoint, or from the first step if
+            there is none.
 
     Returns:
         The summary, as written.
 
     Raises:
         OSError: `out` is not empty or cannot be written; lines already written stay.
+        experiments.records.ResumeError: The run to resume had another configuration or other data.
+        experiments.checkpoint.Interrupted: A signal came; a checkpoint was written.
     """
     config, dataset, model, optimizer = experiment
+    identity: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     if out is not None:
-        records.check_unused(out)
+        if resume:
+            records.check_resumable(out, identity)
+        else:
+            records.check_unused(out)
         out.mkdir(parents=True, exist_ok=True)
-        records.write_json(out / records.CONFIG, dataclasses.asdict(config))
+        records.write_json(out / records.CONFIG, identity)
 
     unit, limit = config.limit
     train_size = len(dataset.train["label"])
@@ -90,6 +105,13 @@ def train(
     legal, padded = _shapes(config, 1 if mesh is None else mesh.size)
     # The step donates both, so each leaf needs a buffer of its own, and the model keeps its.
     params, opt_state = jax.tree.map(jnp.copy, (model.params, optimizer.init(model.params)))
+    saved: dict[str, Any] | None = None
+    if checkpoints is not None:
+        identity["fingerprint of the data set"] = datasets.fingerprint(dataset)
+        if resume and (restored := checkpoints.restore((params, opt_state))):
+            arrays, saved = restored
+            records.check_equal("the run to resume", saved["identity"], identity)
+            params, opt_state = jax.tree.map(jnp.array, arrays)
     first_size, sharding = int(cabs_jax.batch_size(opt_state)), None
     if mesh is not None:
         sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
@@ -97,9 +119,10 @@ def train(
             (params, opt_state), NamedSharding(mesh, PartitionSpec())
         )
 
+    written = saved["written"] if saved else [0, 0]
     with (
-        _open_lines(out, records.METRICS) as metrics_file,
-        _open_lines(out, records.EVALUATIONS) as evaluations_file,
+        records.Lines(out and out / records.METRICS, written[0]) as metrics_file,
+        records.Lines(out and out / records.EVALUATIONS, written[1]) as evaluations_file,
         cabs_jax.BatchLoader(
             dataset.train,
             first_size,
@@ -123,13 +146,13 @@ def train(
                 "examples": examples,
                 "epoch": examples / train_size,
                 "seconds": seconds,
-                "compile_seconds": train_step.seconds_waited,
+                "compile_seconds": compile_seconds + train_step.seconds_waited,
                 "train_loss": on_train.loss,
                 "train_accuracy": on_train.accuracy,
                 "test_loss": on_test.loss,
                 "test_accuracy": on_test.accuracy,
             }
-            evaluations_file.write(records.to_json(evaluation))
+            evaluations_file.write(evaluation)
             return evaluation
 
         def write_metrics(step: int, size: int, examples: int, info: StepInfo) -> dict[str, Any]:
@@ -144,14 +167,46 @@ def train(
                 "epoch": examples / train_size,
                 "seconds": time.perf_counter() - started,
             }
-            metrics_file.write(records.to_json(metrics))
+            metrics_file.write(metrics)
             observe(metrics)
             return metrics
 
-        step, examples, seconds, done, evaluated, diverged = 0, 0, 0.0, 0, 0, False
-        evaluation = evaluate_and_write(step, examples, seconds)
+        def save_checkpoint() -> None:
+            assert checkpoints is not None
+            metrics_file.sync()
+            evaluations_file.sync()
+            progress = {
+                "identity": identity,
+                "written": [metrics_file.size, evaluations_file.size],
+                "step": step,
+                "examples": examples,
+                "seconds": time.perf_counter() - started,
+                "compile_seconds": compile_seconds + train_step.seconds_waited,
+                "compilations": compilations + train_step.compilations,
+                "evaluation": evaluation,
+                "evaluated": evaluated,
+                "dispatched": [
+                    (*counts, [_decimal(x) for x in jax.device_get(info)])
+                    for *counts, info in dispatched
+                ],
+                "loader": loader.get_state(),
+            }
+            checkpoints.save(step, (params, opt_state), progress)
+
+        diverged = False
         dispatched: deque[tuple[int, int, int, StepInfo]] = deque()
-        started = time.perf_counter()
+        if saved is None:
+            step, examples, seconds, evaluated = 0, 0, 0.0, 0
+            compile_seconds, compilations = 0.0, 0
+            evaluation = evaluate_and_write(step, examples, seconds)
+        else:
+            step, examples, seconds = saved["step"], saved["examples"], saved["seconds"]
+            compile_seconds, compilations = saved["compile_seconds"], saved["compilations"]
+            evaluation, evaluated = saved["evaluation"], saved["evaluated"]
+            dispatched.extend((*counts, StepInfo(*info)) for *counts, info in saved["dispatched"])
+            loader.set_state(saved["loader"])
+        done = step if unit == "step" else examples
+        started = time.perf_counter() - seconds
         while done < limit and not diverged:
             batch, mask = next(loader) if padded else (next(loader), None)
             params, opt_state, info = train_step(params, opt_state, batch, mask)
@@ -170,6 +225,12 @@ def train(
             if diverged or due > evaluated:
                 evaluation, evaluated = evaluate_and_write(step, examples, seconds), due
                 started = time.perf_counter() - seconds
+            if checkpoints is not None and done < limit and not diverged and checkpoints.due(step):
+                save_checkpoint()
+                checkpoints.stop_if_asked(step)
+        if checkpoints is not None and not diverged:
+            save_checkpoint()
+            checkpoints.wait()
 
     summary = {
         "train_loss": evaluation["train_loss"],
@@ -177,8 +238,8 @@ def train(
         "steps": step,
         "examples": examples,
         "seconds": seconds,
-        "compile_seconds": train_step.seconds_waited,
-        "compilations": train_step.compilations,
+        "compile_seconds": compile_seconds + train_step.seconds_waited,
+        "compilations": compilations + train_step.compilations,
         "diverged": diverged,
     }
     if out is not None:
@@ -186,16 +247,11 @@ def train(
     return summary
 
 
-def _open_lines(out: Path | None, name: str) -> IO[Any]:
-    path, mode = (Path(os.devnull), "w") if out is None else (out / name, "x")
-    return path.open(mode, buffering=1, encoding="utf-8")
-
-
 def _shapes(config: RunConfig, shards: int) -> tuple[tuple[int, ...], bool]:
     """The few sizes that batches have, and whether they are padded to them."""
     if shards > 1:
         return cabs_jax.buckets(*methods.bounds(config), multiple_of=shards), True
-    if config.method == "constant":
+    if config.fixed_size:
         return (), False
     if config.round_to == BUCKETS:
         return methods.legal_sizes(config), False

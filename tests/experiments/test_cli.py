@@ -23,7 +23,7 @@ def status_of(arguments):
 def test_run_writes_its_files_and_prints_where_the_figure_is(tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["run", "--steps", "5", "--learning-rate", "0.2", "--out", str(out)]) == 0
-    assert {path.name for path in out.iterdir()} == FILES
+    assert {path.name for path in out.iterdir()} == {*FILES, "checkpoints"}
     config = json.loads((out / "config.json").read_text())
     assert (config["dataset"], config["steps"], config["learning_rate"]) == ("digits", 5, 0.2)
     assert str(out / "figure.png") in capsys.readouterr().out
@@ -64,7 +64,7 @@ def test_without_arguments_three_runs_share_a_figure(tmp_path, monkeypatch, caps
         (["run", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["run", "--steps", "0"], "steps must be at least 1, got 0"),
         (["run", "--round-to", "x"], "argument --round-to"),
-        (["run", "--momentum", "0.9"], "unrecognized arguments: --momentum 0.9"),
+        (["run", "--nesterov", "0.9"], "unrecognized arguments: --nesterov 0.9"),
         (["run", "--data-dir", "nowhere"], "nowhere"),
         (["bench", "speed"], "unknown benchmark 'speed'; known benchmarks:"),
         (["fly"], "invalid choice: 'fly'"),
