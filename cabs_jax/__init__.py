@@ -6,10 +6,11 @@ from cabs_jax.compilation import CompiledStep
 from cabs_jax.loader import BatchLoader, Position, buckets
 from cabs_jax.moments import Explanation, explain, gradient_moments, per_example_value_and_grad
 from cabs_jax.on_device import OnDeviceResult, StepMetrics, on_device_loop
+from cabs_jax.optimizers import cabs, cabs_adam
 from cabs_jax.rules import Statistics
 from cabs_jax.state import batch_size
 from cabs_jax.statistics import GradientMoments
-from cabs_jax.transform import adapt_batch_size, cabs
+from cabs_jax.transform import adapt_batch_size
 
 __all__ = [
     "BatchLoader",
@@ -24,6 +25,7 @@ __all__ = [
     "batch_size",
     "buckets",
     "cabs",
+    "cabs_adam",
     "explain",
     "gradient_moments",
     "on_device_loop",

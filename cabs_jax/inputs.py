@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr
 
-from cabs_jax.statistics import moments_from_per_example, tree_sum
+from cabs_jax.statistics import Variance, moments_from_per_example, tree_sum
 
 PyTree = Any
 
@@ -24,13 +24,14 @@ class StepMoments(NamedTuple):
     Attributes:
       mean: Mean gradient, like the parameters.
       value: Mean loss, float32 scalar.
-      gradient_variance: Trace of the gradient covariance, float32 scalar.
+      gradient_variance: Trace of the gradient covariance, float32 scalar; or its diagonal, a
+        float32 tree like the parameters.
       count: Number of real examples, int32 scalar; None where path (b) was not told.
     """
 
     mean: PyTree
     value: jax.Array
-    gradient_variance: jax.Array
+    gradient_variance: PyTree
     count: jax.Array | None  # type: ignore[assignment]
 
 
@@ -42,8 +43,9 @@ def read_moments(
     count: Any,
     mask: Any,
     axis_name: Hashable | None,
+    variance: Variance = "trace",
 ) -> StepMoments:
-    """Returns the moments that the arguments of `update` hold.
+    """Returns the moments that the arguments of `update` hold, with the variance asked for.
 
     Raises:
       ValueError: If they are incomplete, belong to both paths, or disagree in shape or dtype.
@@ -69,17 +71,22 @@ def read_moments(
                 f"count={count!r} belongs to mean gradients: pass gradient_variance= with it, "
                 "or mask= with per-example gradients."
             )
-        return _average(updates, params, value, mask, axis_name)
+        return _average(updates, params, value, mask, axis_name, variance)
     if mask is not None:
         raise ValueError(
             f"mask of shape {jnp.shape(mask)} belongs to per-example gradients: give it to "
             "gradient_moments, and count=moments.count to update."
         )
-    return _pass_on(updates, params, value, gradient_variance, count)
+    return _pass_on(updates, params, value, gradient_variance, count, variance)
 
 
 def _average(
-    grads: PyTree, params: PyTree, value: jax.Array, mask: Any, axis_name: Hashable | None
+    grads: PyTree,
+    params: PyTree,
+    value: jax.Array,
+    mask: Any,
+    axis_name: Hashable | None,
+    variance: Variance,
 ) -> StepMoments:
     examples = _example_axis(grads, params)
     if value.shape not in ((), (examples,)):
@@ -95,7 +102,7 @@ def _average(
                 f"{mask.shape}."
             )
     losses = jnp.broadcast_to(value, (examples,))
-    moments = moments_from_per_example(losses, grads, mask, axis_name=axis_name)
+    moments = moments_from_per_example(losses, grads, mask, variance=variance, axis_name=axis_name)
     return StepMoments(moments.mean, moments.value, moments.variance, moments.count)
 
 
@@ -120,7 +127,12 @@ def _example_axis(grads: PyTree, params: PyTree) -> int:
 
 
 def _pass_on(
-    mean: PyTree, params: PyTree, value: jax.Array, gradient_variance: PyTree, count: Any
+    mean: PyTree,
+    params: PyTree,
+    value: jax.Array,
+    gradient_variance: PyTree,
+    count: Any,
+    variance: Variance,
 ) -> StepMoments:
     for name, gradient, shape in _named_leaves(mean, params):
         if gradient.shape != shape:
@@ -141,21 +153,24 @@ def _pass_on(
                 f"count must be an integer scalar, got dtype {count.dtype}, shape {count.shape}."
             )
         count = count.astype(jnp.int32)
-    return StepMoments(mean, value.astype(jnp.float32), _trace(gradient_variance, params), count)
+    covariance = _covariance(gradient_variance, params, variance)
+    return StepMoments(mean, value.astype(jnp.float32), covariance, count)
 
 
-def _trace(gradient_variance: PyTree, params: PyTree) -> jax.Array:
-    variance = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gradient_variance)
-    if isinstance(variance, jax.Array) and variance.shape == ():
-        return variance
-    shapes, expected = (list(map(jnp.shape, jax.tree.leaves(x))) for x in (variance, params))
-    if shapes != expected or not _same_structure(variance, params):
+def _covariance(gradient_variance: PyTree, params: PyTree, variance: Variance) -> PyTree:
+    given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gradient_variance)
+    if variance == "trace" and isinstance(given, jax.Array) and given.shape == ():
+        return given
+    shapes, expected = (list(map(jnp.shape, jax.tree.leaves(x))) for x in (given, params))
+    if shapes != expected or not _same_structure(given, params):
+        the_trace = "the trace, a scalar, or " if variance == "trace" else ""
         raise ValueError(
-            "gradient_variance must be the trace, a scalar, or the diagonal, a tree like the "
-            f"parameters, with leaves of shapes {expected}; got leaves of shapes {shapes}. In "
-            "masked or partition a diagonal needs mask_compatible_extra_args=True."
+            f"gradient_variance must be {the_trace}the diagonal, a tree like the "
+            f"parameters, with leaves of shapes {expected}; got leaves of shapes {shapes}. It is "
+            'what gradient_moments(loss_fn, variance="diagonal") gives. In masked or partition a '
+            "diagonal needs mask_compatible_extra_args=True."
         )
-    return tree_sum(variance)
+    return tree_sum(given) if variance == "trace" else given
 
 
 def _same_structure(tree: PyTree, other: PyTree) -> bool:

@@ -30,7 +30,7 @@ class Info(NamedTuple):
 
 
 class AdaptBatchSizeState(NamedTuple):
-    """State of `adapt_batch_size` and of `cabs`: scalars in float32 and int32.
+    """State of `adapt_batch_size` and of plain `cabs`: scalars in float32 and int32.
 
     Attributes:
       step: Number of steps made, empty batches left out, int32.
@@ -50,6 +50,18 @@ class AdaptBatchSizeState(NamedTuple):
     squared_gradient_norm_average: jax.Array
     weight: jax.Array
     info: Info
+
+
+class CoupledState(NamedTuple):
+    """State of `cabs_adam`, and of `cabs` with momentum.
+
+    Attributes:
+      adapt: That of the batch size.
+      direction: That of the optax transformations from the mean gradient to the direction.
+    """
+
+    adapt: AdaptBatchSizeState
+    direction: Any
 
 
 def batch_size(state: Any) -> jax.Array:

@@ -21,137 +21,11 @@ from cabs_jax.rounding import (
     legal_sizes,
     nearest_legal_size,
 )
-from cabs_jax.rules import Rule, ScalarOrSchedule, Statistics
+from cabs_jax.rules import Rule, Statistics
 from cabs_jax.state import AdaptBatchSizeState, Info
 from cabs_jax.statistics import tree_squared_norm
 
 PyTree = Any
-
-
-def cabs(
-    learning_rate: ScalarOrSchedule,
-    *,
-    min_batch_size: ArrayLike = 16,
-    max_batch_size: ArrayLike = 2048,
-    decay: ArrayLike = 0.95,
-    scale: ArrayLike = 1.0,
-    eps: ArrayLike = 0.0,
-    optimal_value: ArrayLike = 0.0,
-    debias: bool = False,
-    initial_batch_size: ArrayLike | None = None,
-    round_to: RoundTo = 1,
-    axis_name: Hashable | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Stochastic gradient descent whose batch size is coupled to its learning rate (CABS).
-
-    Steps by −α·ḡ and sets the next batch size to
-
-        m = c·α·ξ / (F − F* + ε),    ξ = (1/m) Σ_i ‖g_i‖² − ‖ḡ‖²,    F = (1/m) Σ_i ℓ_i,
-
-    ξ and F being smoothed by exponential running averages, m rounded half to even and clipped. It
-    is `adapt_batch_size(rules.cabs(learning_rate, ...), ...)` followed by the scaling by −α; chain
-    those two for anything beyond plain gradient descent, such as momentum.
-
-    `update` may be called in two ways that give the same updates and batch sizes:
-
-    * path (a), with per-example gradients, that is trees like the parameters with a leading
-      example axis:
-
-          losses, grads = cabs_jax.per_example_value_and_grad(loss_fn)(params, batch)
-          updates, state = tx.update(grads, state, params, value=losses, mask=None)
-
-      `value` holds the losses, shape (m,), or their mean; `mask` is boolean, shape (m,), and False
-      marks padding, which has no influence, whatever it holds.
-    * path (b), with the mean gradient and its variance, which costs no memory per example:
-
-          m = cabs_jax.gradient_moments(loss_fn)(params, batch, mask=None)
-          updates, state = tx.update(
-              m.mean, state, params, value=m.value, gradient_variance=m.variance, count=m.count)
-
-      `gradient_variance` is the trace ξ, a scalar, or the diagonal of the covariance, a tree like
-      the parameters. `count` is the number of real examples; where it is zero, the state and the
-      parameters stay as they are. CABS does without it.
-
-    `params` is required on both; unknown extra arguments are ignored. The losses should be those
-    whose gradients are given: a penalty that is not part of `value` belongs in
-    `optax.add_decayed_weights`, after the gradients have been averaged.
-
-    Hostile numbers: where F ≤ F* the size is the maximum; where ξ = 0 or α = 0, the minimum. A step
-    whose loss or gradient is not finite changes neither averages nor batch size, and passes its
-    update on for `optax.apply_if_finite` and its kin to judge (`adapt_batch_size` says how). A
-    single example has no variance: from batches of 1 CABS does not grow again, so keep
-    `min_batch_size` above that.
-
-    Args:
-      learning_rate: Learning rate α ≥ 0: a float, a traced scalar, or an optax schedule. No
-        decreasing schedule is needed, since a growing batch has the same effect.
-      min_batch_size: Smallest size, at least 1.
-      max_batch_size: Largest size, at most 2**31 − 1.
-      decay: Constant of the running averages, in [0, 1).
-      scale: Factor c ≥ 0 on the batch size.
-      eps: ε ≥ 0, added to the denominator.
-      optimal_value: Lower bound F* on the loss.
-      debias: Whether the averages start at 0 and are divided by 1 − decay^n after n steps. If not,
-        that of the loss starts at 1 and that of ξ at 0, as in the authors' code.
-      initial_batch_size: Size of the first batch, within the bounds, rounded to a legal size; the
-        smallest legal size by default.
-      round_to: An int k for the nearest multiple of k, half to even; or an increasing tuple of
-        legal sizes, for the nearest in ratio. The state always holds a legal size.
-      axis_name: Mapped axis over which path (a) is split, inside a `shard_map` of one's own.
-
-    Returns:
-      An optax optimizer. Its state is an `AdaptBatchSizeState`: `batch_size(state)` is the size of
-      the next batch, `optax.tree.get(state, "info")` what one may want to plot.
-
-    Raises:
-      ValueError: If an argument is out of range, or if no legal size lies within the bounds. Values
-        traced by JAX are not checked. `update` raises it for arguments that disagree in shape.
-
-    References:
-      Balles, Romero and Hennig, `Coupling Adaptive Batch Sizes with Learning Rates
-      <https://arxiv.org/abs/1612.05086>`_, 2017.
-
-    Example:
-      >>> import cabs_jax, jax, jax.numpy as jnp, optax
-      >>> def loss_fn(params, example):
-      ...     return (params["w"] @ example["x"] - example["y"]) ** 2
-      >>> inputs = jax.random.normal(jax.random.key(0), (1000, 3))
-      >>> data = {"x": inputs, "y": inputs @ jnp.array([1.0, -2.0, 3.0])}
-      >>> moments_fn = jax.jit(cabs_jax.gradient_moments(loss_fn))
-      >>> params, position = {"w": jnp.zeros(3)}, 0
-      >>> tx = cabs_jax.cabs(learning_rate=0.1, min_batch_size=4, max_batch_size=64)
-      >>> state = tx.init(params)
-      >>> for _ in range(15):
-      ...     size = int(cabs_jax.batch_size(state))
-      ...     batch = jax.tree.map(lambda x: x[position:position + size], data)
-      ...     position += size
-      ...     m = moments_fn(params, batch)
-      ...     updates, state = tx.update(
-      ...         m.mean, state, params, value=m.value, gradient_variance=m.variance)
-      ...     params = optax.apply_updates(params, updates)
-      >>> bool(4 <= cabs_jax.batch_size(state) <= 64 and state.info.value < 1.0)
-      True
-    """
-    adapt = adapt_batch_size(
-        rules.cabs(learning_rate, scale=scale, eps=eps, optimal_value=optimal_value),
-        min_batch_size=min_batch_size,
-        max_batch_size=max_batch_size,
-        decay=decay,
-        debias=debias,
-        initial_batch_size=initial_batch_size,
-        round_to=round_to,
-        axis_name=axis_name,
-    )
-
-    def update(
-        updates: PyTree, state: AdaptBatchSizeState, params: PyTree = None, **extra_args: Any
-    ) -> tuple[PyTree, AdaptBatchSizeState]:
-        step_size = rules.at_step(learning_rate, state.step)
-        mean, new_state = adapt.update(updates, state, params, **extra_args)
-        scaled = jax.tree.map(lambda g: -jnp.asarray(step_size, g.dtype) * g, mean)
-        return scaled, new_state
-
-    return optax.GradientTransformationExtraArgs(adapt.init, update)
 
 
 def adapt_batch_size(
@@ -211,7 +85,8 @@ def adapt_batch_size(
         traced by JAX are not checked. `update` raises it for arguments that disagree in shape.
 
     Example:
-      CABS with heavy-ball momentum, whose effective learning rate is α/(1 − β):
+      CABS with momentum, put together by hand (`cabs` has it as an argument): the effective
+      learning rate is α/(1 − β).
 
       >>> import cabs_jax, jax.numpy as jnp, optax
       >>> tx = optax.chain(
@@ -265,7 +140,7 @@ def adapt_batch_size(
         if moments.count is None:
             return moments.mean, new_state
         nothing = (jax.tree.map(jnp.zeros_like, moments.mean), state)
-        mean, kept_or_new = _select(moments.count > 0, (moments.mean, new_state), nothing)
+        mean, kept_or_new = select(moments.count > 0, (moments.mean, new_state), nothing)
         return mean, kept_or_new
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -340,7 +215,7 @@ def _advance(
         ),
     )
     finite = jnp.isfinite(value) & jnp.isfinite(variance) & jnp.isfinite(biased_norm)
-    selected: AdaptBatchSizeState = _select(finite, adapted, untouched)
+    selected: AdaptBatchSizeState = select(finite, adapted, untouched)
     return selected
 
 
@@ -350,5 +225,6 @@ def _bound(raw: jax.Array, legal: LegalSizes) -> jax.Array:
     return above.astype(jnp.int32) - below.astype(jnp.int32)
 
 
-def _select(condition: jax.Array, if_true: PyTree, if_false: PyTree) -> PyTree:
+def select(condition: jax.Array, if_true: PyTree, if_false: PyTree) -> PyTree:
+    """Returns one of two trees of equal structure, by a boolean scalar."""
     return jax.tree.map(partial(jnp.where, condition), if_true, if_false)

@@ -1,0 +1,369 @@
+"""Complete optimizers: gradient descent, momentum and Adam, each coupled to its batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from cabs_jax import rules
+from cabs_jax._arguments import check_number
+from cabs_jax.inputs import read_moments
+from cabs_jax.rounding import RoundTo
+from cabs_jax.rules import ScalarOrSchedule
+from cabs_jax.state import AdaptBatchSizeState, CoupledState
+from cabs_jax.statistics import Variance, tree_sum
+from cabs_jax.transform import adapt_batch_size, select
+
+PyTree = Any
+
+
+def cabs(
+    learning_rate: ScalarOrSchedule,
+    *,
+    momentum: ArrayLike | None = None,
+    min_batch_size: ArrayLike = 16,
+    max_batch_size: ArrayLike = 2048,
+    decay: ArrayLike = 0.95,
+    scale: ArrayLike = 1.0,
+    eps: ArrayLike = 0.0,
+    optimal_value: ArrayLike = 0.0,
+    debias: bool = False,
+    initial_batch_size: ArrayLike | None = None,
+    round_to: RoundTo = 1,
+    axis_name: Hashable | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Stochastic gradient descent whose batch size is coupled to its learning rate (CABS).
+
+    Steps by −α·ḡ and sets the next batch size to
+
+        m = c·α·ξ / (F − F* + ε),    ξ = (1/m) Σ_i ‖g_i‖² − ‖ḡ‖²,    F = (1/m) Σ_i ℓ_i,
+
+    ξ and F being smoothed by exponential running averages, m rounded half to even and clipped. It
+    is `adapt_batch_size(rules.cabs(learning_rate, ...), ...)` followed by the scaling by −α; chain
+    those two for anything beyond gradient descent with momentum.
+
+    `update` may be called in two ways that give the same updates and batch sizes:
+
+    * path (a), with per-example gradients, that is trees like the parameters with a leading
+      example axis:
+
+          losses, grads = cabs_jax.per_example_value_and_grad(loss_fn)(params, batch)
+          updates, state = tx.update(grads, state, params, value=losses, mask=None)
+
+      `value` holds the losses, shape (m,), or their mean; `mask` is boolean, shape (m,), and False
+      marks padding, which has no influence, whatever it holds.
+    * path (b), with the mean gradient and its variance, which costs no memory per example:
+
+          m = cabs_jax.gradient_moments(loss_fn)(params, batch, mask=None)
+          updates, state = tx.update(
+              m.mean, state, params, value=m.value, gradient_variance=m.variance, count=m.count)
+
+      `gradient_variance` is the trace ξ, a scalar, or the diagonal of the covariance, a tree like
+      the parameters. `count` is the number of real examples; where it is zero, the state and the
+      parameters stay as they are. CABS does without it.
+
+    With heavy-ball momentum β every gradient moves the parameters by α·ḡ/(1 − β) in the end, so
+    that α/(1 − β) takes the place of α in the rule (α stays in the step). This takes the gradient
+    to be about the same over 1/(1 − β) steps, and asks for α/(1 − β) ≈ 1/L.
+
+    `params` is required on both; unknown extra arguments are ignored. The losses should be those
+    whose gradients are given: a penalty that is not part of `value` belongs in
+    `optax.add_decayed_weights`, after the gradients have been averaged.
+
+    Hostile numbers: where F ≤ F* the size is the maximum; where ξ = 0 or α = 0, the minimum. A step
+    whose loss or gradient is not finite changes neither averages nor batch size, and passes its
+    update on for `optax.apply_if_finite` and its kin to judge (`adapt_batch_size` says how). A
+    single example has no variance: from batches of 1 CABS does not grow again, so keep
+    `min_batch_size` above that.
+
+    Args:
+      learning_rate: Learning rate α ≥ 0: a float, a traced scalar, or an optax schedule. No
+        decreasing schedule is needed, since a growing batch has the same effect.
+      momentum: β in [0, 1) of `optax.trace`, or None for plain gradient descent.
+      min_batch_size: Smallest size, at least 1.
+      max_batch_size: Largest size, at most 2**31 − 1.
+      decay: Constant of the running averages, in [0, 1).
+      scale: Factor c ≥ 0 on the batch size.
+      eps: ε ≥ 0, added to the denominator.
+      optimal_value: Lower bound F* on the loss.
+      debias: Whether the averages start at 0 and are divided by 1 − decay^n after n steps. If not,
+        that of the loss starts at 1 and that of ξ at 0, as in the authors' code.
+      initial_batch_size: Size of the first batch, within the bounds, rounded to a legal size; the
+        smallest legal size by default.
+      round_to: An int k for the nearest multiple of k, half to even; or an increasing tuple of
+        legal sizes, for the nearest in ratio. The state always holds a legal size.
+      axis_name: Mapped axis over which path (a) is split, inside a `shard_map` of one's own.
+
+    Returns:
+      An optax optimizer. Its state is an `AdaptBatchSizeState`, with momentum a `CoupledState` that
+      holds one: `batch_size(state)` is the size of the next batch, `optax.tree.get(state, "info")`
+      what one may want to plot.
+
+    Raises:
+      ValueError: If an argument is out of range, or if no legal size lies within the bounds. Values
+        traced by JAX are not checked. `update` raises it for arguments that disagree in shape.
+
+    References:
+      Balles, Romero and Hennig, `Coupling Adaptive Batch Sizes with Learning Rates
+      <https://arxiv.org/abs/1612.05086>`_, 2017.
+
+    Example:
+      >>> import cabs_jax, jax, jax.numpy as jnp, optax
+      >>> def loss_fn(params, example):
+      ...     return (params["w"] @ example["x"] - example["y"]) ** 2
+      >>> inputs = jax.random.normal(jax.random.key(0), (1000, 3))
+      >>> data = {"x": inputs, "y": inputs @ jnp.array([1.0, -2.0, 3.0])}
+      >>> moments_fn = jax.jit(cabs_jax.gradient_moments(loss_fn))
+      >>> params, position = {"w": jnp.zeros(3)}, 0
+      >>> tx = cabs_jax.cabs(learning_rate=0.1, min_batch_size=4, max_batch_size=64)
+      >>> state = tx.init(params)
+      >>> for _ in range(15):
+      ...     size = int(cabs_jax.batch_size(state))
+      ...     batch = jax.tree.map(lambda x: x[position:position + size], data)
+      ...     position += size
+      ...     m = moments_fn(params, batch)
+      ...     updates, state = tx.update(
+      ...         m.mean, state, params, value=m.value, gradient_variance=m.variance)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(4 <= cabs_jax.batch_size(state) <= 64 and state.info.value < 1.0)
+      True
+    """
+    rate = learning_rate
+    if momentum is not None:
+        check_number("momentum", momentum, "None or in [0, 1)", lambda x: 0 <= x < 1)
+        rate = _effective(learning_rate, momentum)
+    adapt = adapt_batch_size(
+        rules.cabs(rate, scale=scale, eps=eps, optimal_value=optimal_value),
+        min_batch_size=min_batch_size,
+        max_batch_size=max_batch_size,
+        decay=decay,
+        debias=debias,
+        initial_batch_size=initial_batch_size,
+        round_to=round_to,
+        axis_name=axis_name,
+    )
+    if momentum is not None:
+        return _coupled(adapt, optax.trace(momentum), learning_rate, axis_name)
+
+    def update(
+        updates: PyTree, state: AdaptBatchSizeState, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, AdaptBatchSizeState]:
+        mean, new_state = adapt.update(updates, state, params, **extra_args)
+        return _scaled(mean, rules.at_step(learning_rate, state.step)), new_state
+
+    return optax.GradientTransformationExtraArgs(adapt.init, update)
+
+
+def cabs_adam(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    weight_decay: ArrayLike = 0.0,
+    min_batch_size: ArrayLike = 16,
+    max_batch_size: ArrayLike = 2048,
+    decay: ArrayLike = 0.95,
+    scale: ArrayLike = 1.0,
+    optimal_value: ArrayLike = 0.0,
+    debias: bool = False,
+    initial_batch_size: ArrayLike | None = None,
+    round_to: RoundTo = 1,
+    axis_name: Hashable | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam, or AdamW, whose batch size is coupled to its step sizes.
+
+    The updates are those of `optax.adam` (of `optax.adamw` with `weight_decay`). The next batch
+    size is what CABS becomes for a step −A·ḡ with a diagonal matrix A:
+
+        m = c·tr(A Σ̂) / (F − F*),    A = α / (√v̂ + eps),    Σ̂_jj = (1/m) Σ_i g_ij² − ḡ_j².
+
+    Derivation. Where the Hessian H ⪯ A⁻¹, a step is expected to gain at least
+
+        F(x) − E F(x − Aḡ) ≥ ½ ∇FᵀA∇F − tr(AΣ)/(2m).
+
+    Per example, that is divided by m, this is largest at m = 2 tr(AΣ) / ∇FᵀA∇F; with
+    ∇FᵀA∇F ≈ 2(F − F*), which is what H ≈ A⁻¹ gives near a minimum, m = tr(AΣ)/(F − F*). For A = α·1
+    it is `cabs`. The assumptions are thus these two, and a third: the expectation takes A to be
+    independent of this step's gradient. So v̂, with its bias correction, is that of the steps
+    *before*; the first step, which has none, leaves averages and batch size alone, as do, in every
+    step, coordinates whose gradient has been 0 until then. As the weights of Adam's average of
+    gradients sum to 1, b1 does not enter; that they are old is neglected, and so is weight decay.
+
+    Adam's steps have a length that hardly depends on the gradient's, so A⁻¹ is no measure of
+    curvature unless α makes it one: expect sizes of the right trend, and use `scale` for the rest.
+
+    `update` takes what that of `cabs` takes, on path (b) with the diagonal of the variance:
+
+        m = cabs_jax.gradient_moments(loss_fn, variance="diagonal")(params, batch, mask=None)
+        updates, state = tx.update(
+            m.mean, state, params, value=m.value, gradient_variance=m.variance, count=m.count)
+
+    `count` may be left out; where it is zero, everything stays as it is. In `masked` and
+    `partition` a diagonal needs `mask_compatible_extra_args=True`. A step that is not finite is
+    treated as by `cabs`, and passed on to Adam as by `optax.adam`: guard it by
+    `optax.apply_if_finite`.
+
+    Args:
+      learning_rate: Learning rate α ≥ 0: a float, a traced scalar, or an optax schedule.
+      b1: Decay of the average of the gradients, in [0, 1).
+      b2: Decay of the average of their squares, in [0, 1).
+      eps: Added to √v̂; at least 0.
+      weight_decay: Decoupled weight decay, at least 0, multiplied by α as in `optax.adamw`.
+      min_batch_size: Smallest size, at least 1.
+      max_batch_size: Largest size, at most 2**31 − 1.
+      decay: Constant of the running averages of tr(AΣ̂)/α and of the loss, in [0, 1).
+      scale: Factor c ≥ 0 on the batch size.
+      optimal_value: Lower bound F* on the loss.
+      debias: As in `cabs`.
+      initial_batch_size: Size of the first batch; the smallest legal size by default.
+      round_to: As in `cabs`.
+      axis_name: Mapped axis over which path (a) is split, inside a `shard_map` of one's own.
+
+    Returns:
+      An optax optimizer with a `CoupledState`, for `batch_size(state)`. `gradient_variance` in its
+      `info` and averages is tr(AΣ̂)/α; the average of squared gradient norms is not kept.
+
+    Raises:
+      ValueError: If an argument is out of range. Values traced by JAX are not checked. `update`
+        raises it for arguments that disagree in shape, and for a trace instead of a diagonal.
+
+    References:
+      Balles, Romero and Hennig, `Coupling Adaptive Batch Sizes with Learning Rates
+      <https://arxiv.org/abs/1612.05086>`_, 2017, for A = α·1.
+      Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015.
+
+    Example:
+      >>> import cabs_jax, jax, jax.numpy as jnp, optax
+      >>> def loss_fn(params, example):
+      ...     return (params["w"] @ example["x"] - example["y"]) ** 2
+      >>> inputs = jax.random.normal(jax.random.key(0), (4000, 3))
+      >>> data = {"x": inputs, "y": inputs @ jnp.array([1.0, -2.0, 3.0])}
+      >>> moments_fn = jax.jit(cabs_jax.gradient_moments(loss_fn, variance="diagonal"))
+      >>> params, position = {"w": jnp.zeros(3)}, 0
+      >>> tx = cabs_jax.cabs_adam(learning_rate=0.2, min_batch_size=4, max_batch_size=64)
+      >>> state = tx.init(params)
+      >>> for _ in range(40):
+      ...     size = int(cabs_jax.batch_size(state))
+      ...     batch = jax.tree.map(lambda x: x[position:position + size], data)
+      ...     position += size
+      ...     m = moments_fn(params, batch)
+      ...     updates, state = tx.update(
+      ...         m.mean, state, params, value=m.value, gradient_variance=m.variance)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(4 <= cabs_jax.batch_size(state) <= 64 and m.value < 1.0)
+      True
+    """
+    for name, number in (("b1", b1), ("b2", b2)):
+        check_number(name, number, "in [0, 1)", lambda x: 0 <= x < 1)
+    for name, number in (("eps", eps), ("weight_decay", weight_decay)):
+        check_number(name, number, "a non-negative number", lambda x: x >= 0)
+    adapt = adapt_batch_size(
+        rules.cabs(learning_rate, scale=scale, optimal_value=optimal_value),
+        min_batch_size=min_batch_size,
+        max_batch_size=max_batch_size,
+        decay=decay,
+        debias=debias,
+        initial_batch_size=initial_batch_size,
+        round_to=round_to,
+    )
+    direction = optax.chain(
+        optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(weight_decay)
+    )
+
+    def noise(variance: PyTree, before: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+        """Returns tr(AΣ̂)/α, A being that of the steps before, and whether there were any."""
+        adam, _ = before
+        second_moment = optax.tree.bias_correction(
+            optax.tree.cast(adam.nu, jnp.float32), b2, jnp.maximum(adam.count, 1)
+        )
+
+        def divided(spread: jax.Array, v: jax.Array) -> jax.Array:
+            return jnp.where(v > 0, spread / (jnp.sqrt(jnp.where(v > 0, v, 1)) + eps), 0)
+
+        return tree_sum(jax.tree.map(divided, variance, second_moment)), adam.count > 0
+
+    return _coupled(adapt, direction, learning_rate, axis_name, "diagonal", noise)
+
+
+def _coupled(
+    adapt: optax.GradientTransformationExtraArgs,
+    direction: optax.GradientTransformation,
+    learning_rate: ScalarOrSchedule,
+    axis_name: Hashable | None,
+    variance: Variance = "trace",
+    noise: Callable[[PyTree, Any], tuple[jax.Array, ArrayLike]] = lambda trace, _: (trace, True),
+) -> optax.GradientTransformationExtraArgs:
+    """Steps by −α along a direction that has a memory.
+
+    Args:
+      adapt: The transformation that tracks the batch size.
+      direction: From the mean gradient to the direction.
+      learning_rate: α, a scalar or a schedule.
+      axis_name: Mapped axis over which path (a) is split.
+      variance: What `noise` needs of the gradient covariance.
+      noise: `(variance, state of direction before the step) -> (ξ, known)`; where ξ is not known
+        the averages and the batch size stay as they are.
+    """
+
+    def init(params: PyTree) -> CoupledState:
+        return CoupledState(adapt.init(params), direction.init(params))
+
+    def update(
+        updates: PyTree,
+        state: CoupledState,
+        params: PyTree = None,
+        *,
+        value: Any = None,
+        gradient_variance: PyTree = None,
+        count: Any = None,
+        mask: Any = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, CoupledState]:
+        del extra_args
+        moments = read_moments(
+            updates, params, value, gradient_variance, count, mask, axis_name, variance
+        )
+        xi, known = noise(moments.gradient_variance, state.direction)
+        _, adapted = adapt.update(
+            moments.mean,
+            state.adapt,
+            params,
+            value=moments.value,
+            gradient_variance=xi,
+            # Only of the plain trace does ξ/(m − 1) tell the noise in ‖ḡ‖².
+            count=moments.count if variance == "trace" else None,
+        )
+        adapted = select(jnp.asarray(known), adapted, _held(state.adapt, adapted))
+        directed, direction_state = direction.update(moments.mean, state.direction, params)
+        scaled = _scaled(directed, rules.at_step(learning_rate, state.adapt.step))
+        advanced = CoupledState(adapted, direction_state)
+        if moments.count is None:
+            return scaled, advanced
+        nothing = (jax.tree.map(jnp.zeros_like, scaled), state)
+        steps, kept_or_new = select(moments.count > 0, (scaled, advanced), nothing)
+        return steps, kept_or_new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _held(old: AdaptBatchSizeState, new: AdaptBatchSizeState) -> AdaptBatchSizeState:
+    """Returns the state after a step from which no batch size follows."""
+    info = new.info._replace(raw_batch_size=old.info.raw_batch_size, bound=old.info.bound)
+    return old._replace(step=new.step, info=info)
+
+
+def _scaled(direction: PyTree, step_size: ArrayLike) -> PyTree:
+    return jax.tree.map(lambda d: -jnp.asarray(step_size, d.dtype) * d, direction)
+
+
+def _effective(learning_rate: ScalarOrSchedule, momentum: ArrayLike) -> ScalarOrSchedule:
+    """Returns how far a gradient moves the parameters in the end, as a multiple of itself."""
+    if callable(learning_rate):
+        return lambda step: learning_rate(step) / (1 - momentum)
+    return learning_rate / (1 - momentum)
