@@ -1,7 +1,7 @@
 """The ways to choose a batch size: each is a rule of `cabs_jax.rules` in front of an optimizer."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import optax
@@ -40,6 +40,11 @@ def build(config: RunConfig) -> Optimizer:
             f"unknown method {config.method!r}; known methods: {', '.join(sorted(METHODS))}"
         )
     return METHODS[config.method](config)
+
+
+def variance(config: RunConfig) -> Literal["trace", "diagonal"]:
+    """What the optimizer needs to know of the gradient's covariance."""
+    return "diagonal" if config.method == "cabs_adam" else "trace"
 
 
 def learning_rate(state: optax.OptState) -> jax.Array:
@@ -105,10 +110,20 @@ def _geometric_growth(config: RunConfig) -> Optimizer:
     return _descend(config, rule)
 
 
+def _coupled(config: RunConfig, optimizer: Callable[..., Optimizer], **options: float) -> Optimizer:
+    """A complete optimizer of `cabs_jax`, its learning rate shown in the state."""
+    injected: Callable[..., Optimizer] = optax.inject_hyperparams(
+        optimizer, static_args=tuple(_sizes(config))
+    )
+    return injected(config.learning_rate, **options, **_sizes(config))
+
+
 METHODS: dict[str, Callable[[RunConfig], Optimizer]] = {
     "biased_norm_test": lambda config: _descend(config, rules.biased_norm_test(config.theta)),
     "big_batch": _big_batch,
     "cabs": lambda config: _descend(config, rules.cabs(config.learning_rate)),
+    "cabs_adam": lambda config: _coupled(config, cabs_jax.cabs_adam),
+    "cabs_momentum": lambda config: _coupled(config, cabs_jax.cabs, momentum=config.momentum),
     "constant": _constant,
     "constant_adam": lambda config: _constant(config, optax.scale_by_adam()),
     "constant_momentum": lambda config: _constant(config, optax.trace(config.momentum)),

@@ -1,7 +1,7 @@
 """One step of training: gradient moments, the optimizer and the next batch size."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
@@ -20,20 +20,37 @@ class StepInfo(NamedTuple):
 
 
 def make_train_step(
-    loss: Callable[[Any, Any], jax.Array], optimizer: optax.GradientTransformationExtraArgs
+    loss: Callable[[Any, Any], jax.Array],
+    optimizer: optax.GradientTransformationExtraArgs,
+    variance: Literal["trace", "diagonal"] = "trace",
 ) -> Callable[..., tuple[Any, Any, StepInfo]]:
     """`train_step(params, opt_state, batch, mask=None) -> (params, opt_state, StepInfo)`.
 
     Args:
         loss: Maps (params, example) to a scalar.
         optimizer: As `experiments.methods.build` makes them.
+        variance: What the optimizer needs to know, as `experiments.methods.variance` says. The
+            metrics get the trace in either case.
     """
-    moments_of = cabs_jax.gradient_moments(loss)
+    moments_of = cabs_jax.gradient_moments(loss, variance=variance)
+    update = make_update(optimizer)
 
     def train_step(
         params: Any, opt_state: Any, batch: Any, mask: Any = None
     ) -> tuple[Any, Any, StepInfo]:
-        moments = moments_of(params, batch, mask=mask)
+        return update(params, opt_state, moments_of(params, batch, mask=mask))
+
+    return train_step
+
+
+def make_update(
+    optimizer: optax.GradientTransformationExtraArgs,
+) -> Callable[[Any, Any, cabs_jax.GradientMoments], tuple[Any, Any, StepInfo]]:
+    """`update(params, opt_state, moments) -> (params, opt_state, StepInfo)`."""
+
+    def update(
+        params: Any, opt_state: Any, moments: cabs_jax.GradientMoments
+    ) -> tuple[Any, Any, StepInfo]:
         updates, opt_state = optimizer.update(
             moments.mean,
             opt_state,
@@ -44,10 +61,10 @@ def make_train_step(
         )
         info = StepInfo(
             loss=moments.value,
-            gradient_variance=moments.variance,
+            gradient_variance=optax.tree.sum(moments.variance),
             learning_rate=methods.learning_rate(opt_state),
             next_batch_size=cabs_jax.batch_size(opt_state),
         )
         return optax.apply_updates(params, updates), opt_state, info
 
-    return train_step
+    return update

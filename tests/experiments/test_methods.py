@@ -11,7 +11,7 @@ from experiments.step import make_train_step
 
 PARAMS = {"w": jnp.ones(3)}
 GRADS = {"w": jnp.full(3, 2.0)}
-SCALES_THE_STEP = ["constant_adam", "noise_scale"]
+SCALES_THE_STEP = ["cabs_adam", "constant_adam", "noise_scale"]
 
 
 def update(config, *, value=1.0, variance=0.0, state=None):
@@ -63,7 +63,7 @@ def test_every_method_learns_the_digits(method):
     params = {"b": jnp.zeros(10), "w": jnp.zeros((64, 10))}
     optimizer = methods.build(config)
     state = optimizer.init(params)
-    step = jax.jit(make_train_step(loss, optimizer))
+    step = jax.jit(make_train_step(loss, optimizer, methods.variance(config)))
     seen, losses = 0, []
     with cabs_jax.BatchLoader(data, config.batch_size, pad_to=64) as loader:
         while seen < config.examples:
@@ -125,6 +125,27 @@ def test_cosine_falls_to_zero_over_the_examples():
     rates, _ = rates_and_sizes(config, steps=6)
     expected = [0.1, 0.05 * (1 + 0.5**0.5), 0.05, 0.05 * (1 - 0.5**0.5), 0.0, 0.0]
     np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_momentum_multiplies_the_size_that_cabs_asks_for():
+    options = {"learning_rate": 0.1, "min_batch_size": 10, "batch_size": 10}
+    _, plain = update(RunConfig(method="cabs", **options), variance=4_000.0)
+    _, state = update(RunConfig(method="cabs_momentum", momentum=0.8, **options), variance=4_000.0)
+    assert cabs_jax.batch_size(plain) == 20
+    assert cabs_jax.batch_size(state) == 100
+
+
+def test_adam_couples_to_its_second_moment():
+    config = RunConfig(method="cabs_adam", learning_rate=0.5, max_batch_size=100)
+    optimizer, diagonal = methods.build(config), {"w": jnp.array([100.0, 600.0, 1_700.0])}
+    state = optimizer.init(PARAMS)
+    for size in (16, 30):  # from the second step on: 0.05 · 0.5 · 2400 / |2|
+        updates, state = optimizer.update(
+            GRADS, state, PARAMS, value=1.0, gradient_variance=diagonal, count=16
+        )
+        assert cabs_jax.batch_size(state) == size
+        np.testing.assert_allclose(updates["w"], -0.5, rtol=1e-5)
+        assert methods.learning_rate(state) == 0.5
 
 
 @pytest.mark.parametrize(
