@@ -48,7 +48,9 @@ def build(
       name: One of `NAMES`.
       image_shape: (height, width, channels) of the images.
       num_classes: Number of classes.
-      width: Multiplier of all channels and hidden units, for small machines.
+      width: Multiplier of all channels and hidden units, for small machines. Where a published
+        initialisation has a fixed standard deviation σ, a layer whose fan in shrinks from n to n'
+        gets σ·√(n/n'), so that signals keep the size that they have at width 1.
       seed: Seed of the initial parameters.
 
     Raises:
@@ -110,6 +112,11 @@ def xavier_normal(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) ->
     return truncated_normal(math.sqrt(variance) / _TRUNCATED_STDDEV)(key, shape, dtype)
 
 
+def _scaled_normal(stddev: float, inputs: int, scaled: "_Scaled") -> Callable[..., Array]:
+    """`truncated_normal`, larger where only `scaled(inputs)` of the published `inputs` are left."""
+    return truncated_normal(stddev * math.sqrt(inputs / scaled(inputs)))
+
+
 # Standard deviation of a standard normal cut at two.
 _TRUNCATED_STDDEV = 0.87962566103423978
 _Scaled = Callable[[int], int]
@@ -124,16 +131,16 @@ class Mnist2c2d(nnx.Module):
         self, image_shape: tuple[int, int, int], num_classes: int, scaled: _Scaled, rngs: nnx.Rngs
     ):
         height, width, channels = image_shape
-        init: Any = {
-            "kernel_init": truncated_normal(0.01),
-            "bias_init": initializers.constant(0.05),
-            "rngs": rngs,
-        }
-        self.conv1 = nnx.Conv(channels, scaled(32), (5, 5), **init)
-        self.conv2 = nnx.Conv(scaled(32), scaled(64), (5, 5), **init)
+        conv = partial(
+            nnx.Conv, kernel_size=(5, 5), bias_init=initializers.constant(0.05), rngs=rngs
+        )
+        dense = partial(nnx.Linear, bias_init=initializers.constant(0.05), rngs=rngs)
+        normal = partial(_scaled_normal, 0.01, scaled=scaled)
+        self.conv1 = conv(channels, scaled(32), kernel_init=truncated_normal(0.01))
+        self.conv2 = conv(scaled(32), scaled(64), kernel_init=normal(32))
         features = math.ceil(height / 4) * math.ceil(width / 4) * scaled(64)
-        self.dense1 = nnx.Linear(features, scaled(1024), **init)
-        self.dense2 = nnx.Linear(scaled(1024), num_classes, **init)
+        self.dense1 = dense(features, scaled(1024), kernel_init=normal(64))
+        self.dense2 = dense(scaled(1024), num_classes, kernel_init=normal(1024))
 
     def __call__(self, images: Array) -> Array:
         """Logits of a batch of images."""
@@ -156,24 +163,21 @@ class Cifar2c3d(nnx.Module):
         self, image_shape: tuple[int, int, int], num_classes: int, scaled: _Scaled, rngs: nnx.Rngs
     ):
         channels = image_shape[2]
-        conv = partial(
-            nnx.Conv,
-            kernel_size=(5, 5),
-            kernel_init=truncated_normal(0.05),
-            rngs=rngs,
-        )
-        dense = partial(
-            nnx.Linear,
-            kernel_init=truncated_normal(0.04),
+        normal = partial(_scaled_normal, scaled=scaled)
+        conv = partial(nnx.Conv, kernel_size=(5, 5), rngs=rngs)
+        dense = partial(nnx.Linear, bias_init=initializers.constant(0.1), rngs=rngs)
+        self.conv1 = conv(channels, scaled(64), kernel_init=truncated_normal(0.05))
+        self.conv2 = conv(
+            scaled(64),
+            scaled(64),
+            kernel_init=normal(0.05, 64),
             bias_init=initializers.constant(0.1),
-            rngs=rngs,
         )
-        self.conv1 = conv(channels, scaled(64), bias_init=initializers.zeros)
-        self.conv2 = conv(scaled(64), scaled(64), bias_init=initializers.constant(0.1))
-        self.dense1 = dense((self.crop // 4) ** 2 * scaled(64), scaled(384))
-        self.dense2 = dense(scaled(384), scaled(192))
+        features = (self.crop // 4) ** 2 * scaled(64)
+        self.dense1 = dense(features, scaled(384), kernel_init=normal(0.04, 64))
+        self.dense2 = dense(scaled(384), scaled(192), kernel_init=normal(0.04, 384))
         self.dense3 = nnx.Linear(
-            scaled(192), num_classes, kernel_init=truncated_normal(1 / 192), rngs=rngs
+            scaled(192), num_classes, kernel_init=normal(1 / 192, 192), rngs=rngs
         )
 
     def __call__(self, images: Array) -> Array:
