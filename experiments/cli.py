@@ -1,12 +1,11 @@
 """The command line: the comparison without arguments, one run, or a benchmark."""
 
 import argparse
-import contextlib
 import dataclasses
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,9 +14,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from experiments import benchmarks, checkpoint, datasets, display, figure, methods, models, records
+from experiments import (
+    benchmarks,
+    checkpoint,
+    datasets,
+    display,
+    figure,
+    methods,
+    models,
+    records,
+    study,
+)
 from experiments.checkpoint import Checkpoints, Interrupted, Schedule
 from experiments.config import BUCKETS, RunConfig
+from experiments.errors import UserError, user_errors
 from experiments.train import Experiment, set_up, train
 
 RUNS = Path("runs")
@@ -26,10 +36,6 @@ COMPARISON_EXAMPLES = 60_000
 DESCRIPTION = """\
 Without arguments: train a small net on scikit-learn's digits with CABS and with constant batch
 sizes 16 and 128, write the metrics and a figure under ./runs, and print a table."""
-
-
-class UserError(Exception):
-    """Something that the user can put right, said in one line."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments[0] == "bench" and arguments[1:2] not in ([], ["-h"], ["--help"]):
             bench(*arguments[1:])
         else:
-            run(vars(parser().parse_args(arguments)))
+            options = vars(parser().parse_args(arguments))
+            command: Callable[[dict[str, Any]], int | None] = options.pop("command")
+            return command(options) or 0
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -65,10 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> Parser:
     """The parser of the command line; `run` takes the fields of `RunConfig` as options."""
     top = Parser(prog="python -m experiments", description=DESCRIPTION, allow_abbrev=False)
-    commands = top.add_subparsers(required=True, metavar="run|bench")
+    commands = top.add_subparsers(required=True, metavar="run|sweep|report|soak|bench")
     run_parser = commands.add_parser(
         "run", help="train once", allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
+    run_parser.set_defaults(command=run)
+    study.add_parsers(commands)
     types: dict[Any, Callable[[str], Any]] = {
         int | None: int,
         float | None: float,
@@ -129,6 +139,18 @@ def parser() -> Parser:
     run_parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     run_parser.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
     run_parser.add_argument("--process-id", type=int, metavar="N", help="this one, from 0")
+    soak_parser = commands.add_parser(
+        "soak",
+        help="kill, fault and restart what may not lose anything, for a while",
+        allow_abbrev=False,
+    )
+    soak_parser.set_defaults(command=soak)
+    soak_parser.add_argument(
+        "--minutes", type=float, default=1.0, metavar="X", help="how long (default 1)"
+    )
+    soak_parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of everything random (default 0)"
+    )
     bench_parser = commands.add_parser("bench", help="measure", allow_abbrev=False)
     bench_parser.add_argument("name", choices=benchmark_names(), help="followed by its options")
     return top
@@ -273,6 +295,14 @@ def train_and_plot(
     console.print(f"figure: {figure_path}", soft_wrap=True)
 
 
+def soak(options: dict[str, Any]) -> None:
+    """Soaks for as long as the options say."""
+    from experiments import soak as soaking
+
+    with user_errors(soaking.SoakError):
+        soaking.soak(options["minutes"], options["seed"], Console())
+
+
 def benchmark_names() -> list[str]:
     """The modules of `experiments.benchmarks` that can be run."""
     modules = pkgutil.iter_modules(benchmarks.__path__)
@@ -285,15 +315,6 @@ def bench(name: str, *arguments: str) -> None:
         known = ", ".join(benchmark_names())
         raise UserError(f"unknown benchmark {name!r}; known benchmarks: {known}")
     importlib.import_module(f"experiments.benchmarks.{name}").main(arguments)
-
-
-@contextlib.contextmanager
-def user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turns exceptions of these kinds, raised for what the user gave, into `UserError`."""
-    try:
-        yield
-    except kinds as error:
-        raise UserError(str(error)) from error
 
 
 def _integer_or_buckets(text: str) -> int | str:

@@ -73,6 +73,11 @@ class RunConfig:
         None, f"stop once this many examples were seen ({DEFAULT_EXAMPLES} without --steps)"
     )
     evaluations: int = option(10, "evaluations, evenly spread over the steps or examples")
+    evaluation_examples: int | None = option(
+        None,
+        "evaluate on so many examples of either split, the same in every run (default: 2,000 of "
+        "the training examples and all of the test examples)",
+    )
     seed: int = option(0, "of the initial parameters and of the order of the examples")
     width: float = option(1.0, "multiplies the channels and units of the net's hidden layers")
     theta: float = option(
@@ -101,6 +106,7 @@ class RunConfig:
             "steps",
             "examples",
             "evaluations",
+            "evaluation_examples",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -20,6 +20,7 @@ from experiments import datasets, methods, models, records
 from experiments.checkpoint import Checkpoints
 from experiments.config import BUCKETS, RunConfig
 from experiments.evaluate import make_evaluate
+from experiments.programs import Programs
 from experiments.step import StepInfo, make_train_step
 
 TRAIN_EXAMPLES_EVALUATED = 2_000
@@ -60,6 +61,7 @@ def train(
     mesh: jax.sharding.Mesh | None = None,
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
+    programs: Programs | None = None,
 ) -> dict[str, Any]:
     """Runs the experiment and writes config, metrics, evaluations and summary into `out`.
 
@@ -78,6 +80,7 @@ def train(
         checkpoints: Writes one whenever it says so, and one at the end.
         resume: Continues the run in `out` from its newest checkpoint, or from the first step if
             there is none.
+        programs: What runs of the same net and data share, compiled; None compiles anew.
 
     Returns:
         The summary, as written.
@@ -99,8 +102,9 @@ def train(
 
     unit, limit = config.limit
     train_size = len(dataset.train["label"])
-    evaluate = make_evaluate(model.predict)
-    train_subset = _subset(dataset.train, TRAIN_EXAMPLES_EVALUATED)
+    evaluate = make_evaluate(model.predict) if programs is None else programs.evaluate
+    train_subset = _subset(dataset.train, config.evaluation_examples or TRAIN_EXAMPLES_EVALUATED)
+    test_subset = _subset(dataset.test, config.evaluation_examples)
 
     legal, padded = _shapes(config, 1 if mesh is None else mesh.size)
     # The step donates both, so each leaf needs a buffer of its own, and the model keeps its.
@@ -132,15 +136,17 @@ def train(
             lag=config.lag,
         ) as loader,
         cabs_jax.CompiledStep(
-            make_train_step(model.loss, optimizer),
+            make_train_step(model.loss, optimizer, methods.variance(config)),
             legal,
             batch_argnums=(2, 3),
             donate_argnums=(0, 1),
-        ) as train_step,
+        )
+        if programs is None
+        else programs.train_step(config, optimizer) as train_step,
     ):
 
         def evaluate_and_write(step: int, examples: int, seconds: float) -> dict[str, Any]:
-            on_train, on_test = evaluate(params, train_subset), evaluate(params, dataset.test)
+            on_train, on_test = evaluate(params, train_subset), evaluate(params, test_subset)
             evaluation = {
                 "step": step,
                 "examples": examples,
@@ -263,7 +269,9 @@ def _decimal(value: np.ndarray | jax.Array) -> float:
     return float(str(value))
 
 
-def _subset(split: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
-    """The same `count` examples, drawn from all of the split, in every run on these data."""
+def _subset(split: dict[str, np.ndarray], count: int | None) -> dict[str, np.ndarray]:
+    """The same `count` examples, drawn from all of the split, in every run; None is all of it."""
+    if count is None:
+        return split
     chosen = np.sort(np.random.default_rng(0).permutation(len(split["label"]))[:count])
     return {name: array[chosen] for name, array in split.items()}

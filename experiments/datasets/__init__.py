@@ -29,7 +29,8 @@ def load(
     """Loads a data set.
 
     Args:
-      name_or_path: One of `NAMES`, or a folder or tar of images laid out split/class/file.
+      name_or_path: One of `NAMES`, or a folder or tar of images laid out split/class/file, which
+        may also be given relative to the data folder.
       data_dir: Folder with the files of named data sets, in a subfolder of the data set's name;
         by default the environment variable CABS_JAX_DATA. What is not there is downloaded.
       cache_dir: Folder for downloads and decoded images; by default the user's cache folder.
@@ -47,6 +48,8 @@ def load(
     if name_or_path in _LOADERS:
         return _LOADERS[name_or_path](data_dir, cache_dir)
     path = Path(name_or_path).expanduser()
+    if data_dir is not None and not path.exists():
+        path = data_dir / path
     if not path.exists():
         raise ValueError(
             f"unknown data set {os.fspath(name_or_path)!r}: choose one of {', '.join(NAMES)}, or "
