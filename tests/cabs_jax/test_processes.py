@@ -46,7 +46,8 @@ def test_processes_train_as_one_and_another_number_of_them_takes_over(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_other_with_an_error():
-    started = processes.start(PROGRAM, 2, {"devices": 1, "steps": 10**9, "die": [1, 3]})
+    request = {"devices": 1, "steps": 10**9, "die": [1, 3], "heartbeat": 10}
+    started = processes.start(PROGRAM, 2, request)
     try:
         assert started[0].wait(timeout=processes.TIMEOUT) != 0
     finally:

@@ -1,7 +1,8 @@
 """One of several processes that train one net; prints what it saw as JSON.
 
 Arguments: port of the coordinator, number of processes, index of this one, and the request, a JSON
-object: `devices` of each process, `steps`, and a `checkpoint` to start from and one to `save`.
+object: `devices` of each process, `steps`, a `checkpoint` to start from and one to `save`; and
+[process, step] to `die` at, and the seconds without a `heartbeat` after which the others notice.
 """
 
 import json
@@ -45,7 +46,12 @@ def main(port, processes, process, request):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", request["devices"])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
+    jax.distributed.initialize(
+        f"127.0.0.1:{port}",
+        int(processes),
+        int(process),
+        heartbeat_timeout_seconds=request.get("heartbeat", 100),
+    )
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
