@@ -68,8 +68,11 @@ def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
 def evaluate(equation: Equation, values: Sequence[Any]) -> list[Any]:
     """Evaluates one equation as JAX itself would, custom derivative rules included."""
     primitive = equation.primitive
+    bound = primitive.get_bind_params(equation.params)
+    # Before JAX 0.10, functions came apart from the other parameters.
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)
     with equation.ctx.manager:
-        result = primitive.bind(*values, **primitive.get_bind_params(equation.params))
+        result = primitive.bind(*functions, *values, **params)
     return list(result) if primitive.multiple_results else [result]
 
 
@@ -84,7 +87,12 @@ def contains(jaxpr: Jaxpr, primitive_name: str) -> bool:
 
 def subjaxprs(equation: Equation) -> list[Jaxpr]:
     """The jaxprs that an equation holds in its parameters."""
-    return list(core.jaxprs_in_params(equation.params))
+    held = [
+        value
+        for param in equation.params.values()
+        for value in (param if isinstance(param, (tuple, list)) else [param])
+    ]
+    return [open_jaxpr(v)[0] for v in held if isinstance(v, (core.Jaxpr, core.ClosedJaxpr))]
 
 
 def split_scan(equation: Equation, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:

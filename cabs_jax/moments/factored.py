@@ -72,7 +72,7 @@ def batch_sums(
     the_plan, out_tree = trace_plan(loss_fn, params, batch)
     choices = choose(the_plan, len(leaves), variance)
     context = Context(the_plan, choices, variance, examples, measured or examples, axes)
-    batched = [Batched(x) for x in jax.tree.leaves(batch)]
+    batched = [Batched(jnp.asarray(x)) for x in jax.tree.leaves(batch)]
     sums_of_taps = context.measured == examples
     differentiated = {
         i: leaf

@@ -6,6 +6,7 @@ import enum
 from typing import NamedTuple
 
 from cabs_jax.moments import views
+from cabs_jax.moments.rewriting import convolves
 from cabs_jax.moments.tracing import Parameter, Plan, Site
 from cabs_jax.statistics import Variance
 
@@ -107,8 +108,13 @@ def _no_factors(site: Site, parameter: Parameter) -> str:
 
 
 def is_small(site: Site) -> bool:
-    """Whether a copy of the weights for each example is no larger than what the site puts out."""
+    """Whether a copy of the weights for each example is no larger than what the site puts out.
+
+    Where there is a convolution, such copies would make a convolution of two batched operands.
+    """
     if site.equation is None or site.equation.primitive.name == "scan":
         return True
+    if convolves(site.equation):
+        return False
     weights = sum(site.equation.invars[operand].aval.size for operand, _ in site.weights)
     return bool(weights <= sum(out.aval.size for out in site.equation.outvars))

@@ -37,6 +37,13 @@ def without_batched_convolutions(function: Callable[..., PyTree]) -> Callable[..
     return rewritten
 
 
+def convolves(equation: compat.Equation) -> bool:
+    """Whether an equation is a convolution, or holds one."""
+    return compat.name(equation) == CONVOLUTION or any(
+        compat.contains(inner, CONVOLUTION) for inner in compat.subjaxprs(equation)
+    )
+
+
 def _evaluate(
     jaxpr: compat.Jaxpr, consts: Sequence[Any], values: Sequence[Any], batched: Sequence[bool]
 ) -> tuple[list[Any], list[bool]]:
@@ -64,7 +71,7 @@ def _evaluate_equation(
     everything = [any(batched)] * len(equation.outvars)
     if kind == CONVOLUTION and all(batched):
         return [convolve(*values, **params)], everything
-    if not any(compat.contains(j, CONVOLUTION) for j in compat.subjaxprs(equation)):
+    if kind == CONVOLUTION or not convolves(equation):
         return compat.evaluate(equation, values), everything
     if kind in compat.INLINED:
         return _evaluate(*compat.inner_jaxpr(equation), values, batched)
