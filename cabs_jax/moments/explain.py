@@ -12,7 +12,7 @@ from cabs_jax.moments import compat, cost
 from cabs_jax.moments.factored import trace_plan
 from cabs_jax.moments.modes import Choice, Mode, choose, is_small
 from cabs_jax.moments.primitives import Rule
-from cabs_jax.moments.tracing import Plan
+from cabs_jax.moments.tracing import Plan, shifting
 from cabs_jax.statistics import Variance
 
 PyTree = Any
@@ -28,7 +28,8 @@ class Explanation(NamedTuple):
       primitives: Primitives in which it meets the example.
       form: "one position", "Gram" or "direct" (see `cost`); "small" where its gradient, no larger
         than what it acts on (a bias, a scale), is held for every example; "per example" where a
-        large one is; "unused" where the loss does not depend on it.
+        large one is; "mean only" where it only adds the same to the loss of every example, as a
+        penalty does; "unused" where the loss does not depend on it.
       extra_flops: Operations per example on top of the plain gradient's.
       relative_flops: The same as a fraction of what the plain gradient spends on this parameter,
         forward and backward; NaN where that is not known.
@@ -91,6 +92,11 @@ def explain(
     rows = tuple(
         _row(plan, choice, jax.tree_util.keystr(path), jax.numpy.shape(leaf))
         for (path, leaf), choice in zip(paths, choices, strict=True)
+    )
+    penalised = shifting(plan.program)
+    rows = tuple(
+        row._replace(form="mean only") if row.form == "unused" and i in penalised else row
+        for i, row in enumerate(rows)
     )
     print(_table(rows))
     return rows

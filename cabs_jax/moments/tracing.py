@@ -58,12 +58,21 @@ class Kind(enum.Enum):
 
 
 class Step(NamedTuple):
-    """One equation of a program, with the program inside it and its number if it is a site."""
+    """One equation of a program.
+
+    Attributes:
+      kind: How it is evaluated.
+      equation: The equation.
+      inner: The program inside it.
+      site: Its number, if it is a site.
+      leaves: The parameters that a shift depends on.
+    """
 
     kind: Kind
     equation: compat.Equation
     inner: Program | None = None
     site: int = -1
+    leaves: frozenset[int] = frozenset()
 
 
 class Program(NamedTuple):
@@ -130,6 +139,14 @@ def plan(closed: Any, num_params: int, differentiable: Sequence[bool]) -> Plan:
     return Plan(program, tuple(sites))
 
 
+def shifting(program: Program) -> frozenset[int]:
+    """The parameters that add the same to the loss of every example."""
+    return frozenset[int]().union(
+        *(step.leaves for step in program.steps),
+        *(shifting(step.inner) for step in program.steps if step.inner),
+    )
+
+
 def _walk(
     jaxpr: compat.Jaxpr,
     consts: Sequence[Any],
@@ -176,7 +193,7 @@ def _sort(
     if not weights or not any(map(_carries_gradient, equation.outvars)):
         return Step(Kind.PLAIN, equation), [EXAMPLE] * everything
     if kind == "add" and any(summed) and len(weights) == 1:
-        return Step(Kind.SHIFT, equation), [EXAMPLE]
+        return Step(Kind.SHIFT, equation, leaves=weights[0][1].leaves), [EXAMPLE]
     if kind in compat.CHECKPOINTS:
         inner, consts = compat.inner_jaxpr(equation)
         program = _walk(inner, consts, origins, depth, sites)

@@ -137,7 +137,7 @@ def through(view: View, equation: compat.Equation) -> list[View] | None:
 
 def reshaped(view: View, shape: tuple[int, ...]) -> View | None:
     """Deals the atoms out to new axes, splitting one where a new axis ends inside it."""
-    atoms = [atom for axis in view.axes for atom in axis if atom[0] != 1]
+    atoms = list(merge(tuple(atom for axis in view.axes for atom in axis)))
     if 0 in shape:
         return None
     axes: list[tuple[Atom, ...]] = []

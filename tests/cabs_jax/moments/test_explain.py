@@ -27,7 +27,7 @@ def test_every_parameter_is_named_and_what_falls_back_says_why(name, capsys):
         if row.form == "per example":
             assert row.reason
             assert row.reason in printed
-        if row.form not in {"unused"}:
+        if row.form not in {"unused", "mean only"}:
             assert row.extra_flops > 0
             assert row.bytes_per_example > 0
 
@@ -67,3 +67,12 @@ def test_diagonal_of_a_parameter_used_twice_is_held(capsys):
 def test_aux_is_left_aside():
     (row,) = explain(lambda p, x: (jnp.sum(p * x), x), jnp.ones(3), jnp.ones(3), has_aux=True)
     assert row.form == "small"
+
+
+def test_a_parameter_of_a_penalty_alone_moves_only_the_mean():
+    def loss(p, x):
+        return jnp.sum(p["used"] * x) + jnp.sum(p["penalised"] ** 2)
+
+    params = dict.fromkeys(["penalised", "unused", "used"], jnp.ones(3))
+    forms = [row.form for row in explain(loss, params, jnp.ones(3))]
+    assert forms == ["mean only", "unused", "small"]
