@@ -21,6 +21,9 @@ PyTree = Any
 
 
 def _einsum(formula: str, *operands: jax.Array) -> jax.Array:
+    dtypes = {x.dtype for x in operands}
+    if len(dtypes) > 1 or dtypes == {jnp.dtype("float64")}:
+        operands = tuple(x.astype(jnp.float32) for x in operands)
     return jnp.einsum(
         formula, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
