@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 PyTree = Any
 Variance = Literal["trace", "diagonal"]
-LONGEST_ROW = 8192
+LANES = 16
 
 
 class GradientMoments(NamedTuple):
@@ -40,13 +40,11 @@ def tree_squared_norm(tree: PyTree) -> jax.Array:
 
     def squared_norm(leaf: jax.Array) -> jax.Array:
         x = leaf.astype(jnp.float32)
-        if x.ndim < 2 or x.shape[-1] > LONGEST_ROW:
+        if x.ndim == 0 or x.shape[-1] % LANES or jax.typeof(x).sharding.spec[-1] is not None:
             return jnp.sum(jnp.square(x))
-        # As products of rows: XLA would write the squares to memory on CPU, and adds up the product
-        # of two long vectors in sequence, which costs three digits.
-        rows, last = tuple(range(x.ndim - 1)), (x.ndim - 1,)
-        numbers = ((last, last), (rows, rows))
-        return jnp.sum(jax.lax.dot_general(x, x, numbers, jax.lax.Precision.HIGHEST))
+        # Partial sums side by side take half the time on CPU, where a full sum uses one lane.
+        lanes = x.reshape(*x.shape[:-1], x.shape[-1] // LANES, LANES)
+        return jnp.sum(jnp.sum(jnp.square(lanes), axis=tuple(range(x.ndim))))
 
     norms = map(squared_norm, jax.tree.leaves(tree))
     return sum(norms, start=jnp.zeros((), jnp.float32))
