@@ -26,10 +26,7 @@ def alternate(
       Seconds per call of each contender, one entry per round, so that entries at the same place
       were measured next to each other.
     """
-    calls = {}
-    for name, contender in contenders.items():
-        first = _seconds(contender, 1)
-        calls[name] = 1 if first > 10 * SHORTEST else math.ceil(SHORTEST / _seconds(contender, 1))
+    calls = {name: _calls(contender) for name, contender in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     started = time.perf_counter()
     for _ in range(rounds):
@@ -43,6 +40,15 @@ def alternate(
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
     """The median of pairwise quotients."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def _calls(contender: Callable[[], Any]) -> int:
+    """How many calls last `SHORTEST` seconds, found after a warm-up."""
+    contender()
+    calls = 1
+    while _seconds(contender, calls) * calls < SHORTEST:
+        calls *= 2
+    return calls
 
 
 def _seconds(contender: Callable[[], Any], calls: int) -> float:
