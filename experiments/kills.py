@@ -1,22 +1,26 @@
 """Kills runs at random moments, resumes them, and compares what they wrote with a whole run."""
 
 import json
+import multiprocessing
 import os
 import random
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from experiments import checkpoint, records
 
 TIMINGS = {"seconds", "compile_seconds", "compilations"}
-RUN = (sys.executable, "-m", "experiments", "run")
 POLL_SECONDS = 0.001
-LONGEST_DELAY = 12.0  # seconds, in which a run has begun
+LONGEST_DELAY = 8.0  # seconds, in which a run has begun
 BYTES_A_LINE = 190
+OUTPUT = ".output"  # of the run in OUT goes into the file OUT.output
 
 
 def untimed(out: Path) -> dict[str, list[dict[str, Any]]]:
@@ -33,19 +37,36 @@ def untimed(out: Path) -> dict[str, list[dict[str, Any]]]:
     return {**written, records.SUMMARY: [strip(summary)]}
 
 
-def run_to_the_end(out: Path, options: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Runs `experiments run --out OUT` in a process of its own.
+def start(out: Path, options: Sequence[str], settings: Mapping[str, Any]) -> BaseProcess:
+    """Starts `experiments run --out OUT` in a process of its own.
+
+    It is forked from one that has imported everything, which takes longer than a short run, but has
+    not used JAX, which must not be forked.
+
+    Args:
+        out: The run's folder.
+        options: Of `experiments run`.
+        settings: Of JAX in that process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.cli", "orbax.checkpoint", "sklearn.datasets"])
+    arguments = ["run", "--out", str(out), *options]
+    process = context.Process(
+        target=_run, args=(arguments, settings, out.with_name(out.name + OUTPUT))
+    )
+    process.start()
+    return process
+
+
+def run_to_the_end(out: Path, options: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Starts a run and waits for it.
 
     Raises:
-        subprocess.CalledProcessError: It failed; its output is in the error.
+        RuntimeError: It failed.
     """
-    subprocess.run(
-        [*RUN, "--out", str(out), *options],
-        env={**os.environ, **environment},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    process = start(out, options, settings)
+    process.join()
+    _check_status(process, out)
 
 
 def run_and_kill(
@@ -53,19 +74,19 @@ def run_and_kill(
     options: Sequence[str],
     steps: int,
     dice: random.Random,
-    environment: Mapping[str, str],
+    settings: Mapping[str, Any],
 ) -> str | None:
     """Starts or resumes the run in `out` and kills it at a random moment.
 
-    A third of the moments follow a line of the metrics by up to a few steps, a third the first
-    sight of a checkpoint that is being written, and a third lie anywhere.
+    A third of the moments follow a line of the metrics, a third the sight of a checkpoint that is
+    being written, and a third lie anywhere.
 
     Args:
         out: The run's folder.
         options: Of `experiments run`.
         steps: How many the run has.
         dice: Chooses the moment.
-        environment: Added to that of this process.
+        settings: Of JAX in the run's process.
 
     Returns:
         What was going on, or None if the run ended before.
@@ -73,29 +94,39 @@ def run_and_kill(
     Raises:
         RuntimeError: The run failed of itself.
     """
-    process = subprocess.Popen(
-        [*RUN, "--out", str(out), "--resume", *options],
-        env={**os.environ, **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    process = start(out, ["--resume", *options], settings)
     try:
         _wait_for_moment(process, out, steps, dice)
     finally:
         process.kill()
-        _, told = process.communicate()
-    if process.returncode == 0:
+        process.join()
+    if process.exitcode != -signal.SIGKILL:
+        _check_status(process, out)
         return None
-    if process.returncode != -9:
-        raise RuntimeError(f"the run failed with status {process.returncode}: {told.decode()}")
     if not _size(out / records.METRICS):
         return "before the first step"
     return "during a checkpoint" if _unfinished_checkpoints(out) else "between checkpoints"
 
 
-def _wait_for_moment(
-    process: subprocess.Popen[bytes], out: Path, steps: int, dice: random.Random
-) -> None:
+def _run(arguments: Sequence[str], settings: Mapping[str, Any], output: Path) -> None:
+    from experiments import cli  # which imports this module
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    sys.exit(cli.main(arguments))
+
+
+def _check_status(process: BaseProcess, out: Path) -> None:
+    if process.exitcode:
+        told = (out.with_name(out.name + OUTPUT)).read_text()
+        raise RuntimeError(f"the run failed with status {process.exitcode}: {told}")
+
+
+def _wait_for_moment(process: BaseProcess, out: Path, steps: int, dice: random.Random) -> None:
     """Returns at the moment, or when the process has ended."""
     kind = dice.choice(("line", "checkpoint", "any"))
     started = time.perf_counter()
@@ -103,7 +134,7 @@ def _wait_for_moment(
     growth = dice.uniform(0, BYTES_A_LINE * steps)
     smallest = _size(out / records.METRICS)
     in_sight, sightings = False, dice.randrange(1, 4)
-    while process.poll() is None:
+    while process.is_alive():
         time.sleep(POLL_SECONDS)
         size = _size(out / records.METRICS)
         smallest = min(size, smallest)  # resuming cuts what the checkpoint does not know

@@ -51,8 +51,8 @@ WARM_ROUNDS = len(RUNS)  # every kind of run was compiled once
 MEMORY_LEAK = 0.1  # of a warm start's memory, which the end may exceed it by
 
 CACHE = {
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
 }
 TrainStep = Callable[[Any, Any, Any, np.ndarray], tuple[Any, Any]]
 
@@ -83,10 +83,10 @@ def soak(minutes: float, seed: int, console: Console) -> Counter[str]:
     ends = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="cabs_jax-soak-") as name:
         folder = Path(name)
-        environment = {**CACHE, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+        settings = {**CACHE, "jax_compilation_cache_dir": str(folder / "compiled")}
         while not history or time.monotonic() < ends:
             options = {**RUNS[len(history) % len(RUNS)], "seed": dice.randrange(1000)}
-            kill_and_resume(folder / "runs", options, dice, environment, counts)
+            kill_and_resume(folder / "runs", options, dice, settings, counts)
             read_and_train(step, dice, counts)
             history.append(resources())
             console.print(
@@ -104,7 +104,7 @@ def kill_and_resume(
     folder: Path,
     options: Mapping[str, Any],
     dice: random.Random,
-    environment: Mapping[str, str],
+    settings: Mapping[str, Any],
     counts: Counter[str],
 ) -> None:
     """Trains whole, then again with kills; both must write the same. Leaves no files."""
@@ -116,13 +116,13 @@ def kill_and_resume(
     command = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     command.append(f"--checkpoint-every-steps={dice.choice((1, 3, 10))}")
     for _ in range(KILLS_A_ROUND):
-        moment = kills.run_and_kill(killed, command, STEPS, dice, environment)
+        moment = kills.run_and_kill(killed, command, STEPS, dice, settings)
         if moment is None:
             counts["ended before the kill"] += 1
             break
         counts["kills"] += 1
         counts[f"killed {moment}"] += 1
-    kills.run_to_the_end(killed, ["--resume", *command], environment)
+    kills.run_to_the_end(killed, ["--resume", *command], settings)
     if kills.untimed(killed) != kills.untimed(whole):
         kept = shutil.copytree(
             folder, tempfile.mkdtemp(prefix="cabs_jax-soak-"), dirs_exist_ok=True

@@ -20,10 +20,11 @@ def cache_folder(tmp_path_factory):
 def compilation_cache(cache_folder):
     """What a test compiles, later ones and the processes that they start find on disk."""
     before = {name: getattr(jax.config, name) for name in SETTINGS}
-    for name, value in {**SETTINGS, "jax_compilation_cache_dir": cache_folder}.items():
+    settings = {**SETTINGS, "jax_compilation_cache_dir": cache_folder}
+    for name, value in settings.items():
         jax.config.update(name, value)
     cache.reset_cache()
-    yield {name.upper(): str(getattr(jax.config, name)) for name in SETTINGS}
+    yield settings
     for name, value in before.items():
         jax.config.update(name, value)
     cache.reset_cache()

@@ -20,8 +20,8 @@ def test_two_processes_train_as_one_and_resume_as_one_and_only_the_first_writes(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, **compilation_cache}
-    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    settings = {**compilation_cache, "jax_platforms": "cpu", "jax_num_cpu_devices": 2}
+    environment = {**os.environ, **{name.upper(): str(x) for name, x in settings.items()}}
 
     def run(name, *options):
         command = [*RUN, "--out", str(tmp_path / name), *options]
