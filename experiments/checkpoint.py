@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import signal
 import sys
 import time
@@ -185,6 +186,7 @@ class Checkpoints:
                 barrier_sync_key_prefix="first" if jax.process_count() > 1 else None,
             )
             assert self._folder is not None
+            logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises too
             with _as_os_error(f"cannot use {self._folder}"):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._lazy_manager = ocp.CheckpointManager(
