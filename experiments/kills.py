@@ -20,7 +20,6 @@ TIMINGS = {"seconds", "compile_seconds", "compilations"}
 POLL_SECONDS = 0.001
 LONGEST_DELAY = 8.0  # seconds, in which a run has begun
 BYTES_A_LINE = 190
-OUTPUT = ".output"  # of the run in OUT goes into the file OUT.output
 
 
 def untimed(out: Path) -> dict[str, list[dict[str, Any]]]:
@@ -44,16 +43,14 @@ def start(out: Path, options: Sequence[str], settings: Mapping[str, Any]) -> Bas
     not used JAX, which must not be forked.
 
     Args:
-        out: The run's folder.
+        out: The run's folder. What the run prints goes into the file OUT.output.
         options: Of `experiments run`.
         settings: Of JAX in that process.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.cli", "orbax.checkpoint", "sklearn.datasets"])
     arguments = ["run", "--out", str(out), *options]
-    process = context.Process(
-        target=_run, args=(arguments, settings, out.with_name(out.name + OUTPUT))
-    )
+    process = context.Process(target=_run, args=(arguments, settings, _output(out)))
     process.start()
     return process
 
@@ -122,8 +119,12 @@ def _run(arguments: Sequence[str], settings: Mapping[str, Any], output: Path) ->
 
 def _check_status(process: BaseProcess, out: Path) -> None:
     if process.exitcode:
-        told = (out.with_name(out.name + OUTPUT)).read_text()
+        told = _output(out).read_text()
         raise RuntimeError(f"the run failed with status {process.exitcode}: {told}")
+
+
+def _output(out: Path) -> Path:
+    return out.with_name(out.name + ".output")
 
 
 def _wait_for_moment(process: BaseProcess, out: Path, steps: int, dice: random.Random) -> None:
