@@ -71,7 +71,7 @@ def with_garbage(batch, keep):
     def spoilt(x):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return x
-        garbage = np.array(np.nan if is_floating(x) else 2**30, x.dtype)
+        garbage = np.array(np.nan if is_floating(x) else np.iinfo(x.dtype).max, x.dtype)
         return np.where(np.reshape(keep, (-1,) + (1,) * (x.ndim - 1)), x, garbage)
 
     return jax.tree.map(spoilt, batch)

@@ -1,5 +1,6 @@
 """Norms, squares and sums of outer products against numpy in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,6 +76,16 @@ def test_results_of_half_precision_factors_are_float32():
         assert result.dtype == jnp.float32
         if wanted is not None:
             np.testing.assert_allclose(result, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float64", "float64")])
+def test_factors_of_any_two_types_contract_in_float32(dtypes):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        left, right = (f.astype(d) for f, d in zip(factors(0, 7), dtypes, strict=True))
+        norms = forms.gram_norms([(left, right)])
+        assert norms.dtype == jnp.float32
+        g = outer((left.astype(jnp.float32), right.astype(jnp.float32)))
+        np.testing.assert_allclose(norms, np.sum(g**2, axis=(1, 2, 3)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("examples", [1, 8, 16, 21, 24])

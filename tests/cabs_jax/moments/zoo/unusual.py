@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 from tests.cabs_jax.moments.zoo.case import EXAMPLES, add, case, squares
 
@@ -63,3 +64,45 @@ def a_list_of_a_tuple(draw):
         return squares(jnp.tanh(x @ w) @ v)
 
     return loss, [(draw(5, 3), draw(3, 2))], (draw.batch(5),)
+
+
+@case()
+def a_ravelled_tree(draw):
+    flat, unravel = ravel_pytree({"w": draw(5, 6), "v": draw(6, 3)})
+
+    def loss(p, x):
+        tree = unravel(p)
+        return squares(jnp.tanh(x @ tree["w"]) @ tree["v"])
+
+    return loss, np.asarray(flat), draw.batch(4, 5)
+
+
+@case()
+def tokens_of_eight_bits_in_a_longer_table(draw):
+    def loss(p, token):
+        return squares(p["table"][token] @ p["w"])
+
+    tokens = draw.tokens(4, high=256).astype(np.uint8)
+    return loss, {"table": draw(300, 5), "w": draw(5, 3)}, tokens
+
+
+@case()
+def pixels_of_eight_bits(draw):
+    def loss(p, image):
+        return squares(image.astype(p.dtype) / 255 @ p)
+
+    return loss, draw(5, 3), draw.tokens(5, high=256).astype(np.uint8)
+
+
+@case(held="b")
+def a_jitted_sum_that_also_returns_its_terms(draw):
+    @jax.jit
+    def terms(p, x):
+        data, penalty = squares(x @ p["w"] + p["b"]), 0.1 * jnp.sum(jnp.square(p["w"]))
+        return data + penalty, data
+
+    def loss(p, x):
+        total, data = terms(p, x)
+        return total + 0.5 * data
+
+    return loss, {"w": draw(5, 3), "b": draw(3)}, draw.batch(5)
