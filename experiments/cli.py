@@ -218,16 +218,19 @@ def stored_options(out: Path, given: dict[str, Any]) -> dict[str, Any]:
     """The options of the run in `out`, which those given must agree with.
 
     Raises:
-        experiments.records.ResumeError: They do not, or the run has options that are unknown here.
+        experiments.records.ResumeError: They do not, or the run's file is not one of ours.
     """
     stored = records.read_config(out)
     if stored is None:
         return given
     records.check_equal(f"the run in {out}", {key: stored.get(key) for key in given}, given)
-    if unknown := stored.keys() - {field.name for field in dataclasses.fields(RunConfig)}:
-        raise records.ResumeError(
-            f"{out / records.CONFIG} holds unknown keys: {', '.join(sorted(unknown))}"
-        )
+    fields = {field.name: field for field in dataclasses.fields(RunConfig)}
+    for key, value in stored.items():
+        if key not in fields:
+            raise records.ResumeError(f"{out / records.CONFIG} holds an unknown key: {key}")
+        kind: Any = fields[key].type
+        if not isinstance(value, kind) and not (isinstance(value, int) and isinstance(0.5, kind)):
+            raise records.ResumeError(f"{out / records.CONFIG} holds {value!r} as {key}")
     return stored
 
 

@@ -103,6 +103,8 @@ class RecordSource:
             for piece in pieces
             for record in piece
         ]
+        if not flat[0][0]:
+            raise ValueError(f"records hold no values, got {pieces[0][0]!r}")
         structure = flat[0][1]
         for _, other in flat:
             if other != structure:
@@ -161,9 +163,16 @@ def _gather(leaf: NDArray[Any], indices: Indices, rows: int) -> NDArray[Any]:
 
 
 def _stack(column: Sequence[Any], rows: int) -> NDArray[Any]:
-    arrays = [np.asarray(value) for value in column]
+    try:
+        arrays = [np.asarray(value) for value in column]
+    except ValueError as error:
+        raise ValueError(f"a list in a record is not a rectangular array: {error}") from error
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
         raise ValueError(f"records differ in shape: {sorted(shapes)}, and cannot be stacked")
+    dtypes = {array.dtype for array in arrays}
+    if len(dtypes) > 1 and {dtype.kind for dtype in dtypes} - {"S", "U"}:
+        names = sorted(dtype.name for dtype in dtypes)
+        raise ValueError(f"records differ in dtype: {names}, and would be converted")
     padding = [np.zeros_like(arrays[0])] * (rows - len(arrays))
     return np.stack(arrays + padding)
