@@ -111,7 +111,9 @@ def parser() -> Parser:
         "--resume",
         action="store_true",
         help="continue the run in --out from its newest whole checkpoint, or from the first step; "
-        "options that are left out are those of that run (not with --distributed: repeat them)",
+        "options that are left out are those of that run. With --distributed, repeat them all: "
+        "the first process writes checkpoints on time and at the end, but hardly ever on a signal, "
+        "and any number of processes may resume",
     )
     default = Schedule()
     run_parser.add_argument(

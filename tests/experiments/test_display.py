@@ -1,9 +1,10 @@
 import io
+import threading
 
 from rich.console import Console
 
 from experiments.config import RunConfig
-from experiments.display import observer, progress_bars, summary_table
+from experiments.display import observer, progress_bars, refreshed, summary_table
 
 
 def metrics(step, examples, seconds):
@@ -45,3 +46,31 @@ def test_the_table_marks_a_diverged_run():
     assert "CABS (diverged)" in printed
     assert "25.0" in printed
     assert "10.00%" in printed
+
+
+def test_the_figure_is_refreshed_until_it_fails_or_the_run_ends():
+    drawn, twice = [], threading.Event()
+
+    def draw():
+        drawn.append(None)
+        if len(drawn) == 2:
+            twice.set()
+            raise OSError("disk full")
+
+    console = Console(file=io.StringIO(), width=200)
+    with refreshed(draw, console, interval=0.001):
+        assert twice.wait(timeout=30)
+    assert len(drawn) == 2
+    assert "the figure is not refreshed: disk full" in console.file.getvalue()
+    with refreshed(draw, console):
+        pass
+    assert len(drawn) == 2
+
+
+def test_the_bar_of_a_resumed_run_starts_where_it_was():
+    bars = progress_bars(Console(file=io.StringIO()))
+    observe = observer(bars, "CABS", RunConfig(steps=100))
+    observe(metrics(51, 51 * 32, 1000.0))
+    (task,) = bars.tasks
+    assert task.completed == 51
+    assert task.fields["rate"] < 1000
