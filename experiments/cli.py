@@ -1,4 +1,4 @@
-"""The command line: the comparison without arguments, one run, or a benchmark."""
+"""The command line: the comparison without arguments, one run, many, a report, or a benchmark."""
 
 import argparse
 import dataclasses

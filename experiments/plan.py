@@ -16,7 +16,8 @@
     batch_size = 128
     learning_rate_factor = 2       # times every learning rate
 
-`learning_rates`, `seeds` and `title` may be given in any of the three places.
+`learning_rates`, `seeds` and `title` may be given in any of the three places; `notes`, a list of
+sentences for the report, at the top.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ _FIELDS = {field.name for field in dataclasses.fields(RunConfig)}
 _SWEPT = {"learning_rate": "learning_rates", "seed": "seeds"}
 _OPTIONS = _FIELDS - set(_SWEPT) | set(_SWEPT.values())
 _KEYS = {
-    "the sweep": _OPTIONS - {"dataset", "method"} | {"title", "datasets", "methods"},
+    "the sweep": _OPTIONS - {"dataset", "method"} | {"title", "notes", "datasets", "methods"},
     "datasets": _OPTIONS - {"method"} | {"title", "methods"},
     "methods": _OPTIONS - {"dataset"} | {"title", "learning_rate_factor"},
 }
@@ -70,12 +71,14 @@ class Plan(NamedTuple):
 
     Attributes:
         title: What the report is headed.
+        notes: What its readers should know.
         datasets: Title of each data set by its label.
         methods: Title of each method by its label.
         runs: All runs, the first seed of everything first.
     """
 
     title: str
+    notes: tuple[str, ...]
     datasets: dict[str, str]
     methods: dict[str, str]
     runs: tuple[Run, ...]
@@ -92,8 +95,9 @@ def parse(text: str) -> Plan:
     except tomllib.TOMLDecodeError as error:
         raise PlanError(f"no TOML: {error}") from error
     _check_keys(top, "the sweep", "the sweep")
+    notes = top.get("notes", [])
     datasets, methods = _tables(top, "datasets"), _tables(top, "methods")
-    common = {key: top[key] for key in top.keys() - {"datasets", "methods", "title"}}
+    common = {key: top[key] for key in top.keys() - {"datasets", "methods", "title", "notes"}}
 
     runs = []
     for dataset, dataset_table in datasets.items():
@@ -113,6 +117,7 @@ def parse(text: str) -> Plan:
     )
     return Plan(
         title=_of_type(top.get("title", "Sweep"), str, "title"),
+        notes=tuple(_of_type(note, str, "a note") for note in _of_type(notes, list, "notes")),
         datasets={label: table.get("title", label) for label, table in datasets.items()},
         methods={label: table.get("title", label) for label, table in methods.items()},
         runs=tuple(runs),

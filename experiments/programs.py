@@ -1,5 +1,6 @@
 """Compiled functions that the runs of one net share, for compiling outlasts many a short run."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -8,7 +9,6 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import optax
 
 import cabs_jax
 from experiments import methods, models
@@ -23,9 +23,9 @@ class Programs:
     """What is compiled once for a net, however many runs there are.
 
     A train step is here two programs: the gradient and its moments, one for each batch size, which
-    all methods share; and the update, one for each method and learning rate, whatever the size of
-    the batch. Where the method needs no variance, the first is the plain gradient, so that the time
-    of its steps is that of plain SGD.
+    all methods share; and the update, one for each method, whatever the batch size and the learning
+    rate. Where the method needs no variance, the first is the plain gradient, so that the time of
+    its steps is that of plain SGD.
 
     Args:
         model: Any initialisation of the net.
@@ -44,18 +44,16 @@ class Programs:
         }
         self._updates: dict[RunConfig, cabs_jax.CompiledStep] = {}
 
-    def train_step(
-        self, config: RunConfig, optimizer: optax.GradientTransformationExtraArgs
-    ) -> "SharedStep":
-        """The train step of a run; `optimizer` must be the one that `config` asks for."""
-        unseeded = dataclasses.replace(config, seed=0)
-        if unseeded not in self._updates:
-            self._updates[unseeded] = cabs_jax.CompiledStep(
-                make_update(optimizer), batch_argnums=2, donate_argnums=(0, 1)
+    def train_step(self, config: RunConfig) -> "SharedStep":
+        """The train step of a run, for the state of the optimizer that `config` asks for."""
+        kind = dataclasses.replace(config, seed=0, learning_rate=1.0)
+        if kind not in self._updates:
+            self._updates[kind] = cabs_jax.CompiledStep(
+                _update_at_any_rate(kind), batch_argnums=2, donate_argnums=(0, 1)
             )
         variance = methods.variance(config) if needs_variance(config) else "none"
         return SharedStep(
-            self._gradients[variance], self._updates[unseeded], measured=variance != "none"
+            self._gradients[variance], self._updates[kind], config.learning_rate, variance != "none"
         )
 
 
@@ -68,9 +66,14 @@ class SharedStep:
     """Called, entered and left like the `cabs_jax.CompiledStep` of a whole train step."""
 
     def __init__(
-        self, gradient: cabs_jax.CompiledStep, update: cabs_jax.CompiledStep, measured: bool
+        self,
+        gradient: cabs_jax.CompiledStep,
+        update: cabs_jax.CompiledStep,
+        learning_rate: float,
+        measured: bool,
     ):
         self._gradient, self._update, self._measured = gradient, update, measured
+        self._learning_rate = jnp.float32(learning_rate)
         self._compilations, self._seconds_waited = self._totals()
 
     def __call__(
@@ -78,7 +81,7 @@ class SharedStep:
     ) -> tuple[PyTree, PyTree, StepInfo]:
         """Runs the step; the variance it tells is NaN where it was not measured."""
         moments = self._gradient(params, batch, mask)
-        params, opt_state, info = self._update(params, opt_state, moments)
+        params, opt_state, info = self._update(params, opt_state, moments, self._learning_rate)
         return (
             params,
             opt_state,
@@ -109,6 +112,17 @@ class SharedStep:
         traceback: TracebackType | None,
     ) -> None:
         """Leaves the executables to the runs that follow."""
+
+
+def _update_at_any_rate(config: RunConfig) -> Callable[..., tuple[PyTree, PyTree, StepInfo]]:
+    def update(
+        params: PyTree, opt_state: PyTree, moments: cabs_jax.GradientMoments, rate: jax.Array
+    ) -> tuple[PyTree, PyTree, StepInfo]:
+        traced = copy.copy(config)
+        object.__setattr__(traced, "learning_rate", rate)  # which was checked as a number
+        return make_update(methods.build(traced))(params, opt_state, moments)
+
+    return update
 
 
 def _plain_gradient(

@@ -44,6 +44,21 @@ def add_parsers(commands: Any) -> None:
         "--data-dir", metavar="DIR", help="holds the data sets (default $CABS_JAX_DATA)"
     )
 
+    report_parser = commands.add_parser(
+        "report",
+        help="draw and judge what a sweep measured",
+        description="Writes report.md with its figures, report.html in one file, and "
+        "results.jsonl, the thinned results, which is a source too. The sweep may be unfinished.",
+        allow_abbrev=False,
+    )
+    report_parser.set_defaults(command=run_report)
+    report_parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="the folder of a sweep, or a results.jsonl"
+    )
+    report_parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="for the report"
+    )
+
 
 def run_sweep(options: dict[str, Any]) -> int:
     """Makes the runs of a plan; 1 if any failed."""
@@ -66,6 +81,16 @@ def run_sweep(options: dict[str, Any]) -> int:
     for name in outcome.failed:
         console.print(f"  {name}: see {options['out'] / name}{sweep.ERROR}", soft_wrap=True)
     return 1 if outcome.failed else 0
+
+
+def run_report(options: dict[str, Any]) -> None:
+    """Writes the report on a sweep."""
+    from experiments import report
+
+    with user_errors(ValueError, OSError):
+        paths = report.write(options["source"], options["out"])
+    for path in paths:
+        print(path)
 
 
 def _shard(text: str) -> tuple[int, int]:

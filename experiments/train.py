@@ -142,7 +142,7 @@ def train(
             donate_argnums=(0, 1),
         )
         if programs is None
-        else programs.train_step(config, optimizer) as train_step,
+        else programs.train_step(config) as train_step,
     ):
 
         def evaluate_and_write(step: int, examples: int, seconds: float) -> dict[str, Any]:

@@ -1,0 +1,280 @@
+"""From finished runs to numbers: medians over seeds, targets, sensitivity."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.plan import Run
+from experiments.programs import needs_variance
+from experiments.report.results import Result, Results
+
+INFINITY = float("inf")
+
+
+class Spread(NamedTuple):
+    """The median over seeds and the extremes."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Method:
+    """All runs of one method on one data set.
+
+    Args:
+        label: Its label in the plan.
+        title: Its name in reports.
+        runs: Its finished runs.
+        costs: Seconds of a step by the batch size, for steps of this kind on this data set.
+    """
+
+    def __init__(self, label: str, title: str, runs: Sequence[Result], costs: "Costs"):
+        self.label, self.title, self.costs = label, title, costs
+        self.config = runs[0].run.config
+        self.by_rate: dict[float, list[Result]] = {}
+        for result in sorted(runs, key=lambda result: result.run.learning_rate):
+            self.by_rate.setdefault(result.run.learning_rate, []).append(result)
+
+    @property
+    def rates(self) -> list[float]:
+        """The learning rates of the data set's grid that have finished runs, increasing."""
+        return list(self.by_rate)
+
+    def final_loss(self, rate: float) -> Spread:
+        """Training loss at the end; infinite where runs diverged."""
+        return spread(result.final_loss for result in self.by_rate[rate])
+
+    def final_accuracy(self, rate: float) -> Spread:
+        """Test accuracy at the end; that of a diverged run is what it was when it stopped."""
+        return spread(float(result.test_accuracy[-1]) for result in self.by_rate[rate])
+
+    @functools.cached_property
+    def best_rate(self) -> float:
+        """The learning rate of the smallest median of the final loss."""
+        return min(self.rates, key=lambda rate: self.final_loss(rate).median)
+
+    def to_target(self, rate: float, target: float) -> Spread:
+        """Examples until the training loss is at the target; infinite where it never is."""
+        return spread(crossing(r.examples, r.train_loss, target) for r in self.by_rate[rate])
+
+    def seconds_to_target(self, rate: float, target: float) -> Spread:
+        """Seconds of steps until then, by what a step of each size costs."""
+        return spread(
+            crossing(self.seconds(result), result.train_loss, target)
+            for result in self.by_rate[rate]
+        )
+
+    def seconds(self, result: Result) -> np.ndarray:
+        """Seconds of steps before each evaluation, (e,)."""
+        return np.cumsum([self.costs.of(interval) for interval in result.sizes])
+
+    def mean_batch_size(self, rate: float) -> Spread:
+        """Examples over steps."""
+        return spread(r.summary["examples"] / r.summary["steps"] for r in self.by_rate[rate])
+
+    def diverged(self, rate: float) -> int:
+        """How many runs diverged."""
+        return sum(bool(result.summary["diverged"]) for result in self.by_rate[rate])
+
+
+class Costs:
+    """Seconds of a step by its batch size, from the steps of many runs under varying load.
+
+    Args:
+        runs: All runs whose steps compute the same.
+    """
+
+    def __init__(self, runs: Iterable[Result]):
+        samples: dict[int, list[float]] = {}
+        for result in runs:
+            for size, seconds in result.step_seconds.items():
+                samples.setdefault(size, []).append(seconds)
+        self.sizes = np.array(sorted(samples), float)
+        self.seconds = np.array([float(np.median(samples[size])) for size in sorted(samples)])
+
+    def of(self, steps: dict[int, int]) -> float:
+        """Seconds of so many steps of each size; linear between sizes that were measured."""
+        return sum(count * self.step(size) for size, count in steps.items())
+
+    def step(self, size: int) -> float:
+        """Seconds of one step; beyond the largest size measured, in proportion to it."""
+        if not len(self.sizes):
+            return float("nan")
+        cost = float(np.interp(size, self.sizes, self.seconds))
+        return cost * max(1.0, size / float(self.sizes[-1]))
+
+
+class DataSet(NamedTuple):
+    """All that was measured on one data set.
+
+    Attributes:
+        label: Its label in the plan.
+        title: Its name in reports.
+        methods: By label, in the order of the plan; those with finished runs.
+        target: The training loss that the methods race to.
+        target_method: Title of the method whose final loss at its best learning rate that is.
+        shared_rate: The learning rate that suits the methods of plain SGD best together.
+        seeds: How many seeds the runs have.
+    """
+
+    label: str
+    title: str
+    methods: dict[str, Method]
+    target: float
+    target_method: str
+    shared_rate: float
+    seeds: int
+
+
+def data_sets(results: Results) -> list[DataSet]:
+    """The data sets that have finished runs, in the order of the plan."""
+    return [
+        _data_set(results, label, title, runs)
+        for label, title in results.plan.datasets.items()
+        if (runs := [r for r in results.runs.values() if r.run.dataset == label])
+    ]
+
+
+def _data_set(results: Results, label: str, title: str, runs: list[Result]) -> DataSet:
+    costs: dict[str, Costs] = {}
+    for kind in {_kind(result.run) for result in runs}:
+        costs[kind] = Costs(result for result in runs if _kind(result.run) == kind)
+    methods = {}
+    for name, method_title in results.plan.methods.items():
+        if own := [result for result in runs if result.run.method == name]:
+            methods[name] = Method(name, method_title, own, costs[_kind(own[0].run)])
+
+    constants = sorted(
+        (m for m in methods.values() if is_constant(m)), key=lambda m: m.config.batch_size
+    )
+    # The largest batch that leaves the run some hundred steps: all who do their work can get there.
+    racing = [m for m in constants if m.config.batch_size <= 128] or list(methods.values())
+    pacemaker = racing[-1]
+    return DataSet(
+        label,
+        title,
+        methods,
+        target=pacemaker.final_loss(pacemaker.best_rate).median,
+        target_method=pacemaker.title,
+        shared_rate=_shared_rate([m for m in methods.values() if not is_variant(m)]),
+        seeds=len({result.run.config.seed for result in runs}),
+    )
+
+
+def _shared_rate(methods: Sequence[Method]) -> float:
+    """The rate of the smallest geometric mean, over methods, of the loss over the method's best."""
+    rates = sorted({rate for method in methods for rate in method.rates})
+
+    def excess(rate: float) -> float:
+        ratios = []
+        for method in methods:
+            best = method.final_loss(method.best_rate).median
+            loss = method.final_loss(rate).median if rate in method.by_rate else INFINITY
+            # Ten times the best stands for a run that diverged, or was not made.
+            ratios.append(min(loss / best, 10.0) if np.isfinite(best) else 1.0)
+        return float(np.mean(np.log(ratios)))
+
+    return min(rates, key=excess)
+
+
+def _kind(run: Run) -> str:
+    if not needs_variance(run.config):
+        return "none"
+    return "diagonal" if run.config.method == "cabs_adam" else "trace"
+
+
+def is_constant(method: Method) -> bool:
+    """Whether it is plain SGD with a constant batch size and learning rate."""
+    return method.config.method == "constant" and method.config.schedule == "constant"
+
+
+def is_scheduled(method: Method) -> bool:
+    """Whether it is plain SGD with a constant batch size and a decreasing learning rate."""
+    return method.config.method == "constant" and method.config.schedule != "constant"
+
+
+def is_variant(method: Method) -> bool:
+    """Whether its learning rate decreases by plan, or it is not plain SGD."""
+    name = method.config.method
+    return is_scheduled(method) or name.endswith(("_momentum", "_adam"))
+
+
+def is_cabs(method: Method) -> bool:
+    """Whether it is plain CABS."""
+    return method.config.method == "cabs"
+
+
+def is_rival(method: Method) -> bool:
+    """Whether it adapts the batch size of plain SGD in another way."""
+    return not (is_constant(method) or is_variant(method) or is_cabs(method))
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Median and extremes; NaN counts as infinite."""
+    array = np.array([INFINITY if np.isnan(value) else value for value in values])
+    ordered = np.sort(array)
+    middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]
+    return Spread(float(np.mean(middle)), float(ordered[0]), float(ordered[-1]))
+
+
+def crossing(position: np.ndarray, loss: np.ndarray, target: float) -> float:
+    """Where `loss` first is at the target, its logarithm linear between evaluations."""
+    at = np.flatnonzero(loss <= target)
+    if not len(at):
+        return INFINITY
+    i = int(at[0])
+    if i == 0 or loss[i] <= 0:
+        return float(position[i])
+    above, below = np.log(loss[i - 1]), np.log(loss[i])
+    fraction = (above - np.log(target)) / (above - below)
+    return float(position[i - 1] + fraction * (position[i] - position[i - 1]))
+
+
+def decades_within(rates: Sequence[float], losses: Sequence[float], limit: float) -> float:
+    """Decades of the learning rate for which the final loss is at most `limit`.
+
+    The loss's logarithm is taken to be linear in the rate's between the points of the grid; beside
+    a point where runs diverged, nothing counts.
+    """
+    total = 0.0
+    for (rate, loss), (next_rate, next_loss) in zip(
+        zip(rates, losses, strict=True),
+        list(zip(rates, losses, strict=True))[1:],
+        strict=False,
+    ):
+        width = float(np.log10(next_rate / rate))
+        low, high = sorted((loss, next_loss))
+        if high <= limit:
+            total += width
+        elif low < limit and np.isfinite(high):
+            total += width * float(np.log(limit / low) / np.log(high / low))
+    return total
+
+
+def decades(method: Method, factor: float = 2.0) -> float:
+    """Decades of the learning rate within `factor` of the method's own best final loss."""
+    return _decades(method, factor * method.final_loss(method.best_rate).median)
+
+
+def decades_of_best(method: Method, methods: Iterable[Method], factor: float = 2.0) -> float:
+    """Decades of the learning rate within `factor` of the best final loss of all `methods`."""
+    return _decades(method, factor * min(m.final_loss(m.best_rate).median for m in methods))
+
+
+def _decades(method: Method, limit: float) -> float:
+    losses = [method.final_loss(rate).median for rate in method.rates]
+    return decades_within(method.rates, losses, limit)
+
+
+def median_curve(
+    runs: Sequence[Result], position: Callable[[Result], np.ndarray], value: str, points: int = 100
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Positions, median, lowest and highest value over runs, up to where the shortest run ends."""
+    curves = [(position(result), getattr(result, value)) for result in runs]
+    end = min(where[-1] for where, _ in curves)
+    grid = np.linspace(0, end, points)
+    values = np.array([np.interp(grid, where, what) for where, what in curves])
+    return grid, np.median(values, axis=0), values.min(axis=0), values.max(axis=0)

@@ -1,0 +1,191 @@
+"""The figures of one data set, as PNG."""
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    EngFormatter,
+    LogLocator,
+    NullFormatter,
+    PercentFormatter,
+    StrMethodFormatter,
+)
+
+from experiments.figure import COLOURS
+from experiments.report import analysis
+from experiments.report.analysis import DataSet, Method
+
+# With the colour, each method has a marker and a dash of its own: grey print keeps them apart.
+_MARKERS = "osD^vPX*<>hp"
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+_PREFERRED = {16: 0, 128: 1, 512: 2}  # of the constant sizes, where there is no room for all
+_Style = dict[str, Any]
+
+
+def curves(data: DataSet) -> bytes:
+    """Loss and accuracy against examples and seconds, and batch sizes, each method at its best."""
+    shown = _compared(data)
+    figure = _figure(13, 7.2)
+    axes = figure.subplots(2, 3)
+    loss, loss_time, sizes, accuracy, accuracy_time, final = axes.flat
+    for index, method in enumerate(shown):
+        style, runs = _style(index, method), method.by_rate[method.best_rate]
+        for ax, position, value in (
+            (loss, _examples, "train_loss"),
+            (loss_time, method.seconds, "train_loss"),
+            (accuracy, _examples, "test_accuracy"),
+            (accuracy_time, method.seconds, "test_accuracy"),
+        ):
+            grid, median, low, high = analysis.median_curve(runs, position, value)
+            ax.plot(grid, median, markevery=(5 + 2 * index, 25), **style)
+            if len(runs) > 1:
+                ax.fill_between(grid, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        size = np.median([result.batch_sizes for result in runs], axis=0)
+        seen = np.linspace(0, min(r.examples[-1] for r in runs), len(size) + 1)[1:]
+        sizes.plot(seen, size, markevery=(2 + index, 10), **style)
+        _point(final, method, index)
+    for ax in (loss, loss_time):
+        _logarithmic(ax)
+        ax.axhline(data.target, color="0.6", linewidth=0.8)
+        ax.set_ylabel("training loss")
+    for ax in (accuracy, accuracy_time):
+        ax.set_ylabel("test accuracy")
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    sizes.set_yscale("log", base=2)
+    sizes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    sizes.set_ylabel("batch size")
+    for ax in (loss, accuracy, sizes):
+        ax.set_xlabel("examples seen")
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for ax in (loss_time, accuracy_time):
+        ax.set_xlabel("seconds of training steps")
+    final.set(xlabel="mean batch size", ylabel="training loss at the end")
+    final.set_xscale("log", base=2)
+    final.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    _logarithmic(final)
+    _frame(figure, list(axes.flat), f"{data.title}: every method at its best learning rate", loss)
+    return _png(figure)
+
+
+def sensitivity(data: DataSet) -> bytes:
+    """Final loss and accuracy against the learning rate, CABS beside three groups of methods."""
+    groups = {
+        "constant batch sizes": analysis.is_constant,
+        "other adaptive batch sizes": analysis.is_rival,
+        "decreasing rates, momentum, Adam": analysis.is_variant,
+    }
+    cabs = [method for method in data.methods.values() if analysis.is_cabs(method)]
+    columns = {
+        title: [*cabs, *members]
+        for title, belongs in groups.items()
+        if (members := [m for m in data.methods.values() if belongs(m)])
+    } or {"CABS": cabs}
+    figure = _figure(4.4 * len(columns), 7.2)
+    axes = figure.subplots(2, len(columns), squeeze=False, sharex=True, sharey="row")
+    finite = [
+        loss
+        for m in data.methods.values()
+        for rate in m.rates
+        if np.isfinite(loss := m.final_loss(rate).median)
+    ]
+    for (title, members), (loss, accuracy) in zip(columns.items(), axes.T, strict=True):
+        for index, method in enumerate(members):
+            style = _style(index, method)
+            _with_bars(loss, method, method.final_loss, style)
+            _with_bars(accuracy, method, method.final_accuracy, style)
+        loss.set_title(title, fontsize=11)
+        _logarithmic(loss)
+        loss.set_ylim(0.8 * min(finite), 1.25 * max(finite))
+        loss.legend(frameon=False, fontsize=8)
+        accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        accuracy.set_xlabel("learning rate")
+    axes[0, 0].set_ylabel("training loss at the end")
+    axes[1, 0].set_ylabel("test accuracy at the end")
+    for ax in axes.flat:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    _frame(figure, list(axes.flat), f"{data.title}: sensitivity to the learning rate")
+    return _png(figure)
+
+
+def _compared(data: DataSet) -> list[Method]:
+    """At most seven methods of plain SGD at a constant rate: CABS, its rivals, constant sizes."""
+    methods = list(data.methods.values())
+    cabs = [m for m in methods if analysis.is_cabs(m)]
+    constants = [m for m in methods if analysis.is_constant(m)]
+    rivals = {m.config.method: m for m in reversed(methods) if analysis.is_rival(m)}
+    constants.sort(key=lambda m: _PREFERRED.get(m.config.batch_size, len(_PREFERRED)))
+    room = max(1, 7 - len(cabs) - len(rivals))
+    return [*cabs, *constants[:room], *reversed(rivals.values())][:7] or methods[:7]
+
+
+def _examples(result: Any) -> np.ndarray:
+    examples: np.ndarray = result.examples
+    return examples
+
+
+def _with_bars(
+    ax: Any, method: Method, value: Callable[[float], analysis.Spread], style: _Style
+) -> None:
+    spreads = [value(rate) for rate in method.rates]
+    median = np.array([s.median for s in spreads])
+    extremes = np.array([[s.low for s in spreads], [s.high for s in spreads]])
+    shown = np.isfinite(median)
+    ax.plot(np.array(method.rates)[shown], median[shown], **style)
+    both = shown & np.isfinite(extremes).all(axis=0)
+    ax.vlines(np.array(method.rates)[both], *extremes[:, both], color=style["color"], linewidth=0.8)
+
+
+def _point(ax: Any, method: Method, index: int) -> None:
+    style = _style(index, method)
+    best = method.best_rate
+    size, loss = method.mean_batch_size(best), method.final_loss(best)
+    if np.isfinite(loss.median):
+        ax.plot(size.median, loss.median, **(style | {"linestyle": "none", "markersize": 8}))
+
+
+def _style(index: int, method: Method) -> _Style:
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": _DASHES[index % len(_DASHES)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "markersize": 4.5,
+        "linewidth": 2.0 if analysis.is_cabs(method) else 1.3,
+        "label": method.title,
+    }
+
+
+def _logarithmic(ax: Any) -> None:
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _frame(figure: Figure, axes: Sequence[Any], title: str, legend_of: Any = None) -> None:
+    for ax in axes:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    if legend_of is not None:
+        handles, labels = legend_of.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # Without the date, the same results give the same file.
+    figure.savefig(buffer, dpi=100, format="png", metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+
+from experiments.report import analysis, verdicts
+
+INFINITY = float("inf")
+
+
+def test_the_target_is_crossed_on_the_line_between_logarithms():
+    examples, loss = np.array([0.0, 100.0, 200.0]), np.array([4.0, 2.0, 0.5])
+    assert analysis.crossing(examples, loss, 1.0) == pytest.approx(150)
+    assert analysis.crossing(examples, loss, 5.0) == 0
+    assert analysis.crossing(examples, loss, 0.4) == INFINITY
+    assert analysis.crossing(examples, np.array([4.0, np.nan, np.nan]), 1.0) == INFINITY
+
+
+def test_decades_count_the_part_of_the_grid_that_is_good_enough():
+    rates = [0.01, 0.1, 1.0]
+    assert analysis.decades_within(rates, [1.0, 1.0, 1.0], 1.0) == pytest.approx(2)
+    assert analysis.decades_within(rates, [4.0, 1.0, 4.0], 2.0) == pytest.approx(1)
+    assert analysis.decades_within(rates, [2.0, 1.0, INFINITY], 2.0) == pytest.approx(1)
+    assert analysis.decades_within(rates, [3.0, 3.0, 3.0], 2.0) == 0
+
+
+def test_a_spread_counts_what_is_not_there_as_infinite():
+    assert analysis.spread([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert analysis.spread([1.0, 2.0]) == (1.5, 1.0, 2.0)
+    assert analysis.spread([1.0, float("nan"), INFINITY]) == (INFINITY, 1.0, INFINITY)
+
+
+def method(name, losses, sizes=16, accuracy=0.9, **config):
+    """A method with one run for each learning rate: its loss falls exponentially to the end."""
+    from experiments.config import RunConfig
+    from experiments.plan import Run
+    from experiments.report.results import Result
+
+    runs = []
+    for rate, loss in losses.items():
+        cfg = RunConfig(method=name, learning_rate=rate, examples=1600, **config)
+        runs.append(
+            Result(
+                run=Run("data", name, rate, cfg),
+                summary={"diverged": not np.isfinite(loss), "examples": 1600, "steps": 100},
+                examples=np.array([0.0, 800.0, 1600.0]),
+                train_loss=np.array([1.0, loss**0.5, loss]),
+                test_accuracy=np.array([0.1, 0.5, accuracy]),
+                sizes=[{}, {sizes: 50}, {sizes: 50}],
+                step_seconds={sizes: 0.001 * sizes},
+                batch_sizes=np.full(40, sizes),
+                environment={},
+            )
+        )
+    return analysis.Method(name, f"{name} {sizes}", runs, analysis.Costs(runs))
+
+
+def data_set(*methods, target=0.1):
+    return analysis.DataSet("data", "Data", {m.title: m for m in methods}, target, "x", 0.1, 1)
+
+
+GOOD, FAIR = {0.1: 0.01, 0.2: 0.01}, {0.1: 0.1, 0.2: 0.5}
+
+
+@pytest.mark.parametrize(
+    ("cabs", "other", "expected"),
+    [
+        (GOOD, FAIR, ["confirmed", "confirmed", "confirmed"]),
+        (FAIR, GOOD, ["not confirmed", "not confirmed", "partly"]),
+        (GOOD, GOOD, ["not confirmed", "not confirmed", "confirmed"]),
+    ],
+)
+def test_verdicts_follow_from_the_numbers(cabs, other, expected):
+    data = data_set(
+        method("cabs", cabs), method("constant", other), method("norm_test", other, sizes=64)
+    )
+    found = {v.question.name: v.overall for v in verdicts.verdicts([data])}
+    assert [found["RQ1"], found["RQ3"], found["RQ4"]] == expected
+    assert found["RQ2"] == "no data"
+
+
+def test_decreasing_rates_decide_the_second_question():
+    constant, cosine = method("constant", FAIR), method("constant", GOOD, 32, schedule="cosine")
+    for losses, expected in ((GOOD, "confirmed"), (FAIR, "not confirmed"), ({0.1: 0.05}, "partly")):
+        data = data_set(method("cabs", losses), constant, cosine)
+        found = {v.question.name: v.overall for v in verdicts.verdicts([data])}
+        assert found["RQ2"] == expected
+
+
+def test_a_step_of_a_size_between_two_that_were_measured_costs_what_lies_between():
+    costs = analysis.Costs([])
+    assert np.isnan(costs.step(16))
+    measured = method("cabs", GOOD, sizes=16).by_rate[0.1] + method("cabs", GOOD, 64).by_rate[0.1]
+    costs = analysis.Costs(measured)
+    assert costs.step(40) == pytest.approx(0.040)
+    assert costs.step(128) == pytest.approx(0.128)
+    assert costs.of({16: 2, 64: 1}) == pytest.approx(0.096)
