@@ -144,6 +144,23 @@ def test_cifar10_2c3d_starts_as_the_authors_net():
         np.testing.assert_array_equal(params[name]["bias"], np.float32(bias))
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mnist_2c2d", {"conv1": 0.01, "conv2": 0.02, "dense1": 0.02, "dense2": 0.02}),
+        (
+            "cifar10_2c3d",
+            {"conv1": 0.05, "conv2": 0.1, "dense1": 0.08, "dense2": 0.08, "dense3": 2 / 192},
+        ),
+    ],
+)
+def test_narrow_nets_start_with_larger_weights_where_they_have_fewer_inputs(name, expected):
+    params = models.build(name, SHAPES[name], 10, width=0.25).params
+    assert params.keys() == expected.keys()
+    for layer, sigma in expected.items():
+        assert_truncated_normal(params[layer]["kernel"], sigma)
+
+
 def test_cifar10_2c3d_sees_only_the_centre_and_no_brightness_or_contrast():
     model, image = small("cifar10_2c3d"), some_images(1, (32, 32, 3))[0] // 4
     apply = functools.partial(jax.jit(model.apply), model.params)
