@@ -14,6 +14,7 @@ from cabs_jax.loader.device_order import Position, advanced, indices
 from cabs_jax.moments import gradient_moments
 from cabs_jax.moments.per_example import batch_size_of
 from cabs_jax.state import batch_size
+from cabs_jax.statistics import Variance, tree_sum
 
 PyTree = Any
 BATCHES_AHEAD = 8  # largest batches whose order is computed at a time
@@ -53,6 +54,7 @@ def on_device_loop(
     loss_fn: Callable[[PyTree, PyTree], jax.Array],
     optimizer: optax.GradientTransformationExtraArgs,
     *,
+    variance: Variance = "trace",
     max_batch_size: int = 2048,
     microbatch_size: int = 64,
     max_steps: int = 1000,
@@ -71,6 +73,7 @@ def on_device_loop(
     Args:
       loss_fn: `loss_fn(params, example) -> scalar loss` of one example.
       optimizer: Optimizer whose state holds a batch size, such as `cabs`.
+      variance: What the optimizer asks for: "diagonal" for `cabs_adam`, else "trace".
       max_batch_size: Largest batch, which should be the optimizer's own; larger ones are cut to it,
         rounded up to a multiple of `microbatch_size`.
       microbatch_size: Examples computed at a time. A step costs as much as the next multiple, so
@@ -125,7 +128,7 @@ def on_device_loop(
             example = jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), data)
             return loss_fn(params, example)
 
-        moments_of = gradient_moments(loss_at, microbatch_size=microbatch_size)
+        moments_of = gradient_moments(loss_at, variance=variance, microbatch_size=microbatch_size)
 
         def order_from(position: Position) -> tuple[jax.Array, jax.Array]:
             return indices(position, window, length, seed, shuffle), jnp.zeros((), jnp.int32)
@@ -147,7 +150,7 @@ def on_device_loop(
                 gradient_variance=moments.variance,
                 count=moments.count,
             )
-            measured = StepMetrics(size, moments.value, moments.variance)
+            measured = StepMetrics(size, moments.value, tree_sum(moments.variance))
             return (
                 number + 1,
                 optax.apply_updates(params, updates),

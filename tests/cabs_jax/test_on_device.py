@@ -86,3 +86,19 @@ def test_what_cannot_work_is_refused():
         on_device()(PARAMS, optax.sgd(0.1).init(PARAMS), DATA, cabs_jax.Position(), 1)
     with pytest.raises(ValueError, match="holds no examples"):
         on_device()(PARAMS, OPTIMIZER.init(PARAMS), {"x": np.ones((0, 5))}, cabs_jax.Position(), 1)
+
+
+def test_a_diagonal_variance_gives_the_same_run_and_drives_adam():
+    start, position = OPTIMIZER.init(PARAMS), cabs_jax.Position()
+    by_trace = on_device()(PARAMS, start, DATA, position, 20)
+    by_diagonal = on_device(variance="diagonal")(PARAMS, start, DATA, position, 20)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), by_diagonal, by_trace
+    )
+    adam = cabs_jax.cabs_adam(0.2, scale=10.0, min_batch_size=4, max_batch_size=100)
+    loop = cabs_jax.on_device_loop(
+        loss_fn, adam, variance="diagonal", max_batch_size=100, microbatch_size=8, max_steps=60
+    )
+    result = jax.jit(loop)(PARAMS, adam.init(PARAMS), DATA, position, 60)
+    assert len(set(result.metrics.batch_size.tolist())) > 5
+    np.testing.assert_allclose(result.params["w"], 1.0, atol=0.3)
