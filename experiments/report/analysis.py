@@ -60,6 +60,12 @@ class Method:
         """Examples until the training loss is at the target; infinite where it never is."""
         return spread(crossing(r.examples, r.train_loss, target) for r in self.by_rate[rate])
 
+    def fastest_rate(self, target: float) -> float:
+        """The learning rate of the fewest examples to the target; the best if none gets there."""
+        fastest = min(self.rates, key=lambda rate: self.to_target(rate, target).median)
+        reached = np.isfinite(self.to_target(fastest, target).median)
+        return fastest if reached else self.best_rate
+
     def seconds_to_target(self, rate: float, target: float) -> Spread:
         """Seconds of steps until then, by what a step of each size costs."""
         return spread(

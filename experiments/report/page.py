@@ -122,6 +122,7 @@ class Page:
             "loss",
             "test accuracy",
             "mean batch",
+            "fastest α",
             "examples to target",
             "seconds",
             f"at α = {data.shared_rate:g}: loss",
@@ -132,7 +133,7 @@ class Page:
         )
         rows = []
         for method in data.methods.values():
-            rate = method.best_rate
+            rate, fastest = method.best_rate, method.fastest_rate(data.target)
             rows.append(
                 (
                     method.title,
@@ -140,8 +141,9 @@ class Page:
                     _loss(method.final_loss(rate)),
                     _accuracy(method.final_accuracy(rate)),
                     f"{method.mean_batch_size(rate).median:.0f}",
-                    _count(method.to_target(rate, data.target)),
-                    _seconds(method.seconds_to_target(rate, data.target)),
+                    f"{fastest:g}",
+                    _count(method.to_target(fastest, data.target)),
+                    _seconds(method.seconds_to_target(fastest, data.target)),
                     *_at_shared(method, data),
                     f"{analysis.decades_of_best(method, plain):.2f}",
                     f"{analysis.decades(method):.2f}",

@@ -75,9 +75,9 @@ def _speed(data: DataSet) -> Answer | None:
     return Answer(
         verdict,
         f"examples {_times(ratios[0])} and seconds {_times(ratios[1])} those of the quickest "
-        f"constant size, each at its best α; at the shared α examples {_times(shared[0])}; "
+        f"constant size, each at its fastest α; at the shared α examples {_times(shared[0])}; "
         f"quicker than {' and '.join(beaten) if beaten else 'no constant size of 128 or more'}, "
-        f"at a mean batch of {cabs.mean_batch_size(cabs.best_rate).median:.0f}",
+        f"at a mean batch of {cabs.mean_batch_size(cabs.fastest_rate(data.target)).median:.0f}",
     )
 
 
@@ -126,7 +126,9 @@ def _sensitivity(data: DataSet) -> Answer | None:
         verdict,
         f"{own:.2f} decades of α within 2× of the best loss of all; less sensitive than "
         f"{len(beaten)} of {len(others)} others and equal to {len(matched)}; "
-        f"the widest of them is {widest} with {theirs[widest]:.2f}",
+        f"the widest of them is {widest} with {theirs[widest]:.2f}; "
+        f"within 2× of its own best {analysis.decades(cabs):.2f}, "
+        f"{others[0].title} {analysis.decades(others[0]):.2f}",
     )
 
 
@@ -142,9 +144,8 @@ def _against_rivals(data: DataSet) -> Answer | None:
         for name, members in groups.items()
     }
     gaps = {name: accuracy - m.final_accuracy(m.best_rate).median for name, m in leads.items()}
-    own = cabs.to_target(cabs.best_rate, data.target).median
-    quickest = min(rivals, key=lambda m: m.to_target(m.best_rate, data.target).median)
-    ratio = _ratio(own, quickest.to_target(quickest.best_rate, data.target).median)
+    quickest = min(rivals, key=lambda m: _best_times(m, data.target))
+    ratio = _ratio(_best_times(cabs, data.target)[0], _best_times(quickest, data.target)[0])
     on_par = min(gaps.values()) >= -POINTS
     quick = ratio <= MARGIN
     verdict = CONFIRMED if on_par and quick else PARTLY if on_par or quick else NOT
@@ -164,8 +165,8 @@ QUESTIONS = (
         "RQ1",
         "Does adapting the batch size speed up optimisation?",
         "confirmed: fewer examples and less time to the target loss than every constant size, each "
-        "at its best α; partly: one of both, or less of both than every constant size from 128 up; "
-        "a difference counts from 5 %",
+        "at the α of its fewest examples; partly: one of both, or less of both than every constant "
+        "size from 128 up; a difference counts from 5 %",
         _speed,
     ),
     Question(
@@ -222,8 +223,8 @@ def _have(rate: float, methods: Sequence[Method]) -> bool:
 
 
 def _best_times(method: Method, target: float) -> tuple[float, float]:
-    """Examples and seconds to the target, each at the method's best rate."""
-    rate = method.best_rate
+    """Examples and seconds to the target, both at the rate of the fewest examples."""
+    rate = method.fastest_rate(target)
     return (
         method.to_target(rate, target).median,
         method.seconds_to_target(rate, target).median,

@@ -77,6 +77,13 @@ def test_verdicts_follow_from_the_numbers(cabs, other, expected):
     assert found["RQ2"] == "no data"
 
 
+def test_the_fastest_rate_need_not_be_the_best():
+    found = method("cabs", {0.1: 0.05, 0.2: 0.04, 0.4: 3.0})
+    found.by_rate[0.2][0].train_loss[1] = 0.9  # slow at first
+    assert (found.best_rate, found.fastest_rate(0.1)) == (0.2, 0.1)
+    assert found.fastest_rate(0.01) == found.best_rate
+
+
 def test_decreasing_rates_decide_the_second_question():
     constant, cosine = method("constant", FAIR), method("constant", GOOD, 32, schedule="cosine")
     for losses, expected in ((GOOD, "confirmed"), (FAIR, "not confirmed"), ({0.1: 0.05}, "partly")):

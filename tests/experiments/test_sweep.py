@@ -186,5 +186,5 @@ def test_the_committed_plans_can_be_read():
     assert texts
     for text in texts:
         assert plan.parse(text).runs
-    for compact in (folder.parent / "results").glob("*.jsonl"):
+    for compact in (folder.parent / "results").rglob("*.jsonl"):
         assert json.loads(compact.read_text().splitlines()[0])["plan"] in texts
