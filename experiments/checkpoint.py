@@ -44,9 +44,9 @@ class Interrupted(Exception):  # noqa: N818 (like KeyboardInterrupt, it is no er
         signal: The signal's number.
     """
 
-    def __init__(self, number: int, step: int):
+    def __init__(self, number: int, step: int, folder: Path | None):
         super().__init__(
-            f"{signal.Signals(number).name} after step {step}, whose checkpoint is written; "
+            f"{signal.Signals(number).name} after step {step}, whose checkpoint is in {folder}; "
             "--resume continues"
         )
         self.signal = number
@@ -122,7 +122,7 @@ class Checkpoints:
         """Raises Interrupted if a signal came, once the checkpoint of `step` is on disk."""
         if self._signals:
             self.wait()
-            raise Interrupted(self._signals[0], step)
+            raise Interrupted(self._signals[0], step, self._folder)
 
     def wait(self) -> None:
         """Returns once everything is on disk.

@@ -81,9 +81,11 @@ def soak(minutes: float, seed: int, console: Console) -> Counter[str]:
     dice, counts, step = random.Random(seed), Counter[str](), make_step()
     history: list[Resources] = []
     ends = time.monotonic() + 60 * minutes
-    with tempfile.TemporaryDirectory(prefix="cabs_jax-soak-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="cabs_jax-soak-") as temporary:
+        folder = Path(temporary)
         settings = {**CACHE, "jax_compilation_cache_dir": str(folder / "compiled")}
+        for name, value in settings.items():  # so that what this process compiled, all others find
+            jax.config.update(name, value)
         while not history or time.monotonic() < ends:
             options = {**RUNS[len(history) % len(RUNS)], "seed": dice.randrange(1000)}
             kill_and_resume(folder / "runs", options, dice, settings, counts)
