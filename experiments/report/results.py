@@ -89,7 +89,7 @@ def load(source: Path) -> Results:
         return Results(text, plan, {run.name: _thin(run, source / run.name) for run in finished})
     try:
         header, *rows = map(json.loads, source.read_text("utf-8").splitlines())
-        plan = plans.parse(header["plan"])
+        plan = plans.parse(str(header["plan"]))
         by_name = {run.name: run for run in plan.runs}
         environments = header["environments"]
         runs = {row["name"]: _from_row(by_name[row["name"]], row, environments) for row in rows}
