@@ -1,0 +1,51 @@
+"""CABS on digits with Equinox: the arrays of the model are the parameters.
+
+Run it with `python -m experiments.examples.equinox_model`, after `pip install equinox`.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+from optax.losses import softmax_cross_entropy_with_integer_labels as cross_entropy
+from sklearn.datasets import load_digits
+
+import cabs_jax
+
+
+def main(steps: int = 200) -> tuple[list[float], list[int]]:
+    """Trains, and returns the loss and the batch size of every step."""
+    images, labels = load_digits(return_X_y=True)
+    data = {"image": (images / 16).astype("float32"), "label": labels.astype("int32")}
+    loader = cabs_jax.BatchLoader(data, batch_size=8)
+
+    model = eqx.nn.MLP(64, 10, width_size=32, depth=1, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    optimizer = cabs_jax.cabs(0.5, min_batch_size=8, round_to=(8, 12, 16, 24, 32, 48, 64))
+    state = optimizer.init(params)
+
+    def loss_fn(params: Any, example: dict[str, jax.Array]) -> jax.Array:
+        logits = eqx.combine(params, static)(example["image"])
+        loss: jax.Array = cross_entropy(logits, example["label"])
+        return loss
+
+    @jax.jit
+    def train_step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+        m = cabs_jax.gradient_moments(loss_fn)(params, batch)
+        updates, state = optimizer.update(
+            m.mean, state, params, value=m.value, gradient_variance=m.variance, count=m.count
+        )
+        return eqx.apply_updates(params, updates), state, m.value
+
+    losses, sizes = [], []
+    for _ in range(steps):
+        sizes.append(int(loader.batch_size))
+        params, state, loss = train_step(params, state, next(loader))
+        loader.batch_size = cabs_jax.batch_size(state)
+        losses.append(float(loss))
+    return losses, sizes
+
+
+if __name__ == "__main__":
+    for number, (loss, size) in enumerate(zip(*main(), strict=True), start=1):
+        print(f"step {number:4d}  batch size {size:4d}  loss {loss:.4f}")

@@ -1,0 +1,82 @@
+"""Each example trains, and its batch size moves; `main` gives (losses, batch sizes)."""
+
+import importlib
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+import cabs_jax
+from experiments.examples import grain_dataset, language_model
+
+IMAGES, LABELS = load_digits(return_X_y=True)
+IMAGES, LABELS = (IMAGES / 16).astype(np.float32), LABELS.astype(np.int32)
+
+
+def check(losses, sizes):
+    assert len(losses) == len(sizes)
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+    assert sizes[0] == min(sizes) < sizes[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("plain_jax", 140), ("flax_nnx", 200), ("flax_linen", 140), ("equinox_model", 180)],
+)
+def test_the_loss_falls_and_the_batch_grows(name, steps):
+    if name == "equinox_model":
+        pytest.importorskip("equinox")
+    check(*importlib.import_module(f"experiments.examples.{name}").main(steps))
+
+
+class Torch:
+    """A map-style data set of torch: records one at a time, a pair with a tensor in it."""
+
+    class Tensor:
+        def __init__(self, array):
+            self.array = array
+
+        def __array__(self, dtype=None, copy=None):
+            return np.asarray(self.array, dtype)
+
+    def __len__(self):
+        return len(IMAGES)
+
+    def __getitem__(self, index):
+        return {"image": self.Tensor(IMAGES[index]), "label": self.Tensor(LABELS[index])}
+
+
+class HuggingFace:
+    """A data set of Hugging Face: many records at a time, vectors as lists."""
+
+    def __len__(self):
+        return len(IMAGES)
+
+    def __getitem__(self, index):
+        raise AssertionError("one call for each record is slow: __getitems__ is there")
+
+    def __getitems__(self, indices):
+        assert all(type(index) is int for index in indices)
+        return [{"image": IMAGES[i].tolist(), "label": int(LABELS[i])} for i in indices]
+
+
+@pytest.mark.parametrize("dataset", [None, Torch(), HuggingFace()], ids=["grain", "torch", "hf"])
+def test_data_sets_of_other_libraries_are_sources(dataset):
+    check(*grain_dataset.main(40, dataset))
+
+
+def test_the_language_model_learns_and_its_batch_follows_the_noise_scale(tmp_path):
+    history = language_model.main(40, sizes=(2, 4, 8, 16))
+    check([step.loss - 2 for step in history], [step.batch_size for step in history])
+    for before, after in pairwise(history):
+        assert 0.7 < after.batch_size / np.clip(before.noise_scale, 2, 16) < 1.5
+    language_model.plot(history, tmp_path / "noise_scale.png")
+    assert (tmp_path / "noise_scale.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_language_model_holds_no_gradient_of_a_single_sequence(capsys):
+    params = language_model.init(language_model.jax.random.key(0))
+    rows = cabs_jax.explain(language_model.loss_fn, params, language_model.read_sequences(1)[0])
+    assert "per example" not in capsys.readouterr().out
+    assert {row.form for row in rows} <= {"Gram", "direct", "small"}
