@@ -120,8 +120,8 @@ class DataSet(NamedTuple):
         label: Its label in the plan.
         title: Its name in reports.
         methods: By label, in the order of the plan; those with finished runs.
-        target: The training loss that the methods race to.
-        target_method: Title of the method whose final loss at its best learning rate that is.
+        target: The training loss that the methods race to: the (higher) median, over CABS and the
+            constant sizes, of the final loss at the best learning rate. Half of them get there.
         shared_rate: The learning rate that suits the methods of plain SGD best together.
         seeds: How many seeds the runs have.
     """
@@ -130,7 +130,6 @@ class DataSet(NamedTuple):
     title: str
     methods: dict[str, Method]
     target: float
-    target_method: str
     shared_rate: float
     seeds: int
 
@@ -153,18 +152,13 @@ def _data_set(results: Results, label: str, title: str, runs: list[Result]) -> D
         if own := [result for result in runs if result.run.method == name]:
             methods[name] = Method(name, method_title, own, costs[_kind(own[0].run)])
 
-    constants = sorted(
-        (m for m in methods.values() if is_constant(m)), key=lambda m: m.config.batch_size
-    )
-    # The largest batch that leaves the run some hundred steps: all who do their work can get there.
-    racing = [m for m in constants if m.config.batch_size <= 128] or list(methods.values())
-    pacemaker = racing[-1]
+    racing = [m for m in methods.values() if is_cabs(m) or is_constant(m)] or methods.values()
+    finals = sorted(m.final_loss(m.best_rate).median for m in racing)
     return DataSet(
         label,
         title,
         methods,
-        target=pacemaker.final_loss(pacemaker.best_rate).median,
-        target_method=pacemaker.title,
+        target=finals[len(finals) // 2],
         shared_rate=_shared_rate([m for m in methods.values() if not is_variant(m)]),
         seeds=len({result.run.config.seed for result in runs}),
     )

@@ -99,8 +99,9 @@ class Page:
         lines = [
             f"{config.model}, width {config.width:g}, {limit:,} {what} a run, {data.seeds} "
             f"seed{'s' if data.seeds > 1 else ''} (median; lines and bands from the lowest to the "
-            f"highest). The target is a training loss of {data.target:.4g}, that of "
-            f"{data.target_method} at its best α; the shared α is {data.shared_rate:g}."
+            f"highest). The target is a training loss of {data.target:.4g}, the median of where "
+            "CABS and the constant sizes end, each at its best α; the shared α is "
+            f"{data.shared_rate:g}."
         ]
         if growth:
             lines.append(f"CABS's batch size: {growth}.")

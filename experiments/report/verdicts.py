@@ -8,7 +8,7 @@ import numpy as np
 from experiments.report import analysis
 from experiments.report.analysis import DataSet, Method
 
-CONFIRMED, PARTLY, NOT = "confirmed", "partly", "not confirmed"
+CONFIRMED, PARTLY, NOT, UNDECIDED = "confirmed", "partly", "not confirmed", "undecided"
 MARGIN = 1.05  # ratios within it count as equal
 POINTS = 0.01  # so do accuracies within it
 
@@ -42,7 +42,7 @@ def verdicts(data_sets: Sequence[DataSet]) -> list[Verdict]:
     result = []
     for question in QUESTIONS:
         answers = {d.title: answer for d in data_sets if (answer := question.answer(d))}
-        given = {answer.verdict for answer in answers.values()}
+        given = {answer.verdict for answer in answers.values()} - {UNDECIDED}
         overall = "no data" if not given else given.pop() if len(given) == 1 else PARTLY
         result.append(Verdict(question, overall, answers))
     return result
@@ -113,6 +113,16 @@ def _sensitivity(data: DataSet) -> Answer | None:
     if cabs is None or not others:
         return None
     everyone = [cabs, *others]
+    best = min(m.final_loss(m.best_rate).median for m in everyone)
+    start = float(cabs.by_rate[cabs.best_rate][0].train_loss[0])
+    if 2 * best >= start:
+        narrow = {m.title: analysis.decades_of_best(m, everyone, 1.25) for m in everyone}
+        return Answer(
+            UNDECIDED,
+            f"twice the best loss of all, {best:.3g}, is more than the {start:.3g} that untrained "
+            "nets have; decades within 1.25× of it: "
+            + ", ".join(f"{title} {value:.2f}" for title, value in narrow.items()),
+        )
     own = analysis.decades_of_best(cabs, everyone)
     theirs = {m.title: analysis.decades_of_best(m, everyone) for m in others}
     beaten = [title for title, value in theirs.items() if value < own - 0.05]
@@ -180,7 +190,8 @@ QUESTIONS = (
         "RQ3",
         "Is it less sensitive to the learning rate than constant and other adaptive sizes?",
         "confirmed: more decades of α within 2× of the best final loss of all methods than every "
-        "other; partly: than at least half of them; a difference counts from 0.05",
+        "other; partly: than at least half of them; a difference counts from 0.05; undecided where "
+        "an untrained net is within 2×",
         _sensitivity,
     ),
     Question(

@@ -54,7 +54,7 @@ def method(name, losses, sizes=16, accuracy=0.9, **config):
 
 
 def data_set(*methods, target=0.1):
-    return analysis.DataSet("data", "Data", {m.title: m for m in methods}, target, "x", 0.1, 1)
+    return analysis.DataSet("data", "Data", {m.title: m for m in methods}, target, 0.1, 1)
 
 
 GOOD, FAIR = {0.1: 0.01, 0.2: 0.01}, {0.1: 0.1, 0.2: 0.5}
@@ -75,6 +75,14 @@ def test_verdicts_follow_from_the_numbers(cabs, other, expected):
     found = {v.question.name: v.overall for v in verdicts.verdicts([data])}
     assert [found["RQ1"], found["RQ3"], found["RQ4"]] == expected
     assert found["RQ2"] == "no data"
+
+
+def test_sensitivity_is_undecided_where_no_loss_is_far_from_the_first():
+    high = {0.1: 0.6, 0.2: 0.7}
+    data = data_set(method("cabs", high), method("constant", high))
+    found = {v.question.name: v for v in verdicts.verdicts([data])}["RQ3"]
+    assert [answer.verdict for answer in found.answers.values()] == ["undecided"]
+    assert found.overall == "no data"
 
 
 def test_the_fastest_rate_need_not_be_the_best():
