@@ -1,7 +1,5 @@
 """Training without the host: many steps in one dispatch, the batch size adapting inside."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

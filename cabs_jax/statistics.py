@@ -1,7 +1,5 @@
 """Mean and variance of a batch of gradients, in float32 whatever the model's dtype."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +12,7 @@ LANES = 16
 
 
 class GradientMoments(NamedTuple):
-    """What one batch says about the loss and its gradient.
+    """What one batch says about the loss and its gradient; `gradient_moments` gives it.
 
     Attributes:
       value: Mean loss of the batch, float32 scalar.
@@ -23,6 +21,12 @@ class GradientMoments(NamedTuple):
         or, where the diagonal was asked for, a float32 tree like the parameters of
         (1/m) Σ_i g_i² − ḡ².
       count: Number m of real (unmasked) examples, int32 scalar.
+
+    Example:
+      >>> losses, grads = jnp.array([0.5, 1.5]), {"w": jnp.array([[3.0, 0.0], [1.0, 2.0]])}
+      >>> m = moments_from_per_example(losses, grads)
+      >>> float(m.value), m.mean["w"].tolist(), float(m.variance), int(m.count)
+      (1.0, [2.0, 1.0], 2.0, 2)
     """
 
     value: jax.Array

@@ -28,6 +28,10 @@ class Position(NamedTuple):
     Attributes:
       epoch: Number of whole epochs before it.
       offset: Number of examples before it in its epoch.
+
+    Example:
+      >>> Position(*divmod(2500, 1000))  # in a stream of epochs of 1000 examples
+      Position(epoch=2, offset=500)
     """
 
     epoch: int | jax.Array = 0
