@@ -253,4 +253,6 @@ def _times(ratio: float) -> str:
         return "(neither gets there)"
     if np.isinf(ratio):
         return "(never there)"
+    if ratio == 0:
+        return "0× (they never get there)"
     return f"{ratio:.2f}×"
