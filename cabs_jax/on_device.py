@@ -118,8 +118,6 @@ def on_device_loop(
         params: PyTree, opt_state: PyTree, data: PyTree, position: Position, num_steps: Any
     ) -> OnDeviceResult:
         length = batch_size_of(data)
-        if length < 1:
-            raise ValueError("data holds no examples")
 
         def loss_at(params: PyTree, index: jax.Array) -> jax.Array:
             # Gathered inside the block, so that padding is not.

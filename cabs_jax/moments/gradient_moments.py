@@ -12,7 +12,7 @@ from jax import lax
 from cabs_jax.moments import compat, options, sharding
 from cabs_jax.moments.factored import batch_sums
 from cabs_jax.moments.options import Method
-from cabs_jax.moments.per_example import batch_size_of, check_scalar, per_example_value_and_grad
+from cabs_jax.moments.per_example import batch_size_of, check_result, per_example_value_and_grad
 from cabs_jax.statistics import (
     GradientMoments,
     Variance,
@@ -127,7 +127,7 @@ def gradient_moments(
 
     def checked(params: PyTree, example: PyTree) -> Any:
         result = loss_fn(params, example)
-        check_scalar(result[0] if has_aux else result)
+        check_result(result, has_aux)
         return result
 
     def compute(params: PyTree, batch: PyTree, mask: jax.Array | None = None) -> Any:

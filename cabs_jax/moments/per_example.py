@@ -77,7 +77,7 @@ def batch_size_of(batch: PyTree) -> int:
     """Returns the length of the leading axis that all leaves of a batch share.
 
     Raises:
-      ValueError: If there is no array, or the leading axes differ.
+      ValueError: If there is no array, the leading axes differ, or they are empty.
     """
     sizes = {
         jax.tree_util.keystr(path): leaf.shape[0] if leaf.ndim else None
@@ -88,11 +88,25 @@ def batch_size_of(batch: PyTree) -> int:
             "every leaf of a batch needs the same leading example axis;"
             f" the leading axes here are {sizes or 'none at all'}"
         )
-    return int(next(iter(sizes.values())))  # type: ignore[arg-type]
+    size = int(next(iter(sizes.values())))  # type: ignore[arg-type]
+    if size == 0:
+        raise ValueError("the batch holds no examples; to skip a step, mask them all")
+    return size
 
 
-def check_scalar(loss: Any) -> None:
-    """Raises TypeError unless a per-example loss is a real scalar."""
+def check_result(result: Any, has_aux: bool) -> None:
+    """Raises TypeError unless a per-example loss is a real scalar, with aux if there should be."""
+    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(
+            "with has_aux, loss_fn(params, example) must return (loss, aux); it returned"
+            f" {type(result).__name__}"
+        )
+    loss = result[0] if has_aux else result
+    if not isinstance(loss, jax.Array):
+        raise TypeError(
+            "loss_fn(params, example) must return one floating-point scalar per example; it"
+            f" returned {type(loss).__name__} (a pair of loss and aux needs has_aux=True)"
+        )
     if loss.shape != () or not jax.numpy.issubdtype(loss.dtype, jax.numpy.floating):
         raise TypeError(
             "loss_fn(params, example) must return one floating-point scalar per example;"
@@ -107,7 +121,7 @@ def _value_and_grad(
 
     def checked(params: PyTree, example: PyTree) -> Any:
         result = loss_fn(params, example)
-        check_scalar(result[0] if has_aux else result)
+        check_result(result, has_aux)
         return result
 
     function = without_batched_convolutions(jax.value_and_grad(checked, has_aux=has_aux))

@@ -391,6 +391,7 @@ HOSTILE_CALLS = {
     "mask as a column": ({}, BATCH, jnp.ones((6, 1), bool), ValueError, r"\(6, 1\)"),
     "ragged": ({}, {"x": jnp.ones((6, 3)), "y": jnp.ones(5)}, None, ValueError, "'y'.*5"),
     "scalar leaf": ({}, {"x": jnp.ones((6, 3)), "y": jnp.ones(())}, None, ValueError, "'y'.*None"),
+    "no example": ({}, {"x": jnp.ones((0, 3))}, None, ValueError, "no examples"),
     "no arrays": ({}, {}, None, ValueError, "none at all"),
     "blocks": ({"microbatch_size": 4}, BATCH, None, ValueError, "microbatch_size=4.*6"),
     "groups": ({"method": "between", "groups": 4}, BATCH, None, ValueError, "groups=4.*6"),
@@ -408,6 +409,9 @@ def test_bad_batches_are_refused_when_traced(name):
 BAD_LOSSES = {
     "vector": (lambda p, e: p * e["x"], r"shape \(3,\)"),
     "integer": (lambda p, e: jnp.int32(3), "int32"),
+    "number": (lambda p, e: 1.0, "returned float"),
+    "nothing": (lambda p, e: None, "returned NoneType"),
+    "pair": (lambda p, e: (jnp.sum(p), e), "returned tuple.*has_aux=True"),
     "complex": (lambda p, e: jnp.sum(p).astype(jnp.complex64), "complex64"),
 }
 
@@ -419,6 +423,11 @@ def test_a_loss_that_is_no_scalar_is_refused(loss, method):
     groups = {"groups": 2} if method == "between" else {}
     with pytest.raises(TypeError, match=message):
         gradient_moments(function, method=method, **groups)(jnp.ones(3), BATCH)
+
+
+def test_aux_that_is_missing_is_refused():
+    with pytest.raises(TypeError, match=r"must return \(loss, aux\).*returned .*Tracer"):
+        gradient_moments(lambda p, e: jnp.sum(p), has_aux=True)(jnp.ones(3), BATCH)
 
 
 OPTIONS = {
