@@ -136,7 +136,9 @@ def on_device_loop(
                 used + rows > window, order_from, lambda position: (order, used), position
             )
             moments = moments_of(
-                params, lax.dynamic_slice(order, (used,), (rows,)), jnp.arange(rows) < size
+                params,
+                lax.dynamic_slice(order, (used,), (rows,)),
+                jnp.arange(rows, dtype=jnp.int32) < size,
             )
             updates, opt_state = optimizer.update(
                 moments.mean,
@@ -158,7 +160,7 @@ def on_device_loop(
             )
 
         start = Position(*(jnp.asarray(part, jnp.int32) for part in position))
-        nothing = jnp.zeros(max_steps)
+        nothing = jnp.zeros(max_steps, jnp.float32)
         metrics = StepMetrics(nothing.astype(jnp.int32), nothing, nothing)
         last = jnp.minimum(num_steps, max_steps)
         _, params, opt_state, end, _, _, metrics = lax.while_loop(
