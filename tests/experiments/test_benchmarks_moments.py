@@ -54,7 +54,7 @@ def test_table_and_json_have_every_cell_with_small_errors(tiny_nets, tmp_path, c
     check(["mlp"], ["per_example", "trace", "diagonal", "subsample"], tmp_path, capsys)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("model", ["residual_cnn", "transformer"])
 def test_convolutions_and_scanned_layers_are_measured(model, tiny_nets, tmp_path, capsys):
     check([model], ["trace"], tmp_path, capsys)

@@ -45,7 +45,7 @@ def resume(job, out, schedule=EVERY_STEP):
     [
         ({}, (4, 6, 8)),
         ({"lag": 2, "batch_size": 64, "evaluations": 3}, (4, 6, 8)),
-        ({"learning_rate": 3e38, "lag": 1}, (1, 1, 1)),
+        pytest.param({"learning_rate": 3e38, "lag": 1}, (1, 1, 1), marks=pytest.mark.exhaustive),
     ],
     ids=["plain", "late sizes", "diverging"],
 )

@@ -19,7 +19,13 @@ def programs():
     return Programs(set_up(RunConfig()).model)
 
 
-@pytest.mark.parametrize("method", ["cabs", "constant", "geometric_growth"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "cabs",
+        *(pytest.param(m, marks=pytest.mark.exhaustive) for m in ("constant", "geometric_growth")),
+    ],
+)
 def test_a_run_with_shared_programs_is_the_run_without(method, programs, tmp_path):
     config = RunConfig(
         method=method, learning_rate=0.8, examples=700, evaluations=2, max_batch_size=64

@@ -22,7 +22,7 @@ def test_collectives_are_read_off_hlo():
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_step_sends_as_many_bytes_as_there_are_parameters_whatever_the_devices(tmp_path, capsys):
     out = tmp_path / "scaling.json"
     options = ["--models", "mlp", "--devices", "1", "2", "4", "--batch", "16", "--out", str(out)]
