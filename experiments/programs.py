@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -51,15 +51,17 @@ class Programs:
             self._updates[kind] = cabs_jax.CompiledStep(
                 _update_at_any_rate(kind), batch_argnums=2, donate_argnums=(0, 1)
             )
-        variance = methods.variance(config) if needs_variance(config) else "none"
+        variance = measured_variance(config)
         return SharedStep(
             self._gradients[variance], self._updates[kind], config.learning_rate, variance != "none"
         )
 
 
-def needs_variance(config: RunConfig) -> bool:
-    """Whether the method's batch size depends on the variance of the gradient."""
-    return not config.fixed_size and config.method != "geometric_growth"
+def measured_variance(config: RunConfig) -> Literal["none", "trace", "diagonal"]:
+    """What of the gradient's covariance the method's batch size depends on."""
+    if config.fixed_size or config.method == "geometric_growth":
+        return "none"
+    return methods.variance(config)
 
 
 class SharedStep:

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.plan import Run
-from experiments.programs import needs_variance
+from experiments.programs import measured_variance
 from experiments.report.results import Result, Results
 
 INFINITY = float("inf")
@@ -145,12 +144,14 @@ def data_sets(results: Results) -> list[DataSet]:
 
 def _data_set(results: Results, label: str, title: str, runs: list[Result]) -> DataSet:
     costs: dict[str, Costs] = {}
-    for kind in {_kind(result.run) for result in runs}:
-        costs[kind] = Costs(result for result in runs if _kind(result.run) == kind)
+    for kind in {measured_variance(r.run.config) for r in runs}:
+        costs[kind] = Costs(r for r in runs if measured_variance(r.run.config) == kind)
     methods = {}
     for name, method_title in results.plan.methods.items():
         if own := [result for result in runs if result.run.method == name]:
-            methods[name] = Method(name, method_title, own, costs[_kind(own[0].run)])
+            methods[name] = Method(
+                name, method_title, own, costs[measured_variance(own[0].run.config)]
+            )
 
     racing = [m for m in methods.values() if is_cabs(m) or is_constant(m)] or methods.values()
     finals = sorted(m.final_loss(m.best_rate).median for m in racing)
@@ -178,12 +179,6 @@ def _shared_rate(methods: Sequence[Method]) -> float:
         return float(np.mean(np.log(ratios)))
 
     return min(rates, key=excess)
-
-
-def _kind(run: Run) -> str:
-    if not needs_variance(run.config):
-        return "none"
-    return "diagonal" if run.config.method == "cabs_adam" else "trace"
 
 
 def is_constant(method: Method) -> bool:
