@@ -17,7 +17,7 @@ from cabs_jax.rounding import RoundTo
 from cabs_jax.rules import ScalarOrSchedule
 from cabs_jax.state import AdaptBatchSizeState, CoupledState
 from cabs_jax.statistics import Variance, tree_sum
-from cabs_jax.transform import adapt_batch_size, select
+from cabs_jax.transform import adapt_batch_size, select, unless_empty
 
 PyTree = Any
 
@@ -342,12 +342,7 @@ def _coupled(
         adapted = select(jnp.asarray(known), adapted, _held(state.adapt, adapted))
         directed, direction_state = direction.update(moments.mean, state.direction, params)
         scaled = _scaled(directed, rules.at_step(learning_rate, state.adapt.step))
-        advanced = CoupledState(adapted, direction_state)
-        if moments.count is None:
-            return scaled, advanced
-        nothing = (jax.tree.map(jnp.zeros_like, scaled), state)
-        steps, kept_or_new = select(moments.count > 0, (scaled, advanced), nothing)
-        return steps, kept_or_new
+        return unless_empty(moments.count, scaled, CoupledState(adapted, direction_state), state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -137,11 +137,7 @@ def adapt_batch_size(
         del extra_args
         moments = read_moments(updates, params, value, gradient_variance, count, mask, axis_name)
         new_state = _advance(state, moments, rule, legal, decay, debias)
-        if moments.count is None:
-            return moments.mean, new_state
-        nothing = (jax.tree.map(jnp.zeros_like, moments.mean), state)
-        mean, kept_or_new = select(moments.count > 0, (moments.mean, new_state), nothing)
-        return mean, kept_or_new
+        return unless_empty(moments.count, moments.mean, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -223,6 +219,17 @@ def _bound(raw: jax.Array, legal: LegalSizes) -> jax.Array:
     below = raw < jnp.asarray(legal.minimum, jnp.float32)
     above = raw > jnp.asarray(legal.maximum, jnp.float32)
     return above.astype(jnp.int32) - below.astype(jnp.int32)
+
+
+def unless_empty(
+    count: jax.Array | None, updates: PyTree, new_state: PyTree, old_state: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Returns the updates and the new state, or zeros and the old one if `count` is 0."""
+    if count is None:
+        return updates, new_state
+    nothing = (jax.tree.map(jnp.zeros_like, updates), old_state)
+    kept_updates, kept_state = select(count > 0, (updates, new_state), nothing)
+    return kept_updates, kept_state
 
 
 def select(condition: jax.Array, if_true: PyTree, if_false: PyTree) -> PyTree:
