@@ -12,7 +12,7 @@ from jax import lax
 from cabs_jax.moments import compat, options, sharding
 from cabs_jax.moments.factored import batch_sums
 from cabs_jax.moments.options import Method
-from cabs_jax.moments.per_example import batch_size_of, check_result, per_example_value_and_grad
+from cabs_jax.moments.per_example import batch_size_of, checked, per_example_value_and_grad
 from cabs_jax.statistics import (
     GradientMoments,
     Variance,
@@ -124,11 +124,7 @@ def gradient_moments(
     options.check(method, variance, subsample, microbatch_size, groups)
     if keep_batch_dim:
         loss_fn = _of_one(loss_fn, has_aux)
-
-    def checked(params: PyTree, example: PyTree) -> Any:
-        result = loss_fn(params, example)
-        check_result(result, has_aux)
-        return result
+    loss_fn = checked(loss_fn, has_aux)
 
     def compute(params: PyTree, batch: PyTree, mask: jax.Array | None = None) -> Any:
         options.check_parameters(params)
@@ -138,14 +134,14 @@ def gradient_moments(
         def on_shard(params: PyTree, batch: PyTree, mask: jax.Array | None) -> tuple[Any, Any]:
             params = sharding.vary(params, axes)
             if method == "per_example" and microbatch_size is None:
-                return _reference(checked, params, batch, mask, variance, has_aux, axes)
+                return _reference(loss_fn, params, batch, mask, variance, has_aux, axes)
             size = batch_size_of(batch)
             keep = sharding.vary(jnp.ones(size, jnp.bool_), axes) if mask is None else mask
             real = jnp.sum(keep, dtype=jnp.int32)
             count = sum_over(real, axes or None)
             weight = sharding.vary(1.0 / jnp.maximum(count, 1).astype(jnp.float32), axes)
             sums, aux = _add_up(
-                _estimator(checked, method, variance, has_aux, subsample, axes),
+                _estimator(loss_fn, method, variance, has_aux, subsample, axes),
                 (params, weight),
                 (batch if mask is None else _fill(batch, keep), keep),
                 options.block_size(size, method, microbatch_size, groups, axes),

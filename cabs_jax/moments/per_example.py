@@ -94,7 +94,18 @@ def batch_size_of(batch: PyTree) -> int:
     return size
 
 
-def check_result(result: Any, has_aux: bool) -> None:
+def checked(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[[PyTree, PyTree], Any]:
+    """The same per-example loss, which raises TypeError if it returns something else."""
+
+    def checked_loss(params: PyTree, example: PyTree) -> Any:
+        result = loss_fn(params, example)
+        _check_result(result, has_aux)
+        return result
+
+    return checked_loss
+
+
+def _check_result(result: Any, has_aux: bool) -> None:
     """Raises TypeError unless a per-example loss is a real scalar, with aux if there should be."""
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise TypeError(
@@ -118,12 +129,7 @@ def _value_and_grad(
     loss_fn: Callable[..., Any], has_aux: bool, params: PyTree, batch: PyTree
 ) -> tuple[Any, PyTree]:
     batch_size_of(batch)
-
-    def checked(params: PyTree, example: PyTree) -> Any:
-        result = loss_fn(params, example)
-        check_result(result, has_aux)
-        return result
-
-    function = without_batched_convolutions(jax.value_and_grad(checked, has_aux=has_aux))
+    derivative = jax.value_and_grad(checked(loss_fn, has_aux), has_aux=has_aux)
+    function = without_batched_convolutions(derivative)
     result: tuple[Any, PyTree] = jax.vmap(function, (None, 0))(params, batch)
     return result
