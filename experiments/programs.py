@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -55,6 +56,15 @@ class Programs:
         return SharedStep(
             self._gradients[variance], self._updates[kind], config.learning_rate, variance != "none"
         )
+
+
+def cache_settings(folder: Path) -> dict[str, Any]:
+    """Settings of JAX with which all that is compiled goes into `folder`, and is found there."""
+    return {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
 
 
 def measured_variance(config: RunConfig) -> Literal["none", "trace", "diagonal"]:

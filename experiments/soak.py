@@ -31,6 +31,7 @@ import cabs_jax
 from experiments import checkpoint, kills
 from experiments.checkpoint import Checkpoints, Schedule
 from experiments.config import RunConfig
+from experiments.programs import cache_settings
 from experiments.train import set_up, train
 
 STEPS = 60
@@ -50,10 +51,6 @@ FAULT_RATE, NAN_RATE, RESTART_RATE = 1e-4, 0.02, 0.02
 WARM_ROUNDS = len(RUNS)  # every kind of run was compiled once
 MEMORY_LEAK = 0.1  # of a warm start's memory, which the end may exceed it by
 
-CACHE = {
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
 TrainStep = Callable[[Any, Any, Any, np.ndarray], tuple[Any, Any]]
 
 
@@ -83,7 +80,7 @@ def soak(minutes: float, seed: int, console: Console) -> Counter[str]:
     ends = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="cabs_jax-soak-") as temporary:
         folder = Path(temporary)
-        settings = {**CACHE, "jax_compilation_cache_dir": str(folder / "compiled")}
+        settings = cache_settings(folder / "compiled")
         for name, value in settings.items():  # so that what this process compiled, all others find
             jax.config.update(name, value)
         while not history or time.monotonic() < ends:

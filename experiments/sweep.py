@@ -27,10 +27,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from experiments import datasets, environment, methods, models, records, train
+from experiments import datasets, environment, records, train
 from experiments.config import RunConfig
 from experiments.plan import Run
-from experiments.programs import Programs
+from experiments.programs import Programs, cache_settings
 
 PLAN, ENVIRONMENT, CACHE = "sweep.toml", "environment.json", ".cache"
 PARTIAL, ERROR = ".partial-", ".error.txt"
@@ -206,9 +206,8 @@ class _Pool:
 def _work(connection: Connection, out: Path, data_dir: str | None) -> None:
     """The life of a worker: data, imports and executables are paid for once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
-    jax.config.update("jax_compilation_cache_dir", str(out / CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    for name, value in cache_settings(out / CACHE).items():
+        jax.config.update(name, value)
     loaded: dict[str, datasets.Dataset] = {}
     programs: dict[tuple[Any, ...], Programs] = {}
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
@@ -238,11 +237,10 @@ def _make(
     if config.dataset not in loaded:
         loaded[config.dataset] = datasets.load(config.dataset, data_dir=data_dir)
     dataset = loaded[config.dataset]
+    experiment = train.set_up(config, dataset=dataset)
     net = (config.model, dataset.image_shape, dataset.num_classes, config.width)
-    model = models.build(*net, seed=config.seed)
     if net not in programs:
-        programs[net] = Programs(model)
-    experiment = train.Experiment(config, dataset, model, methods.build(config))
+        programs[net] = Programs(experiment.model)
 
     unit, limit = config.limit
     shown = 0.0

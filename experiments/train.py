@@ -35,18 +35,28 @@ class Experiment(NamedTuple):
     optimizer: optax.GradientTransformationExtraArgs
 
 
-def set_up(config: RunConfig, data_dir: str | Path | None = None) -> Experiment:
+def set_up(
+    config: RunConfig,
+    data_dir: str | Path | None = None,
+    dataset: datasets.Dataset | None = None,
+) -> Experiment:
     """Builds the optimizer, loads the data and initialises the model.
+
+    Args:
+        config: The run.
+        data_dir: Holds the data sets.
+        dataset: That of the run, if it was loaded before.
 
     Raises:
         ValueError: The method, data set or model is unknown, or the model does not fit the data.
         OSError: The data is missing, damaged or cannot be downloaded.
     """
     optimizer = methods.build(config)
-    dataset = datasets.load(config.dataset, data_dir=data_dir)
+    if dataset is None:
+        dataset = datasets.load(config.dataset, data_dir=data_dir)
     model = models.build(
         config.model,
-        dataset.train["image"].shape[1:],
+        dataset.image_shape,
         dataset.num_classes,
         width=config.width,
         seed=config.seed,
