@@ -41,6 +41,32 @@ def check_number(
         raise ValueError(message)
 
 
+def check_non_negative(name: str, value: Any) -> int:
+    """Returns a whole number that is not negative as an int.
+
+    Raises:
+      TypeError: If it is no whole number.
+      ValueError: If it is negative.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from error
+    if number < 0:
+        raise ValueError(f"{name} must be non-negative, got {number}")
+    return number
+
+
+def check_parameters(params: Any) -> None:
+    """Raises TypeError for complex parameters, whose gradient has no single covariance."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+            raise TypeError(
+                f"parameter {jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}: hold"
+                " the real and imaginary parts of complex parameters as two real ones"
+            )
+
+
 def check_batch_size(name: str, value: Any) -> int | jax.Array:
     """Returns a batch size as an int, or as an int32 scalar if it is traced.
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr
 
+from cabs_jax._arguments import check_parameters
 from cabs_jax.statistics import Variance, moments_from_per_example, tree_sum
 
 PyTree = Any
@@ -48,6 +49,7 @@ def read_moments(
     """Returns the moments that the arguments of `update` hold, with the variance asked for.
 
     Raises:
+      TypeError: If a parameter is complex.
       ValueError: If they are incomplete, belong to both paths, or disagree in shape or dtype.
     """
     if params is None:
@@ -59,6 +61,7 @@ def read_moments(
         raise ValueError(
             "update got value=None: pass value=, the per-example losses or their mean."
         )
+    check_parameters(params)
     if not _same_structure(updates, params):
         raise ValueError(
             f"the gradients must be a tree like the parameters, {jax.tree.structure(params)}, got "

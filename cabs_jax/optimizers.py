@@ -52,14 +52,16 @@ def cabs(
     * path (a), with per-example gradients, that is trees like the parameters with a leading
       example axis:
 
-          losses, grads = cabs_jax.per_example_value_and_grad(loss_fn)(params, batch)
+          gradients_of = jax.jit(cabs_jax.per_example_value_and_grad(loss_fn))
+          losses, grads = gradients_of(params, batch)
           updates, state = tx.update(grads, state, params, value=losses, mask=None)
 
       `value` holds the losses, shape (m,), or their mean; `mask` is boolean, shape (m,), and False
       marks padding, which has no influence, whatever it holds.
     * path (b), with the mean gradient and its variance, which costs no memory per example:
 
-          m = cabs_jax.gradient_moments(loss_fn)(params, batch, mask=None)
+          moments_of = jax.jit(cabs_jax.gradient_moments(loss_fn))
+          m = moments_of(params, batch, mask=None)
           updates, state = tx.update(
               m.mean, state, params, value=m.value, gradient_variance=m.variance, count=m.count)
 
@@ -101,8 +103,11 @@ def cabs(
 
     Returns:
       An optax optimizer. Its state is an `AdaptBatchSizeState`, with momentum a `CoupledState` that
-      holds one: `batch_size(state)` is the size of the next batch, `optax.tree.get(state, "info")`
-      what one may want to plot.
+      holds one as `adapt`. However it is wrapped, `batch_size(state)` is the size of the next batch
+      and `optax.tree.get(state, "info")` an `Info` of the last step, to be plotted:
+      `raw_batch_size` (before rounding and bounds), `value`, `gradient_variance`,
+      `mean_gradient_squared_norm`, `bound` (−1 or 1 where the raw size lay outside) and
+      `non_finite`.
 
     Raises:
       ValueError: If an argument is out of range, or if no legal size lies within the bounds. Values
@@ -136,6 +141,7 @@ def cabs(
     rate = learning_rate
     if momentum is not None:
         check_number("momentum", momentum, "None or in [0, 1)", lambda x: 0 <= x < 1)
+        rules.check_learning_rate(learning_rate)
         rate = _effective(learning_rate, momentum)
     adapt = adapt_batch_size(
         rules.cabs(rate, scale=scale, eps=eps, optimal_value=optimal_value),
@@ -200,7 +206,8 @@ def cabs_adam(
 
     `update` takes what that of `cabs` takes, on path (b) with the diagonal of the variance:
 
-        m = cabs_jax.gradient_moments(loss_fn, variance="diagonal")(params, batch, mask=None)
+        moments_of = jax.jit(cabs_jax.gradient_moments(loss_fn, variance="diagonal"))
+        m = moments_of(params, batch, mask=None)
         updates, state = tx.update(
             m.mean, state, params, value=m.value, gradient_variance=m.variance, count=m.count)
 

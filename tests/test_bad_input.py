@@ -85,7 +85,42 @@ def dataset(images, labels):
 
 IMAGES = np.zeros((2, 4, 4, 1), np.uint8)
 
+COMPLEX = jnp.ones(3, jnp.complex64)
+
+
+def complex_update():
+    optimizer = cabs_jax.cabs(0.1)
+    optimizer.update(COMPLEX, optimizer.init(COMPLEX), COMPLEX, value=1.0, gradient_variance=1.0)
+
+
 TABLE = {
+    # parameters
+    "complex moments": (
+        lambda: cabs_jax.gradient_moments(loss_fn)(COMPLEX, BATCH),
+        TypeError,
+        "dtype complex64: hold the real and imaginary parts",
+    ),
+    "complex gradients": (
+        lambda: cabs_jax.per_example_value_and_grad(loss_fn)(COMPLEX, BATCH),
+        TypeError,
+        "dtype complex64: hold the real and imaginary parts",
+    ),
+    "complex update": (complex_update, TypeError, "dtype complex64: hold the real"),
+    "a rate of -1 with momentum": (
+        lambda: cabs_jax.cabs(-1.0, momentum=0.9),
+        ValueError,
+        "learning_rate must be .* got -1.0",
+    ),
+    "a rate of text with momentum": (
+        lambda: cabs_jax.cabs("0.1", momentum=0.9),
+        ValueError,
+        "learning_rate must be .* got '0.1'",
+    ),
+    "numbers for a batch": (
+        lambda: moments(batch={"x": np.ones((2, 3)), "y": 1.0}),
+        ValueError,
+        "same leading example axis",
+    ),
     # sizes
     "zero": (lambda: resize(0), ValueError, r"batch_size must be in \[1, 16777216\], got 0"),
     "negative": (lambda: resize(-3), ValueError, r"in \[1, 16777216\], got -3"),

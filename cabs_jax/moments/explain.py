@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from cabs_jax.moments import compat, cost
+from cabs_jax._arguments import check_parameters
+from cabs_jax.moments import compat, cost, options
 from cabs_jax.moments.factored import trace_plan
 from cabs_jax.moments.modes import Choice, Mode, choose, is_small
+from cabs_jax.moments.per_example import checked
 from cabs_jax.moments.primitives import Rule
 from cabs_jax.moments.tracing import Plan, shifting
 from cabs_jax.statistics import Variance
@@ -70,6 +72,10 @@ def explain(
     Returns:
       The rows of the table.
 
+    Raises:
+      TypeError: If the loss is not a scalar, or a parameter is complex.
+      ValueError: If `variance` is neither of the two.
+
     Example:
       >>> import cabs_jax, jax.numpy as jnp
       >>> def loss_fn(params, example):
@@ -81,12 +87,10 @@ def explain(
       ['w']      8×4    dot_general  one position           24      0.12             48
       total                                                 32                       64
     """
+    options.check("factored", variance, None, None, None)
+    check_parameters(params)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), example)
-
-    def loss(params: PyTree, example: PyTree) -> Any:
-        return loss_fn(params, example)
-
-    plan, _ = trace_plan(loss, params, batch)
+    plan, _ = trace_plan(checked(loss_fn, has_aux), params, batch)
     paths = jax.tree_util.tree_leaves_with_path(params)
     choices = choose(plan, len(paths), variance)
     rows = tuple(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cabs_jax._arguments import check_parameters
 from cabs_jax.moments import compat, options, sharding
 from cabs_jax.moments.factored import batch_sums
 from cabs_jax.moments.options import Method
@@ -47,8 +48,8 @@ class Sums(NamedTuple):
     shift: PyTree = ()
 
 
-Shared = tuple[PyTree, jax.Array]
-Estimator = Callable[[Shared, PyTree, jax.Array], tuple[Sums, PyTree]]
+ParamsAndWeight = tuple[PyTree, jax.Array]
+Estimator = Callable[[ParamsAndWeight, PyTree, jax.Array], tuple[Sums, PyTree]]
 
 
 def gradient_moments(
@@ -76,6 +77,10 @@ def gradient_moments(
     rule covers is measured from per-example gradients of those parameters alone; `explain` shows
     which these are.
 
+    Wrap it, or the train step that calls it, in `jax.jit`: each uncompiled call traces the loss
+    anew, and on a mesh compiles it. Sums are in float32 whatever the model's dtype; the backward
+    pass starts from 1/m, so a float16 model needs a loss scale, as it does for its mean gradient.
+
     Args:
       loss_fn: `loss_fn(params, example) -> scalar loss` of one example, or `(loss, aux)` with
         `has_aux`. Pass keys for random numbers inside the example. A loss in which examples see
@@ -93,7 +98,9 @@ def gradient_moments(
         the cost. The mean gradient is always that of the whole batch.
       microbatch_size: Work through the batch (each device through its shard) in blocks of this
         size, which bounds the memory. It must divide the batch. Blocks that are all padding at the
-        end of the batch are skipped.
+        end of the batch are skipped. In a process of several devices whose batch may be split over
+        them unseen (Auto axes and no `mesh`), a block takes a part of each device's rows, so that
+        fewer are skipped.
       groups: Number of groups for "between": on one device, of the batch; on a mesh, of each shard
         (1 by default, so that the shards are the groups).
       axis_name: Mesh axis or axes that split the batch: inside your own `shard_map`, or together
@@ -109,15 +116,16 @@ def gradient_moments(
       `groups` leaves nothing to measure, the variance is NaN.
 
     Raises:
-      TypeError: If the loss is not a scalar, or the mask not boolean.
+      TypeError: If the loss is not a scalar, the mask not boolean, or a parameter complex.
       ValueError: If options contradict each other or the batch, with the values.
 
     Example:
-      >>> import cabs_jax, jax.numpy as jnp
+      >>> import cabs_jax, jax, jax.numpy as jnp
       >>> def loss_fn(params, example):
       ...     return 0.5 * (params @ example["x"] - example["y"]) ** 2
       >>> batch = {"x": jnp.eye(2), "y": jnp.zeros(2)}
-      >>> moments = cabs_jax.gradient_moments(loss_fn)(jnp.array([1.0, 2.0]), batch)
+      >>> moments_of = jax.jit(cabs_jax.gradient_moments(loss_fn))
+      >>> moments = moments_of(jnp.array([1.0, 2.0]), batch)
       >>> moments.mean.tolist(), float(moments.variance), int(moments.count)
       ([0.5, 1.0], 1.25, 2)
     """
@@ -127,7 +135,7 @@ def gradient_moments(
     loss_fn = checked(loss_fn, has_aux)
 
     def compute(params: PyTree, batch: PyTree, mask: jax.Array | None = None) -> Any:
-        options.check_parameters(params)
+        check_parameters(params)
         options.check_mask(mask, batch_size_of(batch))
         mesh_used, axes = sharding.resolve(mesh, axis_name, batch)
 
@@ -145,6 +153,7 @@ def gradient_moments(
                 (params, weight),
                 (batch if mask is None else _fill(batch, keep), keep),
                 options.block_size(size, method, microbatch_size, groups, axes),
+                lanes=1 if axes else jax.device_count(),
                 skip_padding=mask is not None and method != "between",
             )
             if mask is not None:
@@ -192,7 +201,7 @@ def _estimator(
 ) -> Estimator:
     """Returns the function that sums up one block of the batch."""
 
-    def factored(shared: Shared, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
+    def factored(shared: ParamsAndWeight, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
         params, weight = shared
         weights, size = jnp.where(keep, weight, 0.0), keep.shape[0]
         measured = options.measured(subsample, size, axes)
@@ -213,7 +222,7 @@ def _estimator(
         value = _kept_sum(result.losses, keep) * weight
         return Sums(value, result.gradient, squares, real, shift), result.aux
 
-    def per_example(shared: Shared, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
+    def per_example(shared: ParamsAndWeight, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
         params, weight = shared
         values, grads = per_example_value_and_grad(
             loss_fn, has_aux=has_aux, axis_name=axes or None
@@ -228,7 +237,7 @@ def _estimator(
             jnp.sum(keep, dtype=jnp.int32),
         ), aux
 
-    def between(shared: Shared, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
+    def between(shared: ParamsAndWeight, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
         params, weight = shared
 
         def total(params: PyTree) -> tuple[jax.Array, PyTree]:
@@ -248,21 +257,25 @@ def _estimator(
 
 def _add_up(
     estimator: Estimator,
-    shared: Shared,
+    shared: ParamsAndWeight,
     examples: tuple[PyTree, jax.Array],
     block: int | None,
     *,
+    lanes: int,
     skip_padding: bool,
 ) -> tuple[Sums, PyTree]:
-    """Applies an estimator to the whole batch at once, or block by block."""
+    """Applies an estimator to the whole batch at once, or block by block.
+
+    Where the batch may be split over `lanes` devices without our knowing, a block takes a part of
+    every device's examples, if it divides so.
+    """
     batch, keep = examples
     size: int = keep.shape[0]
     if block is None or block == size:
         return estimator(shared, batch, keep)
     axes = tuple(compat.varying_axes(keep))
-    devices = jax.device_count()
-    # Where the batch may be split over devices, a block takes a part of every device's examples.
-    lanes = devices if not axes and block % devices == 0 and size % devices == 0 else 1
+    if axes or block % lanes or size % lanes:
+        lanes = 1
     count = size // block
 
     def by_block(x: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -88,16 +88,6 @@ def check(
             f'microbatch_size={microbatch_size} has no place in method="between", whose groups are'
             " worked on one at a time; use groups="
         )
-
-
-def check_parameters(params: Any) -> None:
-    """Raises TypeError for complex parameters, whose gradient has no single covariance."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
-            raise TypeError(
-                f"parameter {jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}: hold"
-                " the real and imaginary parts of complex parameters as two real ones"
-            )
 
 
 def check_mask(mask: jax.Array | None, size: int) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from cabs_jax._arguments import check_parameters
 from cabs_jax.moments import sharding
 from cabs_jax.moments.rewriting import without_batched_convolutions
 
@@ -41,23 +43,26 @@ def per_example_value_and_grad(
     Returns:
       A function `(params, batch) -> (losses, grads)`, or `((losses, aux), grads)`. Every leaf of
       `batch` has shape (m, ...); `losses` has shape (m,); `grads` is a tree like `params` with a
-      leading example axis.
+      leading example axis, float32 zeros for integer parameters. Call it under `jax.jit`: on a
+      mesh, each uncompiled call compiles.
 
     Raises:
-      TypeError: If the loss is not a scalar.
+      TypeError: If the loss is not a scalar, or a parameter complex.
       ValueError: If the leaves of the batch disagree on m, or the mesh is ambiguous.
 
     Example:
-      >>> import cabs_jax, jax.numpy as jnp
+      >>> import cabs_jax, jax, jax.numpy as jnp
       >>> def loss_fn(params, example):
       ...     return 0.5 * (params @ example["x"] - example["y"]) ** 2
       >>> batch = {"x": jnp.eye(2), "y": jnp.zeros(2)}
-      >>> losses, grads = cabs_jax.per_example_value_and_grad(loss_fn)(jnp.array([1.0, 2.0]), batch)
+      >>> gradients_of = jax.jit(cabs_jax.per_example_value_and_grad(loss_fn))
+      >>> losses, grads = gradients_of(jnp.array([1.0, 2.0]), batch)
       >>> losses.tolist(), grads.tolist()
       ([0.5, 2.0], [[1.0, 0.0], [0.0, 2.0]])
     """
 
     def compute(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
+        check_parameters(params)
         mesh_used, axes = sharding.resolve(mesh, axis_name, batch)
 
         def on_shard(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
@@ -80,7 +85,7 @@ def batch_size_of(batch: PyTree) -> int:
       ValueError: If there is no array, the leading axes differ, or they are empty.
     """
     sizes = {
-        jax.tree_util.keystr(path): leaf.shape[0] if leaf.ndim else None
+        jax.tree_util.keystr(path): jnp.shape(leaf)[0] if jnp.ndim(leaf) else None
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
     }
     if len(set(sizes.values())) != 1 or None in sizes.values():
@@ -118,7 +123,7 @@ def _check_result(result: Any, has_aux: bool) -> None:
             "loss_fn(params, example) must return one floating-point scalar per example; it"
             f" returned {type(loss).__name__} (a pair of loss and aux needs has_aux=True)"
         )
-    if loss.shape != () or not jax.numpy.issubdtype(loss.dtype, jax.numpy.floating):
+    if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
         raise TypeError(
             "loss_fn(params, example) must return one floating-point scalar per example;"
             f" it returned shape {loss.shape} and dtype {loss.dtype}"
@@ -129,7 +134,20 @@ def _value_and_grad(
     loss_fn: Callable[..., Any], has_aux: bool, params: PyTree, batch: PyTree
 ) -> tuple[Any, PyTree]:
     batch_size_of(batch)
-    derivative = jax.value_and_grad(checked(loss_fn, has_aux), has_aux=has_aux)
+    value_and_grad = jax.value_and_grad(checked(loss_fn, has_aux), has_aux=has_aux, allow_int=True)
+
+    def derivative(params: PyTree, example: PyTree) -> tuple[Any, PyTree]:
+        value, gradient = value_and_grad(params, example)
+        return value, jax.tree.map(_or_zeros, gradient)
+
     function = without_batched_convolutions(derivative)
     result: tuple[Any, PyTree] = jax.vmap(function, (None, 0))(params, batch)
+    return result
+
+
+def _or_zeros(gradient: Any) -> jax.Array:
+    """The gradient; zeros where the parameter has none, being an integer."""
+    if gradient.dtype == jax.dtypes.float0:
+        return jnp.zeros(gradient.shape, jnp.float32)
+    result: jax.Array = gradient
     return result

@@ -76,3 +76,18 @@ def test_a_parameter_of_a_penalty_alone_moves_only_the_mean():
     params = dict.fromkeys(["penalised", "unused", "used"], jnp.ones(3))
     forms = [row.form for row in explain(loss, params, jnp.ones(3))]
     assert forms == ["mean only", "unused", "small"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "params", "options", "error", "message"),
+    [
+        (lambda p, x: p * x, jnp.ones(3), {}, TypeError, r"scalar per example.*shape \(3,\)"),
+        (lambda p, x: (p @ x, x), jnp.ones(3), {}, TypeError, "needs has_aux=True"),
+        (lambda p, x: p @ x, jnp.ones(3), {"has_aux": True}, TypeError, "must return.*aux"),
+        (lambda p, x: p @ x, jnp.ones(3), {"variance": "full"}, ValueError, "'full'"),
+        (lambda p, x: (p @ x).real, jnp.ones(3, jnp.complex64), {}, TypeError, "complex"),
+    ],
+)
+def test_what_cannot_be_measured_says_so(loss, params, options, error, message):
+    with pytest.raises(error, match=message):
+        explain(loss, params, jnp.ones(3), **options)

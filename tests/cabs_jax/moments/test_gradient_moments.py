@@ -259,6 +259,35 @@ def test_blocks_of_padding_at_the_end_are_skipped(method, real, blocks):
     assert len(seen) == blocks
 
 
+def test_blocks_of_padding_are_skipped_within_the_shard_of_a_mesh():
+    seen = []
+
+    def loss(p, x):
+        jax.debug.callback(lambda: seen.append(1))
+        return jnp.dot(p, x)
+
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("data",), auto, devices=jax.devices()[:2])
+    function = jax.jit(gradient_moments(loss, microbatch_size=8, mesh=mesh))
+    real = 64 + 8  # all of the first shard, and one block of the second
+    function(jnp.ones(3), jnp.ones((128, 3)), jnp.arange(128) < real).value.block_until_ready()
+    jax.effects_barrier()
+    assert len(seen) == 8 + 1
+
+
+def test_integer_parameters_have_no_gradient_by_any_method():
+    def loss(p, x):
+        return p["w"] @ x * p["power"]
+
+    params = {"w": jnp.arange(3.0), "power": jnp.int32(2)}
+    batch = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+    for method in EXACT:
+        m = gradient_moments(loss, method=method)(params, batch)
+        np.testing.assert_allclose(m.mean["w"], 2 * batch.mean(0), rtol=1e-5)
+        assert m.mean["power"] == 0
+        np.testing.assert_allclose(m.variance, 4 * np.var(batch, 0).sum(), rtol=1e-5)
+
+
 def test_microbatches_bound_the_memory():
     case = ZOO["weight_norm"]()
     params = jax.tree.map(lambda p: np.tile(p, (16,) * p.ndim), case.params)
