@@ -26,9 +26,10 @@ class CompiledStep:
     executable is not ready waits for it. At most one executable for each of `batch_sizes` is
     compiled, if the other arguments start out placed as the step returns them.
 
-    Arguments are told apart by shape, dtype and sharding. JAX's settings of the calling thread are
-    those of the compilation: the mesh of `jax.set_mesh`, `jax.enable_x64`,
-    `jax.default_matmul_precision`, `jax.default_prng_impl` and `jax.numpy_dtype_promotion`.
+    Calls are told apart by the shapes, dtypes and shardings of the arguments and by JAX's settings
+    of the calling thread, under which their executable is compiled: the mesh of `jax.set_mesh`,
+    `jax.default_device`, `jax.enable_x64`, `jax.default_matmul_precision`,
+    `jax.default_prng_impl` and `jax.numpy_dtype_promotion`.
 
     Args:
         step: Function of positional pytrees of arrays, jitted or not.
@@ -179,6 +180,7 @@ class _Settings(NamedTuple):
     """JAX's settings of a thread, of which every thread has its own."""
 
     mesh: jax.sharding.Mesh
+    default_device: Any
     enable_x64: bool
     default_matmul_precision: str | None
     default_prng_impl: str
@@ -188,6 +190,7 @@ class _Settings(NamedTuple):
     def applied(self) -> Iterator[None]:
         with (
             jax.set_mesh(self.mesh),
+            jax.default_device(self.default_device),
             jax.enable_x64(self.enable_x64),
             jax.default_matmul_precision(self.default_matmul_precision),
             jax.default_prng_impl(self.default_prng_impl),
@@ -200,6 +203,7 @@ def _settings() -> _Settings:
     config: Any = jax.config
     return _Settings(
         jax.sharding.get_mesh(),
+        config.jax_default_device,
         config.jax_enable_x64,
         config.jax_default_matmul_precision,
         config.jax_default_prng_impl,
@@ -209,7 +213,7 @@ def _settings() -> _Settings:
 
 def _quick_signature(tree: PyTree) -> Signature:
     """What tells batches apart, leaving their structure to the executable to check."""
-    return tuple(
+    return _settings(), tuple(
         (np.shape(x), getattr(x, "dtype", type(x)), getattr(x, "sharding", None))
         for x in jax.tree.leaves(tree)
     )
@@ -219,7 +223,8 @@ def _signature(args: PyTree, abstract: PyTree) -> Signature:
     """Everything that an executable for `abstract` depends on, `args` being placed as they are."""
     leaves, structure = jax.tree.flatten(args)
     kinds = zip(leaves, jax.tree.leaves(abstract), strict=True)
-    return structure, tuple((a.shape, a.dtype, getattr(x, "sharding", None)) for x, a in kinds)
+    placed = tuple((a.shape, a.dtype, getattr(x, "sharding", None)) for x, a in kinds)
+    return structure, placed, _settings()
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

@@ -170,3 +170,22 @@ def test_what_cannot_work_is_refused():
         CompiledStep(step, (16, 16))
     with compiled_step(lambda *args: 0) as compiled, pytest.raises(ValueError, match="leading"):
         compiled(0.0, np.ones(3), np.ones(4))
+
+
+def test_executables_ahead_are_for_the_device_of_the_calling_thread():
+    other = jax.devices()[1]
+    with jax.default_device(other), compiled_step() as compiled:
+        for size in SIZES[:3]:
+            state, _ = compiled(*args_of(size))
+            assert state.devices() == {other}
+    assert compiled.compilations <= 4
+
+
+def test_another_setting_is_another_executable():
+    with compiled_step(sizes=()) as compiled:
+        compiled(*args_of(16))
+        with jax.default_matmul_precision("float32"):
+            compiled(*args_of(16))
+            compiled(*args_of(16))
+        compiled(*args_of(16))
+        assert compiled.compilations == 2
