@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
+from cabs_jax._arguments import check_non_negative
 from cabs_jax.loader.order import Order
 from cabs_jax.loader.padding import PadTo, padding_rule
 from cabs_jax.loader.placement import place, placement
@@ -47,8 +48,8 @@ class BatchLoader:
         sharding: yields global arrays sharded so, such as `NamedSharding(mesh, P("data"))`. Each
             process reads only its own share of the stream, one example in as many as there are
             shares, whatever the sizes: the batch holds the same examples as on one process, in
-            another order. Sizes must be multiples of the number of shards, unless padded. The
-            transfer to the devices is not waited for.
+            another order. Sizes must be multiples of the number of shards, unless padded, and at
+            least the number of processes. The transfer to the devices is not waited for.
         pad_to: yields `(batch, mask)`, padded with zeros to one size, to the next larger of several
             (see `buckets`), or to `pad_to(size)`; `mask`, of shape (rows,), is True for examples.
         lag: every size takes effect `lag` batches late. With 1, batch k + 1 is cut with the size
@@ -81,8 +82,8 @@ class BatchLoader:
         pad_to: PadTo | None = None,
         lag: int = 0,
     ):
-        self._seed = _non_negative("seed", seed)
-        self._lag = _non_negative("lag", lag)
+        self._seed = check_non_negative("seed", seed)
+        self._lag = check_non_negative("lag", lag)
         self._shuffle = bool(shuffle)
         self._source = as_source(source)
         self._sharding = sharding
@@ -147,6 +148,8 @@ class BatchLoader:
                 raise RuntimeError("source raised StopIteration") from error
             raise
         self._earlier_sizes = sizes[1:] if len(sizes) > self._lag else sizes
+        if not self._lag:
+            self._batch_size = size  # the array it was read from may be donated from now on
         return batch
 
     def get_state(self) -> dict[str, Any]:
@@ -181,7 +184,7 @@ class BatchLoader:
                     f"state was saved with {key}={state[key]}, this loader has {key}={own}: "
                     "the order of examples would differ"
                 )
-        position = _non_negative("position", state["position"])
+        position = check_non_negative("position", state["position"])
         sizes = tuple(_checked_size(size) for size in state.get("batch_sizes", ()))
         self.close()
         self._position = position
@@ -213,7 +216,10 @@ class BatchLoader:
         readers = self._placement.readers
         rows = self._rows(size) // readers
         if size < readers:
-            raise ValueError(f"batch size {size} leaves some of {readers} processes without any")
+            raise ValueError(
+                f"batch size {size} leaves some of {readers} processes without any example: give "
+                f"the optimizer min_batch_size={readers} or more"
+            )
         start, stop = (
             (position - self._placement.reader + readers - 1) // readers
             for position in (self._position, self._position + size)
@@ -237,22 +243,11 @@ class BatchLoader:
         return self._reader
 
 
-def _integer(name: str, value: SupportsIndex | jax.Array) -> int:
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from error
-
-
-def _non_negative(name: str, value: SupportsIndex) -> int:
-    number = _integer(name, value)
-    if number < 0:
-        raise ValueError(f"{name} must be non-negative, got {number}")
-    return number
-
-
 def _checked_size(value: SupportsIndex | jax.Array) -> int:
-    size = _integer("batch_size", value)
+    try:
+        size = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"batch_size must be an integer, got {value!r}") from error
     if isinstance(value, bool) or not 1 <= size <= MAX_BATCH_SIZE:
         raise ValueError(f"batch_size must be in [1, {MAX_BATCH_SIZE}], got {value!r}")
     return size

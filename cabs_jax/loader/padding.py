@@ -33,13 +33,16 @@ def buckets(
         `max_batch_size` rounded up.
 
     Raises:
-        ValueError: if the arguments are not positive integers with `min_batch_size <=
-            max_batch_size` and `count >= 2`.
+        TypeError: if an argument is no integer.
+        ValueError: if they are not positive, `min_batch_size > max_batch_size` or `count < 2`.
 
     Example:
         >>> buckets(16, 128, count=4)
         (16, 32, 64, 128)
     """
+    min_batch_size, max_batch_size, count, multiple_of = map(
+        operator.index, (min_batch_size, max_batch_size, count, multiple_of)
+    )
     if not 1 <= min_batch_size <= max_batch_size:
         raise ValueError(
             "sizes must satisfy 1 <= min_batch_size <= max_batch_size, got "

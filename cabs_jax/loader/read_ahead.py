@@ -46,14 +46,16 @@ class ReadAhead:
 
         Raises:
             BaseException: whatever the source raised, unless `count` examples came before it.
+            RuntimeError: another thread, or a signal's handler, stopped it meanwhile.
         """
         with self._condition:
             self._request = count
             self._condition.notify_all()
-            self._condition.wait_for(lambda: self._available >= count or self._error is not None)
+            self._condition.wait_for(
+                lambda: self._available >= count or self._error is not None or self._stopped
+            )
             if self._available < count:
-                assert self._error is not None
-                raise self._error
+                raise self._error or RuntimeError("the loader was closed while it read a batch")
             self._available -= count
             self._condition.notify_all()
             return self._cut(count)

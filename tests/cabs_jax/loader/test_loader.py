@@ -97,6 +97,15 @@ def test_the_size_can_come_straight_from_the_optimizer():
     assert len(next(loader)) == 5
 
 
+def test_the_array_a_size_was_read_from_may_be_donated_afterwards():
+    loader, size = BatchLoader(np.arange(10), 1), jnp.int32(3)
+    loader.batch_size = size
+    assert len(next(loader)) == 3
+    jax.jit(lambda size: size + 1, donate_argnums=0)(size)
+    assert size.is_deleted()
+    assert len(next(loader)) == 3
+
+
 def test_a_device_array_is_only_read_when_the_next_batch_is_cut():
     loader = BatchLoader(np.arange(10), 4)
     next(loader)

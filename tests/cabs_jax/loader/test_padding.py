@@ -41,6 +41,12 @@ def test_bad_bucket_arguments_raise(arguments, options):
         cabs_jax.buckets(*arguments, **options)
 
 
+@pytest.mark.parametrize("arguments", [(16.5, 100), (16, 100.0), ("16", 100)])
+def test_buckets_of_anything_but_integers_raise(arguments):
+    with pytest.raises(TypeError, match="integer"):
+        cabs_jax.buckets(*arguments)
+
+
 def sources(tmp_path):
     values = np.arange(1, 41, dtype=np.float32).reshape(20, 2)
     values.tofile(tmp_path / "values.bin")

@@ -142,6 +142,27 @@ def test_ctrl_c_interrupts_the_wait_and_loses_no_example():
         np.testing.assert_array_equal(next(loader), np.arange(32, 48))
 
 
+def test_closing_the_loader_ends_a_wait_in_another_thread():
+    gate, errors = threading.Event(), []
+    loader = BatchLoader(Records(hook=lambda index: gate.wait()), 4, shuffle=False)
+
+    def wait():
+        with pytest.raises(RuntimeError, match="the loader was closed") as error:
+            next(loader)
+        errors.append(error)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    while not reading_threads():
+        time.sleep(0.01)
+    closer = threading.Thread(target=loader.close)  # which waits for the record being read
+    closer.start()
+    waiter.join(30)
+    gate.set()
+    closer.join(30)
+    assert len(errors) == 1
+
+
 def test_a_program_that_forgets_to_close_ends_quietly():
     program = (
         "import cabs_jax\n"
