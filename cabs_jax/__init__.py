@@ -8,15 +8,18 @@ from cabs_jax.moments import Explanation, explain, gradient_moments, per_example
 from cabs_jax.on_device import OnDeviceResult, StepMetrics, on_device_loop
 from cabs_jax.optimizers import cabs, cabs_adam
 from cabs_jax.rules import Statistics
-from cabs_jax.state import batch_size
+from cabs_jax.state import AdaptBatchSizeState, CoupledState, Info, batch_size
 from cabs_jax.statistics import GradientMoments
 from cabs_jax.transform import adapt_batch_size
 
 __all__ = [
+    "AdaptBatchSizeState",
     "BatchLoader",
     "CompiledStep",
+    "CoupledState",
     "Explanation",
     "GradientMoments",
+    "Info",
     "OnDeviceResult",
     "Position",
     "Statistics",

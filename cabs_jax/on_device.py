@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from cabs_jax._arguments import check_non_negative, is_traced
 from cabs_jax.loader.device_order import Position, advanced, indices
 from cabs_jax.moments import gradient_moments
 from cabs_jax.moments.per_example import batch_size_of
@@ -65,7 +66,8 @@ def on_device_loop(
     Here all steps are one `lax.while_loop`, compiled once: the order of the examples is computed on
     the device, bit for bit that of `BatchLoader` with the same seed, and every step draws as many
     as the optimizer's state asks for. The batch is worked through in blocks of `microbatch_size`,
-    of which only the occupied ones are gathered and computed. Sizes, losses and parameters are
+    of which only the occupied ones are gathered and computed (in a process of several devices more
+    of them are: see `gradient_moments`). Sizes, losses and parameters are
     those of the host's loop, up to the rounding of sums.
 
     Args:
@@ -83,11 +85,14 @@ def on_device_loop(
     Returns:
       A pure function `(params, opt_state, data, position, num_steps) -> OnDeviceResult`, to be
       compiled with `jax.jit`. The leaves of `data` have shape (length, ...); `position` is that of
-      the first example, `Position()` at the start; `num_steps`, at most `max_steps`, may be traced.
+      the first example, `Position()` at the start; `num_steps`, at most `max_steps`, may be traced
+      (then more are cut to it).
 
     Raises:
-      ValueError: If a number is not positive, or, when called, if the data's leaves differ in
-        length, hold no examples, or the optimizer's state holds no batch size.
+      TypeError: If `seed` is no integer.
+      ValueError: If a number is not positive, or `seed` is negative; when called, if the data's
+        leaves differ in length or hold no examples, the optimizer's state holds no batch size, or
+        `num_steps` exceeds `max_steps`.
 
     Example:
       >>> import cabs_jax, jax, jax.numpy as jnp
@@ -111,6 +116,7 @@ def on_device_loop(
     ):
         if number < 1:
             raise ValueError(f"{name} must be positive, got {number}")
+    seed = check_non_negative("seed", seed)
     rows = -(-max_batch_size // microbatch_size) * microbatch_size
     window = BATCHES_AHEAD * rows
 
@@ -118,6 +124,8 @@ def on_device_loop(
         params: PyTree, opt_state: PyTree, data: PyTree, position: Position, num_steps: Any
     ) -> OnDeviceResult:
         length = batch_size_of(data)
+        if not is_traced(num_steps) and num_steps > max_steps:
+            raise ValueError(f"num_steps={num_steps} exceeds max_steps={max_steps}")
 
         def loss_at(params: PyTree, index: jax.Array) -> jax.Array:
             # Gathered inside the block, so that padding is not.

@@ -253,6 +253,12 @@ def big_batch(theta: ArrayLike = 1.0, *, growth: ArrayLike = 0.1) -> Rule:
     Raises:
       ValueError: If an argument is not positive.
 
+    Example:
+      >>> import cabs_jax, optax
+      >>> tx = optax.chain(
+      ...     cabs_jax.adapt_batch_size(big_batch(), decay=0.0, initial_batch_size=32),
+      ...     optax.scale_by_learning_rate(0.1))
+
     References:
       De, Yadav, Jacobs and Goldstein, `Big Batch SGD: Automated Inference using Adaptive Batch
       Sizes <https://arxiv.org/abs/1610.05792>`_, 2017, algorithm 1.
@@ -289,6 +295,13 @@ def geometric_growth(size: int, factor: float, milestones: Sequence[int]) -> Rul
 
     Raises:
       ValueError: If an argument is out of range, or the milestones do not increase.
+
+    Example:
+      >>> import cabs_jax, optax
+      >>> rule = geometric_growth(64, factor=5, milestones=[1_000_000, 2_000_000])
+      >>> tx = optax.chain(
+      ...     cabs_jax.adapt_batch_size(rule, initial_batch_size=64),
+      ...     optax.scale_by_learning_rate(0.1))
 
     References:
       Smith, Kindermans, Ying and Le, `Don't Decay the Learning Rate, Increase the Batch Size

@@ -82,6 +82,12 @@ def test_pieces_make_up_the_whole_and_compile_once():
 def test_what_cannot_work_is_refused():
     with pytest.raises(ValueError, match="microbatch_size must be positive, got 0"):
         cabs_jax.on_device_loop(loss_fn, OPTIMIZER, microbatch_size=0)
+    with pytest.raises(ValueError, match="seed must be non-negative, got -1"):
+        cabs_jax.on_device_loop(loss_fn, OPTIMIZER, seed=-1)
+    with pytest.raises(ValueError, match="num_steps=11 exceeds max_steps=10"):
+        cabs_jax.on_device_loop(loss_fn, OPTIMIZER, max_steps=10)(
+            PARAMS, OPTIMIZER.init(PARAMS), DATA, cabs_jax.Position(), 11
+        )
     with pytest.raises(ValueError, match="no batch size in this state"):
         on_device()(PARAMS, optax.sgd(0.1).init(PARAMS), DATA, cabs_jax.Position(), 1)
     with pytest.raises(ValueError, match="holds no examples"):
