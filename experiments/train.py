@@ -19,8 +19,8 @@ import cabs_jax
 from experiments import datasets, methods, models, records
 from experiments.checkpoint import Checkpoints
 from experiments.config import BUCKETS, RunConfig
-from experiments.evaluate import make_evaluate
-from experiments.programs import Programs
+from experiments.evaluate import Evaluation, make_evaluate
+from experiments.programs import Programs, SharedStep
 from experiments.step import StepInfo, make_train_step
 
 TRAIN_EXAMPLES_EVALUATED = 2_000
@@ -110,29 +110,22 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
         records.write_json(out / records.CONFIG, identity)
 
-    unit, limit = config.limit
-    train_size = len(dataset.train["label"])
-    evaluate = make_evaluate(model.predict) if programs is None else programs.evaluate
-    train_subset = _subset(dataset.train, config.evaluation_examples or TRAIN_EXAMPLES_EVALUATED)
-    test_subset = _subset(dataset.test, config.evaluation_examples)
-
-    legal, padded = _shapes(config, 1 if mesh is None else mesh.size)
     # The step donates both, so each leaf needs a buffer of its own, and the model keeps its.
-    params, opt_state = jax.tree.map(jnp.copy, (model.params, optimizer.init(model.params)))
+    arrays = jax.tree.map(jnp.copy, (model.params, optimizer.init(model.params)))
     saved: dict[str, Any] | None = None
     if checkpoints is not None:
         identity["fingerprint of the data set"] = datasets.fingerprint(dataset)
-        if resume and (restored := checkpoints.restore((params, opt_state))):
+        if resume and (restored := checkpoints.restore(arrays)):
             arrays, saved = restored
             records.check_equal("the run to resume", saved["identity"], identity)
-            params, opt_state = jax.tree.map(jnp.array, arrays)
-    first_size, sharding = int(cabs_jax.batch_size(opt_state)), None
+            arrays = jax.tree.map(jnp.array, arrays)
+    first_size, sharding = int(cabs_jax.batch_size(arrays[1])), None
     if mesh is not None:
         sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        params, opt_state = jax.device_put(
-            (params, opt_state), NamedSharding(mesh, PartitionSpec())
-        )
+        arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
+    params, opt_state = arrays
 
+    sizes, padded = _shapes(config, 1 if mesh is None else mesh.size)
     written = saved["written"] if saved else [0, 0]
     with (
         records.Lines(out and out / records.METRICS, written[0]) as metrics_file,
@@ -142,36 +135,115 @@ def train(
             first_size,
             config.seed,
             sharding=sharding,
-            pad_to=legal if padded else None,
+            pad_to=sizes if padded else None,
             lag=config.lag,
         ) as loader,
         cabs_jax.CompiledStep(
             make_train_step(model.loss, optimizer, methods.variance(config)),
-            legal,
+            sizes,
             batch_argnums=(2, 3),
             donate_argnums=(0, 1),
         )
         if programs is None
         else programs.train_step(config) as train_step,
     ):
+        run = _Run(
+            config,
+            params,
+            opt_state,
+            loader,
+            padded,
+            train_step,
+            make_evaluate(model.predict) if programs is None else programs.evaluate,
+            _subset(dataset.train, config.evaluation_examples or TRAIN_EXAMPLES_EVALUATED),
+            _subset(dataset.test, config.evaluation_examples),
+            len(dataset.train["label"]),
+            metrics_file,
+            evaluations_file,
+            observe,
+        )
+        if saved is None:
+            run.evaluate()
+        else:
+            run.set_state(saved)
+        while not run.finished:
+            run.dispatch_step()
+            run.write_metrics()
+            run.evaluate_if_due()
+            if checkpoints is not None and not run.finished and checkpoints.due(run.step):
+                run.save(checkpoints, identity)
+                checkpoints.stop_if_asked(run.step)
+        if checkpoints is not None and not run.diverged:
+            run.save(checkpoints, identity)
+            checkpoints.wait()
 
-        def evaluate_and_write(step: int, examples: int, seconds: float) -> dict[str, Any]:
-            on_train, on_test = evaluate(params, train_subset), evaluate(params, test_subset)
-            evaluation = {
-                "step": step,
-                "examples": examples,
-                "epoch": examples / train_size,
-                "seconds": seconds,
-                "compile_seconds": compile_seconds + train_step.seconds_waited,
-                "train_loss": on_train.loss,
-                "train_accuracy": on_train.accuracy,
-                "test_loss": on_test.loss,
-                "test_accuracy": on_test.accuracy,
-            }
-            evaluations_file.write(evaluation)
-            return evaluation
+    summary = run.summary()
+    if out is not None:
+        records.write_json(out / records.SUMMARY, summary)
+    return summary
 
-        def write_metrics(step: int, size: int, examples: int, info: StepInfo) -> dict[str, Any]:
+
+@dataclasses.dataclass
+class _Run:
+    """A run under way: what it works with, and below `started` how far it has come."""
+
+    config: RunConfig
+    params: Any
+    opt_state: Any
+    loader: cabs_jax.BatchLoader
+    padded: bool
+    train_step: cabs_jax.CompiledStep | SharedStep
+    evaluate_on: Callable[[Any, dict[str, np.ndarray]], Evaluation]
+    train_subset: dict[str, np.ndarray]
+    test_subset: dict[str, np.ndarray]
+    train_size: int
+    metrics_file: records.Lines
+    evaluations_file: records.Lines
+    observe: Callable[[dict[str, Any]], None]
+
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+    step: int = 0
+    examples: int = 0
+    seconds: float = 0.0  # when the last line of the metrics was written
+    compile_seconds: float = 0.0  # of the processes before this one, as are the compilations
+    compilations: int = 0
+    evaluated: int = 0  # after the first evaluation, that of the initial parameters
+    evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)  # the last one
+    dispatched: deque[tuple[int, int, int, StepInfo]] = dataclasses.field(default_factory=deque)
+    diverged: bool = False
+
+    @property
+    def done(self) -> int:
+        """Steps or examples, whichever limits the run."""
+        return self.step if self.config.limit[0] == "step" else self.examples
+
+    @property
+    def evaluations_due(self) -> int:
+        return self.done * self.config.evaluations // self.config.limit[1]
+
+    @property
+    def finished(self) -> bool:
+        return self.diverged or self.done >= self.config.limit[1]
+
+    def dispatch_step(self) -> None:
+        """Starts the next step; its numbers are futures."""
+        batch, mask = next(self.loader) if self.padded else (next(self.loader), None)
+        self.params, self.opt_state, info = self.train_step(
+            self.params, self.opt_state, batch, mask
+        )
+        self.loader.batch_size = info.next_batch_size
+        size = len(batch["label"]) if mask is None else int(mask.sum())
+        self.step += 1
+        self.examples += size
+        self.dispatched.append((self.step, size, self.examples, info))
+
+    def write_metrics(self) -> None:
+        """Writes the lines of the steps dispatched, but for the last `lag` of them."""
+        all_of_them = self.finished or self.evaluations_due > self.evaluated
+        while self.dispatched and not self.diverged:
+            if len(self.dispatched) <= self.config.lag and not all_of_them:
+                break  # reading its numbers would wait for it
+            step, size, examples, info = self.dispatched.popleft()
             info = jax.device_get(info)
             metrics: dict[str, Any] = {
                 "step": step,
@@ -180,87 +252,78 @@ def train(
                 "gradient_variance": _decimal(info.gradient_variance),
                 "learning_rate": _decimal(info.learning_rate),
                 "examples": examples,
-                "epoch": examples / train_size,
-                "seconds": time.perf_counter() - started,
+                "epoch": examples / self.train_size,
+                "seconds": time.perf_counter() - self.started,
             }
-            metrics_file.write(metrics)
-            observe(metrics)
-            return metrics
+            self.metrics_file.write(metrics)
+            self.observe(metrics)
+            self.seconds, self.diverged = metrics["seconds"], not math.isfinite(metrics["loss"])
 
-        def save_checkpoint() -> None:
-            assert checkpoints is not None
-            metrics_file.sync()
-            evaluations_file.sync()
-            progress = {
-                "identity": identity,
-                "written": [metrics_file.size, evaluations_file.size],
-                "step": step,
-                "examples": examples,
-                "seconds": time.perf_counter() - started,
-                "compile_seconds": compile_seconds + train_step.seconds_waited,
-                "compilations": compilations + train_step.compilations,
-                "evaluation": evaluation,
-                "evaluated": evaluated,
-                "dispatched": [
-                    (*counts, [_decimal(x) for x in jax.device_get(info)])
-                    for *counts, info in dispatched
-                ],
-                "loader": loader.get_state(),
-            }
-            checkpoints.save(step, (params, opt_state), progress)
+    def evaluate_if_due(self) -> None:
+        if self.diverged or self.evaluations_due > self.evaluated:
+            self.evaluate()
 
-        diverged = False
-        dispatched: deque[tuple[int, int, int, StepInfo]] = deque()
-        if saved is None:
-            step, examples, seconds, evaluated = 0, 0, 0.0, 0
-            compile_seconds, compilations = 0.0, 0
-            evaluation = evaluate_and_write(step, examples, seconds)
-        else:
-            step, examples, seconds = saved["step"], saved["examples"], saved["seconds"]
-            compile_seconds, compilations = saved["compile_seconds"], saved["compilations"]
-            evaluation, evaluated = saved["evaluation"], saved["evaluated"]
-            dispatched.extend((*counts, StepInfo(*info)) for *counts, info in saved["dispatched"])
-            loader.set_state(saved["loader"])
-        done = step if unit == "step" else examples
-        started = time.perf_counter() - seconds
-        while done < limit and not diverged:
-            batch, mask = next(loader) if padded else (next(loader), None)
-            params, opt_state, info = train_step(params, opt_state, batch, mask)
-            loader.batch_size = info.next_batch_size
+    def evaluate(self) -> None:
+        """Evaluates the parameters as they are, with the clock stopped."""
+        on_train = self.evaluate_on(self.params, self.train_subset)
+        on_test = self.evaluate_on(self.params, self.test_subset)
+        self.evaluation = {
+            "step": self.step,
+            "examples": self.examples,
+            "epoch": self.examples / self.train_size,
+            "seconds": self.seconds,
+            "compile_seconds": self.compile_seconds + self.train_step.seconds_waited,
+            "train_loss": on_train.loss,
+            "train_accuracy": on_train.accuracy,
+            "test_loss": on_test.loss,
+            "test_accuracy": on_test.accuracy,
+        }
+        self.evaluations_file.write(self.evaluation)
+        self.evaluated = self.evaluations_due
+        self.started = time.perf_counter() - self.seconds
 
-            size = len(batch["label"]) if mask is None else int(mask.sum())
-            step, examples = step + 1, examples + size
-            done = step if unit == "step" else examples
-            due = done * config.evaluations // limit
-            dispatched.append((step, size, examples, info))
-            while dispatched and not diverged:
-                if len(dispatched) <= config.lag and due == evaluated and done < limit:
-                    break  # reading its numbers would wait for it
-                metrics = write_metrics(*dispatched.popleft())
-                seconds, diverged = metrics["seconds"], not math.isfinite(metrics["loss"])
-            if diverged or due > evaluated:
-                evaluation, evaluated = evaluate_and_write(step, examples, seconds), due
-                started = time.perf_counter() - seconds
-            if checkpoints is not None and done < limit and not diverged and checkpoints.due(step):
-                save_checkpoint()
-                checkpoints.stop_if_asked(step)
-        if checkpoints is not None and not diverged:
-            save_checkpoint()
-            checkpoints.wait()
+    def save(self, checkpoints: Checkpoints, identity: dict[str, Any]) -> None:
+        """Writes a checkpoint of this moment, from which `set_state` continues."""
+        self.metrics_file.sync()
+        self.evaluations_file.sync()
+        progress = {
+            "identity": identity,
+            "written": [self.metrics_file.size, self.evaluations_file.size],
+            "step": self.step,
+            "examples": self.examples,
+            "seconds": time.perf_counter() - self.started,
+            "compile_seconds": self.compile_seconds + self.train_step.seconds_waited,
+            "compilations": self.compilations + self.train_step.compilations,
+            "evaluation": self.evaluation,
+            "evaluated": self.evaluated,
+            "dispatched": [
+                (*counts, [_decimal(x) for x in jax.device_get(info)])
+                for *counts, info in self.dispatched
+            ],
+            "loader": self.loader.get_state(),
+        }
+        checkpoints.save(self.step, (self.params, self.opt_state), progress)
 
-    summary = {
-        "train_loss": evaluation["train_loss"],
-        "test_accuracy": evaluation["test_accuracy"],
-        "steps": step,
-        "examples": examples,
-        "seconds": seconds,
-        "compile_seconds": compile_seconds + train_step.seconds_waited,
-        "compilations": compilations + train_step.compilations,
-        "diverged": diverged,
-    }
-    if out is not None:
-        records.write_json(out / records.SUMMARY, summary)
-    return summary
+    def set_state(self, saved: dict[str, Any]) -> None:
+        """Goes back to where `save` was called."""
+        self.step, self.examples, self.seconds = saved["step"], saved["examples"], saved["seconds"]
+        self.compile_seconds, self.compilations = saved["compile_seconds"], saved["compilations"]
+        self.evaluation, self.evaluated = saved["evaluation"], saved["evaluated"]
+        self.dispatched.extend((*counts, StepInfo(*info)) for *counts, info in saved["dispatched"])
+        self.loader.set_state(saved["loader"])
+        self.started = time.perf_counter() - self.seconds
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "train_loss": self.evaluation["train_loss"],
+            "test_accuracy": self.evaluation["test_accuracy"],
+            "steps": self.step,
+            "examples": self.examples,
+            "seconds": self.seconds,
+            "compile_seconds": self.compile_seconds + self.train_step.seconds_waited,
+            "compilations": self.compilations + self.train_step.compilations,
+            "diverged": self.diverged,
+        }
 
 
 def _shapes(config: RunConfig, shards: int) -> tuple[tuple[int, ...], bool]:
