@@ -124,6 +124,16 @@ def parse(text: str) -> Plan:
     )
 
 
+def on_datasets(plan: Plan, labels: Sequence[str] | None) -> tuple[Run, ...]:
+    """The runs on these data sets; None is all of them."""
+    for label in labels or ():
+        if label not in plan.datasets:
+            raise PlanError(
+                f"the plan has no data set {label!r}; it has {', '.join(plan.datasets)}"
+            )
+    return tuple(run for run in plan.runs if labels is None or run.dataset in labels)
+
+
 def shard(runs: Sequence[Run], index: int, count: int) -> tuple[Run, ...]:
     """Part `index`, from 1, of `count`; each run is in exactly one of them."""
     if not 1 <= index <= count:

@@ -41,6 +41,12 @@ def add_parsers(commands: Any) -> None:
         help="make only part I, from 1, of N, as one machine of N that share DIR or not",
     )
     sweep_parser.add_argument(
+        "--datasets",
+        type=lambda text: text.split(","),
+        metavar="NAME,...",
+        help="make only the runs on these data sets of the plan, such as svhn,cifar100",
+    )
+    sweep_parser.add_argument(
         "--data-dir", metavar="DIR", help="holds the data sets (default $CABS_JAX_DATA)"
     )
 
@@ -65,7 +71,8 @@ def run_sweep(options: dict[str, Any]) -> int:
     console = Console()
     with user_errors(ValueError, OSError):
         text = options["plan"].read_text("utf-8")
-        runs = plan.shard(plan.parse(text).runs, *options["shard"])
+        runs = plan.on_datasets(plan.parse(text), options["datasets"])
+        runs = plan.shard(runs, *options["shard"])
         outcome = sweep.sweep(
             text,
             runs,

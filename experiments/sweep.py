@@ -62,8 +62,9 @@ def sweep(
     """Makes all runs that `out` does not hold yet, each into the folder of its name.
 
     A run is written beside its place and moved there when it is finished, so that a kill at any
-    moment leaves whole runs, which the next call keeps, and remains, which it removes. Runs of
-    one seed draw the same parameters and the same order of examples, whatever the method.
+    moment leaves whole runs, which the next call keeps, and remains, which it removes. Calls at
+    the same time may share `out` if no run is in both. Runs of one seed draw the same parameters
+    and the same order of examples, whatever the method.
 
     Args:
         plan_text: The plan in TOML, which is kept beside the results.
@@ -82,9 +83,11 @@ def sweep(
     console = console or Console()
     todo = [run for run in runs if not is_finished(out / run.name, run.config)]
     out.mkdir(parents=True, exist_ok=True)
-    (out / PLAN).write_text(plan_text, encoding="utf-8")
-    for remains in out.glob(f"*/*/*{PARTIAL}*"):
-        shutil.rmtree(remains)
+    with records.replacing(out / PLAN) as partial:
+        partial.write_text(plan_text, encoding="utf-8")
+    for run in todo:  # others may be under way, in another shard
+        for remains in out.glob(f"{run.name}{PARTIAL}*"):
+            shutil.rmtree(remains)
     kept = len(runs) - len(todo)
     if kept:
         console.print(f"{kept} of {len(runs)} runs are finished already")
@@ -167,6 +170,7 @@ class _Pool:
                 except (EOFError, ConnectionResetError):
                     worker.process.join()
                     kind, content = "failed", f"its process died ({worker.process.exitcode})"
+                    _write_error(self._out, run, content)
                     self._workers.remove(worker)
                     self._start(worker.cores, worker.bar)
                 if kind == "progress":
@@ -217,10 +221,9 @@ def _work(connection: Connection, out: Path, data_dir: str | None) -> None:
             except BrokenPipeError:
                 raise
             except Exception:
-                error = traceback.format_exc()
-                (out / run.name).parent.mkdir(parents=True, exist_ok=True)
-                (out / (run.name + ERROR)).write_text(error, encoding="utf-8")
-                connection.send(("failed", error.strip()))
+                error = traceback.format_exc().strip()
+                _write_error(out, run, error)
+                connection.send(("failed", error))
             else:
                 connection.send(("done", summary))
 
@@ -260,6 +263,12 @@ def _make(
     os.replace(partial, final)
     (out / (run.name + ERROR)).unlink(missing_ok=True)
     return summary
+
+
+def _write_error(out: Path, run: Run, error: str) -> None:
+    path = out / (run.name + ERROR)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(error + "\n", encoding="utf-8")
 
 
 def _cores() -> list[int]:

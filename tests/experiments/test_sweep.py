@@ -59,12 +59,15 @@ def folder(tmp_path_factory):
     assert not all((out / name).exists() for name in DIGITS)
     kept = out / DIGITS[0] / records.SUMMARY
     before = kept.stat().st_mtime_ns
-    remains = out / "digits" / "cabs" / f"lr-0.2-seed-7{sweep.PARTIAL}1"
+    remains = out / f"{DIGITS[-1]}{sweep.PARTIAL}1"
+    under_way_elsewhere = out / "digits" / "cabs" / f"lr-0.2-seed-7{sweep.PARTIAL}1"
     remains.mkdir(parents=True)
+    under_way_elsewhere.mkdir(parents=True)
 
     assert cli.main([*command, "--jobs", "2"]) == 1  # the lost data set
     assert kept.stat().st_mtime_ns == before
     assert not remains.exists()
+    under_way_elsewhere.rmdir()
     return out
 
 
@@ -109,7 +112,8 @@ def test_a_run_whose_process_dies_is_told_and_the_next_gets_a_new_one(tmp_path, 
     outcome = sweep.sweep(PLAN, runs, tmp_path, jobs=2)
     assert outcome.failed.keys() == {run.name for run in runs}
     assert outcome.finished == 0
-    assert "its process died" in outcome.failed[runs[0].name]
+    for run in runs:
+        assert "its process died" in (tmp_path / (run.name + sweep.ERROR)).read_text()
 
 
 @pytest.mark.parametrize(
@@ -118,6 +122,7 @@ def test_a_run_whose_process_dies_is_told_and_the_next_gets_a_new_one(tmp_path, 
         (["nowhere.toml"], "nowhere.toml"),
         (["plan.toml", "--shard", "3/2"], "got 3/2"),
         (["plan.toml", "--shard", "half"], "give I/N, such as 1/4, not 'half'"),
+        (["plan.toml", "--datasets", "digits,svhn"], "no data set 'svhn'; it has digits, lost"),
         (["plan.toml", "--jobs", "0"], "jobs must be at least 1, got 0"),
     ],
 )
