@@ -80,6 +80,10 @@ class Method:
         """Examples over steps."""
         return spread(r.summary["examples"] / r.summary["steps"] for r in self.by_rate[rate])
 
+    def sizes(self, rate: float) -> set[int]:
+        """All batch sizes that the runs used."""
+        return {size for result in self.by_rate[rate] for steps in result.sizes for size in steps}
+
     def diverged(self, rate: float) -> int:
         """How many runs diverged."""
         return sum(bool(result.summary["diverged"]) for result in self.by_rate[rate])
@@ -113,7 +117,7 @@ class Costs:
 
 
 class DataSet(NamedTuple):
-    """All that was measured on one data set.
+    """All that was measured on one data set, with the same seeds for every method.
 
     Attributes:
         label: Its label in the plan.
@@ -138,8 +142,19 @@ def data_sets(results: Results) -> list[DataSet]:
     return [
         _data_set(results, label, title, runs)
         for label, title in results.plan.datasets.items()
-        if (runs := [r for r in results.runs.values() if r.run.dataset == label])
+        if (runs := _comparable(results, label))
     ]
+
+
+def _comparable(results: Results, label: str) -> list[Result]:
+    """The finished runs of a data set, of whole seeds only as soon as one is whole.
+
+    Medians over other seeds for one method than for another would compare the seeds.
+    """
+    finished = [result for result in results.runs.values() if result.run.dataset == label]
+    unfinished = {run.config.seed for run in results.missing if run.dataset == label}
+    whole = [result for result in finished if result.run.config.seed not in unfinished]
+    return whole or finished
 
 
 def _data_set(results: Results, label: str, title: str, runs: list[Result]) -> DataSet:
@@ -260,6 +275,8 @@ def decades_of_best(method: Method, methods: Iterable[Method], factor: float = 2
 
 
 def _decades(method: Method, limit: float) -> float:
+    if not np.isfinite(limit):
+        return 0.0
     losses = [method.final_loss(rate).median for rate in method.rates]
     return decades_within(method.rates, losses, limit)
 

@@ -99,7 +99,8 @@ def sensitivity(data: DataSet) -> bytes:
             _with_bars(accuracy, method, method.final_accuracy, style)
         loss.set_title(title, fontsize=11)
         _logarithmic(loss)
-        loss.set_ylim(0.8 * min(finite), 1.25 * max(finite))
+        if finite:
+            loss.set_ylim(0.8 * min(finite), 1.25 * max(finite))
         loss.legend(frameon=False, fontsize=8)
         accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         accuracy.set_xlabel("learning rate")

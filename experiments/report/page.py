@@ -128,6 +128,7 @@ class Page:
             "seconds",
             f"at α = {data.shared_rate:g}: loss",
             "examples to target",
+            "seconds",
             "decades, 2× best of all",
             "2× own best",
             "1.25× own best",
@@ -138,11 +139,11 @@ class Page:
             rows.append(
                 (
                     method.title,
-                    f"{rate:g}",
+                    _rate(rate, method),
                     _loss(method.final_loss(rate)),
                     _accuracy(method.final_accuracy(rate)),
                     f"{method.mean_batch_size(rate).median:.0f}",
-                    f"{fastest:g}",
+                    _rate(fastest, method),
                     _count(method.to_target(fastest, data.target)),
                     _seconds(method.seconds_to_target(fastest, data.target)),
                     *_at_shared(method, data),
@@ -171,7 +172,9 @@ class Page:
                 "- Loss and accuracy are measured on the same examples of either split in every "
                 "run. Runs of one seed start from the same parameters and see the examples in the "
                 "same order. The best α of a method is that of the lowest median of the final "
-                "training loss. A diverged run counts as an infinite loss.",
+                "training loss; an asterisk marks an end of the grid, beyond which a better one "
+                "may lie. A diverged run counts as an infinite loss.",
+                "- Seeds of which runs are missing are left out of a data set, once one is whole.",
                 "- Examples to the target: where the loss first reaches it, its logarithm linear "
                 "between evaluations.",
             ]
@@ -199,19 +202,21 @@ def _named(what: str, runs: Iterable[Run]) -> list[str]:
     ]
 
 
-def _at_shared(method: Method, data: DataSet) -> tuple[str, str]:
+def _at_shared(method: Method, data: DataSet) -> tuple[str, str, str]:
     rate = data.shared_rate
-    if rate not in method.by_rate or (
-        analysis.is_variant(method) and not _same_scale(method, data)
-    ):
-        return "", ""
-    return _loss(method.final_loss(rate)), _count(method.to_target(rate, data.target))
+    if rate not in method.by_rate:
+        return "", "", ""
+    return (
+        _loss(method.final_loss(rate)),
+        _count(method.to_target(rate, data.target)),
+        _seconds(method.seconds_to_target(rate, data.target)),
+    )
 
 
-def _same_scale(method: Method, data: DataSet) -> bool:
-    """Whether the method's learning rates are those of the grid."""
-    result = method.by_rate[data.shared_rate][0]
-    return result.run.learning_rate == result.run.config.learning_rate
+def _rate(rate: float, method: Method) -> str:
+    """The rate, marked where a better one may lie beyond the grid."""
+    ends = method.rates[0], method.rates[-1]
+    return f"{rate:g}" + ("*" if rate in ends and len(method.rates) > 1 else "")
 
 
 def _loss(spread: Spread) -> str:

@@ -1,7 +1,13 @@
+import itertools
+
 import numpy as np
 import pytest
 
-from experiments.report import analysis, verdicts
+from experiments import plan
+from experiments.config import RunConfig
+from experiments.plan import Run
+from experiments.report import analysis, figures, verdicts
+from experiments.report.results import Result, Results
 
 INFINITY = float("inf")
 
@@ -28,15 +34,12 @@ def test_a_spread_counts_what_is_not_there_as_infinite():
     assert analysis.spread([1.0, float("nan"), INFINITY]) == (INFINITY, 1.0, INFINITY)
 
 
-def method(name, losses, sizes=16, accuracy=0.9, **config):
-    """A method with one run for each learning rate: its loss falls exponentially to the end."""
-    from experiments.config import RunConfig
-    from experiments.plan import Run
-    from experiments.report.results import Result
-
+def method(name, losses, sizes=16, accuracy=0.9, spread=(1.0,), **config):
+    """A method with a run for each rate and seed: its loss falls exponentially to the end."""
     runs = []
-    for rate, loss in losses.items():
-        cfg = RunConfig(method=name, learning_rate=rate, examples=1600, **config)
+    for (rate, median), (seed, factor) in itertools.product(losses.items(), enumerate(spread)):
+        loss = median * factor
+        cfg = RunConfig(method=name, learning_rate=rate, examples=1600, seed=seed, **config)
         runs.append(
             Result(
                 run=Run("data", name, rate, cfg),
@@ -44,7 +47,7 @@ def method(name, losses, sizes=16, accuracy=0.9, **config):
                 examples=np.array([0.0, 800.0, 1600.0]),
                 train_loss=np.array([1.0, loss**0.5, loss]),
                 test_accuracy=np.array([0.1, 0.5, accuracy]),
-                sizes=[{}, {sizes: 50}, {sizes: 50}],
+                sizes=[{}, {sizes: 800 // sizes}, {sizes: 800 // sizes}],
                 step_seconds={sizes: 0.001 * sizes},
                 batch_sizes=np.full(40, sizes),
                 environment={},
@@ -57,7 +60,12 @@ def data_set(*methods, target=0.1):
     return analysis.DataSet("data", "Data", {m.title: m for m in methods}, target, 0.1, 1)
 
 
-GOOD, FAIR = {0.1: 0.01, 0.2: 0.01}, {0.1: 0.1, 0.2: 0.5}
+GOOD, FAIR = {0.1: 0.01, 0.2: 0.01, 0.4: 0.01}, {0.1: 0.1, 0.2: 0.5, 0.4: 0.5}
+
+
+def answers(*methods):
+    found = verdicts.verdicts([data_set(*methods)])
+    return {v.question.name: v.overall for v in found}
 
 
 @pytest.mark.parametrize(
@@ -69,20 +77,60 @@ GOOD, FAIR = {0.1: 0.01, 0.2: 0.01}, {0.1: 0.1, 0.2: 0.5}
     ],
 )
 def test_verdicts_follow_from_the_numbers(cabs, other, expected):
-    data = data_set(
-        method("cabs", cabs), method("constant", other), method("norm_test", other, sizes=64)
+    found = answers(
+        method("cabs", cabs, sizes=24), method("constant", other), method("norm_test", other, 64)
     )
-    found = {v.question.name: v.overall for v in verdicts.verdicts([data])}
     assert [found["RQ1"], found["RQ3"], found["RQ4"]] == expected
     assert found["RQ2"] == "no data"
 
 
 def test_sensitivity_is_undecided_where_no_loss_is_far_from_the_first():
-    high = {0.1: 0.6, 0.2: 0.7}
+    high = {0.1: 0.6, 0.2: 0.7, 0.4: 0.8}
     data = data_set(method("cabs", high), method("constant", high))
     found = {v.question.name: v for v in verdicts.verdicts([data])}["RQ3"]
     assert [answer.verdict for answer in found.answers.values()] == ["undecided"]
     assert found.overall == "no data"
+
+
+def test_a_run_that_kept_the_size_of_a_constant_one_is_not_compared_with_it():
+    assert answers(method("cabs", GOOD, 16), method("constant", FAIR, 16))["RQ1"] == "no data"
+
+
+def test_a_difference_within_what_seeds_do_does_not_count():
+    constant = method("constant", {0.1: 0.05}, spread=(0.8, 1.0, 1.2))
+    for spread, expected in (((0.6, 0.6, 0.6), "confirmed"), ((0.1, 0.6, 0.9), "not confirmed")):
+        assert answers(method("cabs", {0.1: 0.05}, 24, spread=spread), constant)["RQ1"] == expected
+
+
+def test_fewer_than_three_rates_say_nothing_of_sensitivity():
+    two = {0.1: 0.01, 0.2: 0.02}
+    assert answers(method("cabs", two, 24), method("constant", two))["RQ3"] == "no data"
+
+
+def test_a_seed_with_missing_runs_is_left_out_once_one_is_whole():
+    text = """
+        seeds = [0, 1]
+        learning_rates = [0.1, 0.2]
+        [datasets.digits]
+        [methods.constant]
+        """
+    parsed = plan.parse(text)
+    (run, *_) = method("constant", {0.1: 0.5}).by_rate[0.1]
+    finished = {planned.name: run._replace(run=planned) for planned in parsed.runs}
+    (data,) = analysis.data_sets(Results(text, parsed, finished))
+    assert data.seeds == 2
+    del finished["digits/constant/lr-0.2-seed-1"]
+    (data,) = analysis.data_sets(Results(text, parsed, finished))
+    assert (data.seeds, data.methods["constant"].rates) == (1, [0.1, 0.2])
+    del finished["digits/constant/lr-0.2-seed-0"]
+    (data,) = analysis.data_sets(Results(text, parsed, finished))
+    assert (data.seeds, data.methods["constant"].rates) == (2, [0.1])
+
+
+def test_where_all_runs_diverged_there_is_a_figure_and_no_rate_is_good():
+    lost = method("cabs", {0.1: INFINITY, 0.2: INFINITY})
+    assert figures.sensitivity(data_set(lost)).startswith(b"\x89PNG")
+    assert analysis.decades(lost) == 0
 
 
 def test_the_fastest_rate_need_not_be_the_best():
