@@ -95,7 +95,7 @@ def soak(minutes: float, seed: int, console: Console) -> Counter[str]:
                 highlight=False,
             )
     console.print(report(counts, history))
-    check_for_leaks(history)
+    console.print(check_for_leaks(history), highlight=False)
     return counts
 
 
@@ -258,10 +258,17 @@ def report(counts: Counter[str], history: list[Resources]) -> Table:
     return table
 
 
-def check_for_leaks(history: list[Resources]) -> None:
-    """Raises SoakError if the end holds more than a warm start did."""
-    warm, last = history[min(WARM_ROUNDS, len(history)) - 1], history[-1]
+def check_for_leaks(history: list[Resources]) -> str:
+    """Says what the rounds after a warm start tell of leaks.
+
+    Raises:
+        SoakError: The end holds more than a warm start did.
+    """
+    if len(history) <= WARM_ROUNDS:
+        return f"leaks: not judged, for the first {WARM_ROUNDS} rounds warm up; give more minutes"
+    warm, last = history[WARM_ROUNDS - 1], history[-1]
     if last.memory > warm.memory * (1 + MEMORY_LEAK):
         raise SoakError(f"memory grew from {warm.memory:,.0f} to {last.memory:,.0f} MiB")
     if last.threads > warm.threads or last.files > warm.files:
         raise SoakError(f"threads or files leak: {warm} when warm, {last} at the end")
+    return f"leaks: none in the {len(history) - WARM_ROUNDS} rounds after {WARM_ROUNDS} to warm up"

@@ -37,7 +37,12 @@ def test_an_example_that_comes_twice_ends_the_soak(monkeypatch):
 def test_growth_of_memory_threads_or_files_is_a_leak():
     warm = soak.Resources(memory=100.0, threads=2, files=3)
     flat = [warm] * (soak.WARM_ROUNDS + 1)
-    soak.check_for_leaks(flat)
+    assert "none in the 1 rounds" in soak.check_for_leaks(flat)
     for change in ({"memory": 120.0}, {"threads": 3}, {"files": 4}):
         with pytest.raises(soak.SoakError, match=r"memory grew|leak"):
             soak.check_for_leaks([*flat, warm._replace(**change)])
+
+
+def test_leaks_are_not_judged_by_rounds_that_only_warm_up():
+    growing = [soak.Resources(100.0 * i, 2, 3) for i in range(1, soak.WARM_ROUNDS + 1)]
+    assert "not judged" in soak.check_for_leaks(growing)
