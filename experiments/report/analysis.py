@@ -10,6 +10,7 @@ from experiments.programs import measured_variance
 from experiments.report.results import Result, Results
 
 INFINITY = float("inf")
+FEWEST_RATES = 3
 
 
 class Spread(NamedTuple):
@@ -135,6 +136,11 @@ class DataSet(NamedTuple):
     target: float
     shared_rate: float
     seeds: int
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether there are learning rates enough to speak of sensitivity to them."""
+        return max(len(method.rates) for method in self.methods.values()) >= FEWEST_RATES
 
 
 def data_sets(results: Results) -> list[DataSet]:

@@ -67,7 +67,9 @@ def curves(data: DataSet) -> bytes:
     final.set_xscale("log", base=2)
     final.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     _logarithmic(final)
-    _frame(figure, list(axes.flat), f"{data.title}: every method at its best learning rate", loss)
+    rates = {rate for method in data.methods.values() for rate in method.rates}
+    where = "its best learning rate" if len(rates) > 1 else f"learning rate {rates.pop():g}"
+    _frame(figure, list(axes.flat), f"{data.title}: every method at {where}", loss)
     return _png(figure)
 
 

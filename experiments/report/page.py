@@ -33,7 +33,8 @@ class Page:
         self.figures: dict[str, bytes] = {}
         for data in self._data_sets:
             self.figures[f"figures/{data.label}-curves.png"] = figures.curves(data)
-            self.figures[f"figures/{data.label}-sensitivity.png"] = figures.sensitivity(data)
+            if data.is_grid:
+                self.figures[f"figures/{data.label}-sensitivity.png"] = figures.sensitivity(data)
 
     def markdown(self) -> str:
         """The page, its figures by path."""
@@ -105,15 +106,16 @@ class Page:
         ]
         if growth:
             lines.append(f"CABS's batch size: {growth}.")
-        return [
-            f"## {data.title}",
-            *lines,
+        shown = [
             f"![{data.title}: training loss and test accuracy against examples and seconds, batch "
-            f"sizes](figures/{data.label}-curves.png)",
-            f"![{data.title}: final loss and accuracy against the learning rate]"
-            f"(figures/{data.label}-sensitivity.png)",
-            self._methods_table(data),
+            f"sizes](figures/{data.label}-curves.png)"
         ]
+        if data.is_grid:
+            shown.append(
+                f"![{data.title}: final loss and accuracy against the learning rate]"
+                f"(figures/{data.label}-sensitivity.png)"
+            )
+        return [f"## {data.title}", *lines, *shown, self._methods_table(data)]
 
     def _methods_table(self, data: DataSet) -> str:
         plain = [m for m in data.methods.values() if not analysis.is_variant(m)]
@@ -129,11 +131,9 @@ class Page:
             f"at α = {data.shared_rate:g}: loss",
             "examples to target",
             "seconds",
-            "decades, 2× best of all",
-            "2× own best",
-            "1.25× own best",
+            *(["decades, 2× best of all", "2× own best", "1.25× own best"] if data.is_grid else []),
         )
-        rows = []
+        rows: list[Sequence[str]] = []
         for method in data.methods.values():
             rate, fastest = method.best_rate, method.fastest_rate(data.target)
             rows.append(
@@ -147,9 +147,7 @@ class Page:
                     _count(method.to_target(fastest, data.target)),
                     _seconds(method.seconds_to_target(fastest, data.target)),
                     *_at_shared(method, data),
-                    f"{analysis.decades_of_best(method, plain):.2f}",
-                    f"{analysis.decades(method):.2f}",
-                    f"{analysis.decades(method, 1.25):.2f}",
+                    *(_decades(method, plain) if data.is_grid else ()),
                 )
             )
         return _table(header, rows)
@@ -217,6 +215,15 @@ def _rate(rate: float, method: Method) -> str:
     """The rate, marked where a better one may lie beyond the grid."""
     ends = method.rates[0], method.rates[-1]
     return f"{rate:g}" + ("*" if rate in ends and len(method.rates) > 1 else "")
+
+
+def _decades(method: Method, plain: Sequence[Method]) -> list[str]:
+    numbers = (
+        analysis.decades_of_best(method, plain),
+        analysis.decades(method),
+        analysis.decades(method, 1.25),
+    )
+    return [f"{number:.2f}" for number in numbers]
 
 
 def _loss(spread: Spread) -> str:

@@ -11,7 +11,6 @@ from experiments.report.analysis import DataSet, Method, Spread
 CONFIRMED, PARTLY, NOT, UNDECIDED = "confirmed", "partly", "not confirmed", "undecided"
 MARGIN = 1.05  # ratios within it count as equal
 POINTS = 0.01  # so do accuracies within it
-FEWEST_RATES = 3  # to speak of sensitivity to the learning rate
 
 
 class Answer(NamedTuple):
@@ -118,7 +117,7 @@ def _schedules(data: DataSet) -> Answer | None:
 def _sensitivity(data: DataSet) -> Answer | None:
     cabs = _cabs(data)
     others = [m for m in data.methods.values() if analysis.is_constant(m) or analysis.is_rival(m)]
-    if cabs is None or not others or len(cabs.rates) < FEWEST_RATES:
+    if cabs is None or not others or not data.is_grid:
         return None
     everyone = [cabs, *others]
     if _hardly_trained(data):
