@@ -1,7 +1,5 @@
 """What the transformation remembers between steps: a few scalars, whatever the model's size."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax
