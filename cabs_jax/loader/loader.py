@@ -193,9 +193,9 @@ class BatchLoader:
     def close(self) -> None:
         """Ends the background thread, if there is one; the next batch would start it again."""
         self._stop_reader()
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
 
     def __enter__(self) -> Self:
         return self
@@ -236,11 +236,12 @@ class BatchLoader:
         return self._source.collate(self._read_ahead(start, count).take(count), rows)
 
     def _read_ahead(self, start: int, count: int) -> ReadAhead:
-        if self._reader is None or not self._stop_reader.alive:
+        reader = self._reader  # which another thread may close at any time
+        if reader is None or not self._stop_reader.alive:
             self.close()
-            self._reader = ReadAhead(self._source, self._order, start, count)
-            self._stop_reader = weakref.finalize(self, self._reader.stop)
-        return self._reader
+            reader = self._reader = ReadAhead(self._source, self._order, start, count)
+            self._stop_reader = weakref.finalize(self, reader.stop)
+        return reader
 
 
 def _checked_size(value: SupportsIndex | jax.Array) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 from jax.interpreters.partial_eval import dce_jaxpr
+
+from cabs_jax.moments import compat
 
 
 def flops(function: Any, *args: Any) -> int:
@@ -28,7 +29,7 @@ def _of_jaxpr(jaxpr: Any) -> int:
 
 def _of_equation(equation: Any) -> int:
     kind, params = equation.primitive.name, equation.params
-    inner = [_of_jaxpr(jaxpr) for jaxpr in core.jaxprs_in_params(params)]
+    inner = [_of_jaxpr(jaxpr) for jaxpr in compat.subjaxprs(equation)]
     if kind == "scan":
         return int(params["length"]) * sum(inner)
     if kind == "cond":

@@ -114,10 +114,14 @@ def test_a_signal_writes_a_checkpoint_and_ends_the_run(tmp_path, number):
 
 
 def test_a_second_signal_acts_at_once(tmp_path):
-    with Checkpoints(tmp_path):
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup ignores it
+    try:
+        with Checkpoints(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_another_configuration_or_data_set_is_refused_and_shown(tmp_path):

@@ -151,11 +151,12 @@ def test_closing_the_loader_ends_a_wait_in_another_thread():
             next(loader)
         errors.append(error)
 
-    waiter = threading.Thread(target=wait)
+    def close():
+        while waiter.is_alive():  # once it waits, this takes as long as the record being read
+            loader.close()
+
+    waiter, closer = threading.Thread(target=wait), threading.Thread(target=close)
     waiter.start()
-    while not reading_threads():
-        time.sleep(0.01)
-    closer = threading.Thread(target=loader.close)  # which waits for the record being read
     closer.start()
     waiter.join(30)
     gate.set()
