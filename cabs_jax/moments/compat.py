@@ -97,6 +97,9 @@ def subjaxprs(equation: Equation) -> list[Jaxpr]:
 
 def split_scan(equation: Equation, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
     """Splits the operands of a scan into constants, carry and scanned arrays."""
+    if "ft_in" in equation.params:  # from jax 0.12 on
+        consts, carry, xs = equation.params["ft_in"].update(values).unpack()
+        return list(consts), list(carry), list(xs)
     consts = equation.params["num_consts"]
     carry = consts + equation.params["num_carry"]
     return list(values[:consts]), list(values[consts:carry]), list(values[carry:])
