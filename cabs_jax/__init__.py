@@ -1,4 +1,21 @@
-"""Adaptive batch sizes coupled to the learning rate, for JAX and Optax."""
+"""Adaptive batch sizes coupled to the learning rate, for JAX and Optax.
+
+A step measures how much the gradients of its examples differ, and from that follows how many
+examples the next step needs. The rooms of the library, in the order of the data:
+
+* `gradient_moments`, `per_example_value_and_grad`, `explain` (`cabs_jax.moments`): from a loss and
+  a batch to the mean gradient and its variance.
+* `rules` (`cabs_jax.rules`): from running averages of those, `Statistics`, to the size to ask for.
+* `cabs`, `cabs_adam`, `adapt_batch_size`, `batch_size` (`cabs_jax.transform`): the optax optimizers
+  that keep the averages, ask the rule and round its answer to a legal size.
+* `BatchLoader`, `buckets` (`cabs_jax.loader`): batches of that size from an endless stream of
+  examples, each once per epoch.
+
+Beside them, `CompiledStep` compiles the shapes that a growing batch will need before it needs them,
+and `on_device_loop` makes many steps without the host.
+"""
+
+from importlib import metadata as _metadata
 
 from cabs_jax import rules
 from cabs_jax._jaxlib_check import warn_if_miscompiling as _warn_if_miscompiling
@@ -7,9 +24,8 @@ from cabs_jax.loader import BatchLoader, Position, buckets
 from cabs_jax.moments import Explanation, explain, gradient_moments, per_example_value_and_grad
 from cabs_jax.on_device import OnDeviceResult, StepMetrics, on_device_loop
 from cabs_jax.optimizers import cabs, cabs_adam
-from cabs_jax.rules import Statistics
 from cabs_jax.state import AdaptBatchSizeState, CoupledState, Info, batch_size
-from cabs_jax.statistics import GradientMoments
+from cabs_jax.statistics import GradientMoments, Statistics
 from cabs_jax.transform import adapt_batch_size
 
 __all__ = [
@@ -35,5 +51,10 @@ __all__ = [
     "per_example_value_and_grad",
     "rules",
 ]
+
+try:
+    __version__ = _metadata.version("cabs_jax")
+except _metadata.PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0+unknown"
 
 _warn_if_miscompiling()

@@ -1,4 +1,4 @@
-"""Checks of numeric arguments: concrete values are judged, traced ones pass unseen."""
+"""Checks of arguments. A value that is traced cannot be checked before the program runs."""
 
 import math
 import operator
@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-MAX_BATCH_SIZE = 2**31 - 1
+from cabs_jax.statistics import PyTree
+
+INT32_MAX = 2**31 - 1
 
 
 def is_traced(value: Any) -> bool:
@@ -25,7 +27,7 @@ def check_number(
 
     Args:
       name: Name of the argument, for the message.
-      value: The argument; a traced one is checked for its shape alone.
+      value: The argument; of a traced one only the shape is checked.
       requirement: The requirement in words, read after "must be".
       holds: Whether a finite number satisfies it.
 
@@ -51,19 +53,19 @@ def check_non_negative(name: str, value: Any) -> int:
     try:
         number = operator.index(value)
     except TypeError as error:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from error
+        raise TypeError(f"{name} must be an integer, got {value!r}.") from error
     if number < 0:
-        raise ValueError(f"{name} must be non-negative, got {number}")
+        raise ValueError(f"{name} must be non-negative, got {number}.")
     return number
 
 
-def check_parameters(params: Any) -> None:
+def check_parameters(params: PyTree) -> None:
     """Raises TypeError for complex parameters, whose gradient has no single covariance."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
             raise TypeError(
                 f"parameter {jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}: hold"
-                " the real and imaginary parts of complex parameters as two real ones"
+                " the real and imaginary parts of complex parameters as two real ones."
             )
 
 
@@ -79,6 +81,6 @@ def check_batch_size(name: str, value: Any) -> int | jax.Array:
         size = operator.index(value)
     except TypeError:
         raise ValueError(f"{name} must be a whole number of examples, got {value!r}.") from None
-    if not 1 <= size <= MAX_BATCH_SIZE:
+    if not 1 <= size <= INT32_MAX:
         raise ValueError(f"{name} must lie in [1, 2**31 - 1], got {size}.")
     return size

@@ -7,17 +7,18 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-PyTree = Any
+from cabs_jax._closing import Closing
+from cabs_jax.statistics import PyTree
+
 Signature = Hashable
 
 
-class CompiledStep:
+class CompiledStep(Closing):
     """A train step with one executable for each batch size, compiled before it is needed.
 
     It is called like the step, and computes the same. Whenever it runs a batch size for the first
@@ -32,36 +33,36 @@ class CompiledStep:
     `jax.default_prng_impl` and `jax.numpy_dtype_promotion`.
 
     Args:
-        step: Function of positional pytrees of arrays, jitted or not.
-        batch_sizes: Increasing leading-axis lengths that batches may have, such as
-            `buckets(16, 2048)`. Without them, nothing is compiled ahead.
-        batch_argnums: Positions of the arguments whose leaves have the leading batch axis.
-        donate_argnums: Positions of the arguments whose memory the step may reuse, as in `jax.jit`;
-            a step that is jitted already keeps its own.
+      step: Function of positional pytrees of arrays, jitted or not.
+      batch_sizes: Increasing leading-axis lengths that batches may have, such as
+        `buckets(16, 2048)`. Without them, nothing is compiled ahead.
+      batch_argnums: Positions of the arguments whose leaves have the leading batch axis.
+      donate_argnums: Positions of the arguments whose memory the step may reuse, as in `jax.jit`;
+        a step that is jitted already keeps its own.
 
     Attributes:
-        compilations: Number of executables that were compiled, or are being compiled.
-        seconds_waited: Wall-clock seconds for which calls waited for a compilation.
-        seconds_in_background: Wall-clock seconds of finished compilations ahead of need.
+      compilations: Number of executables that were compiled, or are being compiled.
+      seconds_waited: Wall-clock seconds for which calls waited for a compilation.
+      seconds_in_background: Wall-clock seconds of finished compilations ahead of need.
 
     Raises:
-        TypeError: If `step` is not callable.
-        ValueError: If `batch_sizes` are not increasing and positive. A call raises it if the
-            leaves of its batch differ in length. An error of a compilation in the background is
-            raised by the call that needs its executable, and by no other.
+      TypeError: If `step` is not callable.
+      ValueError: If `batch_sizes` are not increasing and positive. A call raises it if the
+        leaves of its batch differ in length. An error of a compilation in the background is
+        raised by the call that needs its executable, and by no other.
 
     Example:
-        >>> import cabs_jax, jax.numpy as jnp, numpy as np
-        >>> def step(mean, batch, mask):
-        ...     return mean + 0.1 * (jnp.mean(batch, where=mask) - mean)
-        >>> sizes = cabs_jax.buckets(16, 64, count=3)
-        >>> loader = cabs_jax.BatchLoader(np.ones(100, np.float32), 10, pad_to=sizes)
-        >>> with CompiledStep(step, sizes, batch_argnums=(1, 2)) as compiled:
-        ...     mean = jnp.zeros(())
-        ...     for loader.batch_size in (12, 20, 30):
-        ...         mean = compiled(mean, *next(loader))
-        >>> print(round(float(mean), 3), compiled.compilations <= len(sizes))
-        0.271 True
+      >>> import cabs_jax, jax.numpy as jnp, numpy as np
+      >>> def step(mean, batch, mask):
+      ...     return mean + 0.1 * (jnp.mean(batch, where=mask) - mean)
+      >>> sizes = cabs_jax.buckets(16, 64, count=3)
+      >>> loader = cabs_jax.BatchLoader(np.ones(100, np.float32), 10, pad_to=sizes)
+      >>> with CompiledStep(step, sizes, batch_argnums=(1, 2)) as compiled:
+      ...     mean = jnp.zeros(())
+      ...     for loader.batch_size in (12, 20, 30):
+      ...         mean = compiled(mean, *next(loader))
+      >>> print(round(float(mean), 3), compiled.compilations <= len(sizes))
+      0.271 True
     """
 
     def __init__(
@@ -73,9 +74,9 @@ class CompiledStep:
         donate_argnums: int | Sequence[int] = (),
     ):
         if not callable(step):
-            raise TypeError(f"step must be a function of arrays, got {step!r}")
+            raise TypeError(f"step must be a function of arrays, got {step!r}.")
         if not all(a < b for a, b in itertools.pairwise([0, *batch_sizes])):
-            raise ValueError(f"batch_sizes must be increasing and positive, got {batch_sizes}")
+            raise ValueError(f"batch_sizes must be increasing and positive, got {batch_sizes}.")
         jitted = isinstance(step, jax.stages.Wrapped) and donate_argnums == ()
         self._jitted: Any = step if jitted else jax.jit(step, donate_argnums=donate_argnums)
         self._batch_sizes = tuple(batch_sizes)
@@ -115,17 +116,6 @@ class CompiledStep:
         self._batch_sizes = ()
         self._thread.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _obtain(self, args: tuple[PyTree, ...]) -> tuple[Signature, jax.stages.Compiled]:
         """The executable for these arguments; it waits until there is one."""
         started = time.perf_counter()
@@ -153,7 +143,7 @@ class CompiledStep:
         lengths = {np.shape(x)[:1] for i in self._batch_argnums for x in jax.tree.leaves(args[i])}
         if len(lengths) != 1 or lengths == {()}:
             raise ValueError(
-                f"the leaves of a batch must share their leading axis, got {sorted(lengths)}"
+                f"the leaves of a batch must share their leading axis, got {sorted(lengths)}."
             )
         ((size,),) = lengths
         larger = next((other for other in self._batch_sizes if other > size), None)

@@ -13,9 +13,8 @@ from cabs_jax.loader.device_order import Position, advanced, indices
 from cabs_jax.moments import gradient_moments
 from cabs_jax.moments.per_example import batch_size_of
 from cabs_jax.state import batch_size
-from cabs_jax.statistics import Variance, tree_sum
+from cabs_jax.statistics import PyTree, Variance, tree_sum
 
-PyTree = Any
 BATCHES_AHEAD = 8  # largest batches whose order is computed at a time
 
 
@@ -46,6 +45,28 @@ class OnDeviceResult(NamedTuple):
     params: PyTree
     opt_state: PyTree
     position: Position
+    metrics: StepMetrics
+
+
+class _Progress(NamedTuple):
+    """What one step of the loop hands to the next.
+
+    Attributes:
+      number: Steps made so far, int32 scalar.
+      params: The parameters.
+      opt_state: The state of the optimizer.
+      position: Of the next example.
+      order: Indices of the examples of the current window, int32 (window,).
+      used: Examples of the window that are used up, int32 scalar.
+      metrics: One entry a step.
+    """
+
+    number: jax.Array
+    params: PyTree
+    opt_state: PyTree
+    position: Position
+    order: jax.Array
+    used: jax.Array
     metrics: StepMetrics
 
 
@@ -115,7 +136,7 @@ def on_device_loop(
         ("max_steps", max_steps),
     ):
         if number < 1:
-            raise ValueError(f"{name} must be positive, got {number}")
+            raise ValueError(f"{name} must be positive, got {number}.")
     seed = check_non_negative("seed", seed)
     rows = -(-max_batch_size // microbatch_size) * microbatch_size
     window = BATCHES_AHEAD * rows
@@ -125,7 +146,7 @@ def on_device_loop(
     ) -> OnDeviceResult:
         length = batch_size_of(data)
         if not is_traced(num_steps) and num_steps > max_steps:
-            raise ValueError(f"num_steps={num_steps} exceeds max_steps={max_steps}")
+            raise ValueError(f"num_steps={num_steps} exceeds max_steps={max_steps}.")
 
         def loss_at(params: PyTree, index: jax.Array) -> jax.Array:
             # Gathered inside the block, so that padding is not.
@@ -137,45 +158,48 @@ def on_device_loop(
         def order_from(position: Position) -> tuple[jax.Array, jax.Array]:
             return indices(position, window, length, seed, shuffle), jnp.zeros((), jnp.int32)
 
-        def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            number, params, opt_state, position, order, used, metrics = carry
-            size = jnp.minimum(batch_size(opt_state), rows)
+        def step(at: _Progress) -> _Progress:
+            size = jnp.minimum(batch_size(at.opt_state), rows)
             order, used = lax.cond(
-                used + rows > window, order_from, lambda position: (order, used), position
+                at.used + rows > window, order_from, lambda _: (at.order, at.used), at.position
             )
             moments = moments_of(
-                params,
+                at.params,
                 lax.dynamic_slice(order, (used,), (rows,)),
                 jnp.arange(rows, dtype=jnp.int32) < size,
             )
             updates, opt_state = optimizer.update(
                 moments.mean,
-                opt_state,
-                params,
+                at.opt_state,
+                at.params,
                 value=moments.value,
                 gradient_variance=moments.variance,
                 count=moments.count,
             )
             measured = StepMetrics(size, moments.value, tree_sum(moments.variance))
-            return (
-                number + 1,
-                optax.apply_updates(params, updates),
-                opt_state,
-                advanced(position, size, length),
-                order,
-                used + size,
-                jax.tree.map(lambda all_, x: all_.at[number].set(x), metrics, measured),
+            return _Progress(
+                number=at.number + 1,
+                params=optax.apply_updates(at.params, updates),
+                opt_state=opt_state,
+                position=advanced(at.position, size, length),
+                order=order,
+                used=used + size,
+                metrics=jax.tree.map(
+                    lambda all_, x: all_.at[at.number].set(x), at.metrics, measured
+                ),
             )
 
         start = Position(*(jnp.asarray(part, jnp.int32) for part in position))
+        order, used = order_from(start)
         nothing = jnp.zeros(max_steps, jnp.float32)
         metrics = StepMetrics(nothing.astype(jnp.int32), nothing, nothing)
+        zero = jnp.zeros((), jnp.int32)
         last = jnp.minimum(num_steps, max_steps)
-        _, params, opt_state, end, _, _, metrics = lax.while_loop(
-            lambda carry: carry[0] < last,
+        end: _Progress = lax.while_loop(
+            lambda at: at.number < last,
             step,
-            (jnp.zeros((), jnp.int32), params, opt_state, start, *order_from(start), metrics),
+            _Progress(zero, params, opt_state, start, order, used, metrics),
         )
-        return OnDeviceResult(params, opt_state, end, metrics)
+        return OnDeviceResult(end.params, end.opt_state, end.position, end.metrics)
 
     return loop

@@ -12,14 +12,12 @@ from jax.typing import ArrayLike
 
 from cabs_jax import rules
 from cabs_jax._arguments import check_number
-from cabs_jax.inputs import read_moments
 from cabs_jax.rounding import RoundTo
 from cabs_jax.rules import ScalarOrSchedule
 from cabs_jax.state import AdaptBatchSizeState, CoupledState
-from cabs_jax.statistics import Variance, tree_sum
-from cabs_jax.transform import adapt_batch_size, select, unless_empty
-
-PyTree = Any
+from cabs_jax.statistics import PyTree, Variance, tree_sum
+from cabs_jax.step_moments import read_moments
+from cabs_jax.transform import Sizing, adapt_batch_size, held, select, sizing, unless_empty
 
 
 def cabs(
@@ -143,18 +141,18 @@ def cabs(
         check_number("momentum", momentum, "None or in [0, 1)", lambda x: 0 <= x < 1)
         rules.check_learning_rate(learning_rate)
         rate = _effective(learning_rate, momentum)
-    adapt = adapt_batch_size(
-        rules.cabs(rate, scale=scale, eps=eps, optimal_value=optimal_value),
-        min_batch_size=min_batch_size,
-        max_batch_size=max_batch_size,
-        decay=decay,
-        debias=debias,
-        initial_batch_size=initial_batch_size,
-        round_to=round_to,
-        axis_name=axis_name,
-    )
+    rule = rules.cabs(rate, scale=scale, eps=eps, optimal_value=optimal_value)
+    sizes: dict[str, Any] = {
+        "min_batch_size": min_batch_size,
+        "max_batch_size": max_batch_size,
+        "decay": decay,
+        "debias": debias,
+        "initial_batch_size": initial_batch_size,
+        "round_to": round_to,
+    }
     if momentum is not None:
-        return _coupled(adapt, optax.trace(momentum), learning_rate, axis_name)
+        return _coupled(sizing(rule, **sizes), optax.trace(momentum), learning_rate, axis_name)
+    adapt = adapt_batch_size(rule, **sizes, axis_name=axis_name)
 
     def update(
         updates: PyTree, state: AdaptBatchSizeState, params: PyTree = None, **extra_args: Any
@@ -270,7 +268,7 @@ def cabs_adam(
         check_number(name, number, "in [0, 1)", lambda x: 0 <= x < 1)
     for name, number in (("eps", eps), ("weight_decay", weight_decay)):
         check_number(name, number, "a non-negative number", lambda x: x >= 0)
-    adapt = adapt_batch_size(
+    rule_to_size = sizing(
         rules.cabs(learning_rate, scale=scale, optimal_value=optimal_value),
         min_batch_size=min_batch_size,
         max_batch_size=max_batch_size,
@@ -295,11 +293,11 @@ def cabs_adam(
 
         return tree_sum(jax.tree.map(divided, variance, second_moment)), adam.count > 0
 
-    return _coupled(adapt, direction, learning_rate, axis_name, "diagonal", noise)
+    return _coupled(rule_to_size, direction, learning_rate, axis_name, "diagonal", noise)
 
 
 def _coupled(
-    adapt: optax.GradientTransformationExtraArgs,
+    rule_to_size: Sizing,
     direction: optax.GradientTransformation,
     learning_rate: ScalarOrSchedule,
     axis_name: Hashable | None,
@@ -309,7 +307,7 @@ def _coupled(
     """Steps by −α along a direction that has a memory.
 
     Args:
-      adapt: The transformation that tracks the batch size.
+      rule_to_size: What tracks the batch size.
       direction: From the mean gradient to the direction.
       learning_rate: α, a scalar or a schedule.
       axis_name: Mapped axis over which path (a) is split.
@@ -319,7 +317,7 @@ def _coupled(
     """
 
     def init(params: PyTree) -> CoupledState:
-        return CoupledState(adapt.init(params), direction.init(params))
+        return CoupledState(rule_to_size.initial_state(), direction.init(params))
 
     def update(
         updates: PyTree,
@@ -337,27 +335,17 @@ def _coupled(
             updates, params, value, gradient_variance, count, mask, axis_name, variance
         )
         xi, known = noise(moments.gradient_variance, state.direction)
-        _, adapted = adapt.update(
-            moments.mean,
-            state.adapt,
-            params,
-            value=moments.value,
-            gradient_variance=xi,
-            # Only of the plain trace does ξ/(m − 1) tell the noise in ‖ḡ‖².
-            count=moments.count if variance == "trace" else None,
+        # Only of the plain trace does ξ/(m − 1) tell the noise in ‖ḡ‖².
+        count_of_trace = moments.count if variance == "trace" else None
+        adapted = rule_to_size.advance(
+            state.adapt, moments._replace(gradient_variance=xi, count=count_of_trace)
         )
-        adapted = select(jnp.asarray(known), adapted, _held(state.adapt, adapted))
+        adapted = select(jnp.asarray(known), adapted, held(state.adapt, adapted))
         directed, direction_state = direction.update(moments.mean, state.direction, params)
         scaled = _scaled(directed, rules.at_step(learning_rate, state.adapt.step))
         return unless_empty(moments.count, scaled, CoupledState(adapted, direction_state), state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _held(old: AdaptBatchSizeState, new: AdaptBatchSizeState) -> AdaptBatchSizeState:
-    """Returns the state after a step from which no batch size follows."""
-    info = new.info._replace(raw_batch_size=old.info.raw_batch_size, bound=old.info.bound)
-    return old._replace(step=new.step, info=info)
 
 
 def _scaled(direction: PyTree, step_size: ArrayLike) -> PyTree:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from cabs_jax._arguments import MAX_BATCH_SIZE, check_batch_size, is_traced
+from cabs_jax._arguments import INT32_MAX, check_batch_size, is_traced
 
 RoundTo = ArrayLike | Sequence[int]
 
@@ -132,7 +132,7 @@ def _to_int32(whole: jax.Array) -> jax.Array:
     """Casts a float32 without overflow, values from 2**31 on becoming 2**31 − 1."""
     largest = np.nextafter(np.float32(2**31), np.float32(0))
     cast = jnp.clip(whole, 0, largest).astype(jnp.int32)
-    return jnp.where(whole > largest, MAX_BATCH_SIZE, cast)
+    return jnp.where(whole > largest, INT32_MAX, cast)
 
 
 def _nothing_between(minimum: int | jax.Array, maximum: int | jax.Array, what: str) -> str:

@@ -37,7 +37,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,28 +44,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from cabs_jax._arguments import check_batch_size, check_number
-
-
-class Statistics(NamedTuple):
-    """What a rule may look at, after a step.
-
-    Attributes:
-      value: Running average of the loss F, float32 scalar.
-      gradient_variance: Running average of the trace ξ of the gradient covariance, float32 scalar.
-      squared_gradient_norm: Running average of ‖ḡ‖² − ξ/(m − 1), the unbiased estimate of ‖∇F‖²,
-        which noise can make negative; float32 scalar. None where `update` was given no `count`.
-      count: Number m of real examples of this step's batch, int32 scalar, or None likewise.
-      step: Index of this step, from 0, int32 scalar.
-      batch_size: Batch size that was asked for this step, int32 scalar.
-    """
-
-    value: jax.Array
-    gradient_variance: jax.Array
-    squared_gradient_norm: jax.Array | None
-    count: jax.Array | None  # type: ignore[assignment]
-    step: jax.Array
-    batch_size: jax.Array
-
+from cabs_jax.statistics import Statistics as Statistics
 
 Rule = Callable[[Statistics], ArrayLike]
 ScalarOrSchedule = ArrayLike | Callable[[jax.Array], ArrayLike]

@@ -1,8 +1,10 @@
 """What the transformation remembers between steps: a few scalars, whatever the model's size."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+
+from cabs_jax.statistics import PyTree
 
 
 class Info(NamedTuple):
@@ -36,8 +38,8 @@ class AdaptBatchSizeState(NamedTuple):
       value_average: Running average of the loss, float32.
       gradient_variance_average: Running average of ξ, float32.
       squared_gradient_norm_average: Running average of ‖ḡ‖² − ξ/(m − 1), float32.
-      weight: Running average of 1 from 0, that is 1 − decay^n after n averaged steps, float32: what
-        `debias` divides by.
+      weight: How much of an average that started at 0 comes from the n steps averaged so far,
+        1 − decay^n, float32; `debias` divides by it.
       info: What one wants to plot of the last step.
     """
 
@@ -59,10 +61,10 @@ class CoupledState(NamedTuple):
     """
 
     adapt: AdaptBatchSizeState
-    direction: Any
+    direction: PyTree
 
 
-def batch_size(state: Any) -> jax.Array:
+def batch_size(state: PyTree) -> jax.Array:
     """Finds the next batch size in an optimizer state, however deep it is wrapped.
 
     Args:
@@ -82,7 +84,7 @@ def batch_size(state: Any) -> jax.Array:
     16
     """
 
-    def is_ours(node: Any) -> bool:
+    def is_ours(node: PyTree) -> bool:
         return isinstance(node, AdaptBatchSizeState)
 
     found = [node for node in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(node)]

@@ -1,4 +1,4 @@
-"""Mean and variance of a batch of gradients, in float32 whatever the model's dtype."""
+"""What is measured on a batch and averaged over steps, in float32 whatever the model's dtype."""
 
 from collections.abc import Hashable
 from typing import Any, Literal, NamedTuple
@@ -35,6 +35,27 @@ class GradientMoments(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # tuple.count is not missed
 
 
+class Statistics(NamedTuple):
+    """What a rule may look at, after a step.
+
+    Attributes:
+      value: Running average of the loss F, float32 scalar.
+      gradient_variance: Running average of the trace ξ of the gradient covariance, float32 scalar.
+      squared_gradient_norm: Running average of ‖ḡ‖² − ξ/(m − 1), the unbiased estimate of ‖∇F‖²,
+        which noise can make negative; float32 scalar. None where `update` was given no `count`.
+      count: Number m of real examples of this step's batch, int32 scalar, or None likewise.
+      step: Index of this step, from 0, int32 scalar.
+      batch_size: Batch size that was asked for this step, int32 scalar.
+    """
+
+    value: jax.Array
+    gradient_variance: jax.Array
+    squared_gradient_norm: jax.Array | None
+    count: jax.Array | None  # type: ignore[assignment]
+    step: jax.Array
+    batch_size: jax.Array
+
+
 def tree_squared_norm(tree: PyTree) -> jax.Array:
     """Returns Σ x² over all entries of a tree of arrays, accumulated in float32.
 
@@ -49,8 +70,8 @@ def tree_squared_norm(tree: PyTree) -> jax.Array:
         # As products of short rows: on CPU XLA would write the squares to memory, and adds up the
         # product of two long vectors in sequence, which costs three digits.
         rows = x.reshape(*x.shape[:-1], x.shape[-1] // LANES, LANES)
-        across, last = tuple(range(x.ndim)), (x.ndim,)
-        numbers = ((last, last), (across, across))
+        batch, contracted = tuple(range(x.ndim)), (x.ndim,)
+        numbers = ((contracted, contracted), (batch, batch))
         return jnp.sum(jax.lax.dot_general(rows, rows, numbers, jax.lax.Precision.HIGHEST))
 
     norms = map(squared_norm, jax.tree.leaves(tree))
@@ -99,9 +120,9 @@ def moments_from_per_example(
 
     counted = jnp.full((), size, jnp.int32) if mask is None else jnp.sum(mask, dtype=jnp.int32)
     count = sum_over(counted, axis_name)
-    weight = 1.0 / jnp.maximum(count, 1).astype(jnp.float32)
+    share = 1.0 / jnp.maximum(count, 1).astype(jnp.float32)  # of each example
     value, mean = jax.tree.map(
-        lambda total: total * weight,
+        lambda total: total * share,
         sum_over((example_sum(losses), jax.tree.map(example_sum, grads)), axis_name),
     )
 
@@ -114,7 +135,7 @@ def moments_from_per_example(
         spread = example_sum(sum(by_entry, start=jnp.zeros((size,), jnp.float32)))
     else:
         spread = jax.tree.map(example_sum, squares)
-    spread = jax.tree.map(lambda total: total * weight, sum_over(spread, axis_name))
+    spread = jax.tree.map(lambda total: total * share, sum_over(spread, axis_name))
     mean = jax.tree.map(lambda centre, g: centre.astype(g.dtype), mean, grads)
     return GradientMoments(value, mean, spread, count)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ from jax.typing import ArrayLike
 
 from cabs_jax import rules
 from cabs_jax._arguments import check_number
-from cabs_jax.inputs import StepMoments, read_moments
 from cabs_jax.rounding import (
     LegalSizes,
     RoundTo,
@@ -21,11 +20,10 @@ from cabs_jax.rounding import (
     legal_sizes,
     nearest_legal_size,
 )
-from cabs_jax.rules import Rule, Statistics
+from cabs_jax.rules import Rule
 from cabs_jax.state import AdaptBatchSizeState, Info
-from cabs_jax.statistics import tree_squared_norm
-
-PyTree = Any
+from cabs_jax.statistics import PyTree, Statistics, tree_squared_norm
+from cabs_jax.step_moments import StepMoments, read_moments
 
 
 def adapt_batch_size(
@@ -100,28 +98,19 @@ def adapt_batch_size(
       >>> print(updates["w"], cabs_jax.batch_size(state))
       [-0.2 -0.1] 16
     """
-    if not callable(rule):
-        raise TypeError(
-            f"rule must be a function of Statistics, such as rules.cabs(learning_rate), got "
-            f"{rule!r}."
-        )
-    check_number("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
-    legal = legal_sizes(min_batch_size, max_batch_size, round_to)
-    first = check_initial_batch_size(initial_batch_size, legal)
+    rule_to_size = sizing(
+        rule,
+        min_batch_size=min_batch_size,
+        max_batch_size=max_batch_size,
+        decay=decay,
+        debias=debias,
+        initial_batch_size=initial_batch_size,
+        round_to=round_to,
+    )
 
     def init(params: PyTree) -> AdaptBatchSizeState:
         del params
-        zero = jnp.zeros((), jnp.float32)
-        flag = jnp.zeros((), jnp.int32)
-        return AdaptBatchSizeState(
-            step=flag,
-            batch_size=nearest_legal_size(jnp.asarray(first, jnp.float32), legal),
-            value_average=zero if debias else jnp.ones((), jnp.float32),
-            gradient_variance_average=zero,
-            squared_gradient_norm_average=zero,
-            weight=zero,
-            info=Info(jnp.asarray(first, jnp.float32), zero, zero, zero, flag, flag),
-        )
+        return rule_to_size.initial_state()
 
     def update(
         updates: PyTree,
@@ -136,83 +125,154 @@ def adapt_batch_size(
     ) -> tuple[PyTree, AdaptBatchSizeState]:
         del extra_args
         moments = read_moments(updates, params, value, gradient_variance, count, mask, axis_name)
-        new_state = _advance(state, moments, rule, legal, decay, debias)
+        new_state = rule_to_size.advance(state, moments)
         return unless_empty(moments.count, moments.mean, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _advance(
-    state: AdaptBatchSizeState,
-    moments: StepMoments,
-    rule: Rule,
-    legal: LegalSizes,
-    decay: ArrayLike,
-    debias: bool,
-) -> AdaptBatchSizeState:
-    """Returns the state after a step that had examples."""
-    decay = jnp.asarray(decay, jnp.float32)
+class Averages(NamedTuple):
+    """The running averages of the state, advanced by a step; float32 scalars."""
 
-    def average(old: jax.Array, new: ArrayLike) -> jax.Array:
-        return decay * old + (1 - decay) * new
+    value: jax.Array
+    gradient_variance: jax.Array
+    squared_gradient_norm: jax.Array
+    weight: jax.Array
 
-    value, variance, count = moments.value, moments.gradient_variance, moments.count
-    biased_norm = tree_squared_norm(moments.mean)
-    weight = average(state.weight, 1.0)
-    value_average = average(state.value_average, value)
-    variance_average = average(state.gradient_variance_average, variance)
-    norm_average = state.squared_gradient_norm_average
-    if count is not None:
-        norm_average = average(
-            norm_average, biased_norm - rules.noise_in_squared_norm(variance, count)
+
+class Sizing(NamedTuple):
+    """How the moments of the steps become batch sizes; made by `sizing`, which checks it.
+
+    Attributes:
+      rule: From the statistics to the size to aim at.
+      legal: The sizes that it is rounded to.
+      first: Size of the first batch, not rounded yet.
+      decay: Constant of the running averages.
+      debias: Whether the averages are divided by their weight.
+    """
+
+    rule: Rule
+    legal: LegalSizes
+    first: int | jax.Array
+    decay: ArrayLike
+    debias: bool
+
+    def initial_state(self) -> AdaptBatchSizeState:
+        """Returns the state before the first step, no two leaves of which share their memory."""
+        first = jnp.asarray(self.first, jnp.float32)
+        return AdaptBatchSizeState(
+            step=jnp.zeros((), jnp.int32),
+            batch_size=nearest_legal_size(first, self.legal),
+            value_average=jnp.full((), 0.0 if self.debias else 1.0, jnp.float32),
+            gradient_variance_average=jnp.zeros((), jnp.float32),
+            squared_gradient_norm_average=jnp.zeros((), jnp.float32),
+            weight=jnp.zeros((), jnp.float32),
+            info=Info(
+                raw_batch_size=jnp.copy(first),
+                value=jnp.zeros((), jnp.float32),
+                gradient_variance=jnp.zeros((), jnp.float32),
+                mean_gradient_squared_norm=jnp.zeros((), jnp.float32),
+                bound=jnp.zeros((), jnp.int32),
+                non_finite=jnp.zeros((), jnp.int32),
+            ),
         )
 
-    total = weight if debias else jnp.ones((), jnp.float32)
-    raw = jnp.asarray(
-        rule(
+    def advance(self, state: AdaptBatchSizeState, moments: StepMoments) -> AdaptBatchSizeState:
+        """Returns the state after a step that had examples: averages, then rule, then rounding."""
+        biased_norm = tree_squared_norm(moments.mean)
+        averages = self._averages(state, moments, biased_norm)
+        raw = self._ask(state, moments, averages)
+        answered = ~jnp.isnan(raw)
+        info = Info(
+            raw_batch_size=raw,
+            value=moments.value,
+            gradient_variance=moments.gradient_variance,
+            mean_gradient_squared_norm=biased_norm,
+            bound=_bound(raw, self.legal),
+            non_finite=jnp.asarray(~answered, jnp.int32),
+        )
+        adapted = AdaptBatchSizeState(
+            step=optax.safe_increment(state.step),
+            batch_size=jnp.where(answered, nearest_legal_size(raw, self.legal), state.batch_size),
+            value_average=averages.value,
+            gradient_variance_average=averages.gradient_variance,
+            squared_gradient_norm_average=averages.squared_gradient_norm,
+            weight=averages.weight,
+            info=info,
+        )
+        measured = jnp.stack([moments.value, moments.gradient_variance, biased_norm])
+        flagged = info._replace(non_finite=jnp.ones((), jnp.int32))
+        untouched = held(state, adapted._replace(info=flagged))
+        selected: AdaptBatchSizeState = select(jnp.isfinite(measured).all(), adapted, untouched)
+        return selected
+
+    def _averages(
+        self, state: AdaptBatchSizeState, moments: StepMoments, biased_norm: jax.Array
+    ) -> Averages:
+        decay = jnp.asarray(self.decay, jnp.float32)
+
+        def average(old: jax.Array, new: ArrayLike) -> jax.Array:
+            return decay * old + (1 - decay) * new
+
+        norm_average = state.squared_gradient_norm_average
+        if moments.count is not None:
+            noise = rules.noise_in_squared_norm(moments.gradient_variance, moments.count)
+            norm_average = average(norm_average, biased_norm - noise)
+        return Averages(
+            value=average(state.value_average, moments.value),
+            gradient_variance=average(state.gradient_variance_average, moments.gradient_variance),
+            squared_gradient_norm=norm_average,
+            weight=average(state.weight, 1.0),
+        )
+
+    def _ask(
+        self, state: AdaptBatchSizeState, moments: StepMoments, averages: Averages
+    ) -> jax.Array:
+        """Returns what the rule answers, a float32 scalar."""
+        divisor = averages.weight if self.debias else jnp.ones((), jnp.float32)
+        norm = averages.squared_gradient_norm / divisor
+        answer = self.rule(
             Statistics(
-                value=value_average / total,
-                gradient_variance=variance_average / total,
-                squared_gradient_norm=None if count is None else norm_average / total,
-                count=count,
+                value=averages.value / divisor,
+                gradient_variance=averages.gradient_variance / divisor,
+                squared_gradient_norm=None if moments.count is None else norm,
+                count=moments.count,
                 step=state.step,
                 batch_size=state.batch_size,
             )
-        ),
-        jnp.float32,
-    )
-    if raw.shape != ():
-        raise ValueError(f"the rule must return a scalar, got an array of shape {raw.shape}.")
+        )
+        raw = jnp.asarray(answer, jnp.float32)
+        if raw.shape != ():
+            raise ValueError(f"the rule must return a scalar, got an array of shape {raw.shape}.")
+        return raw
 
-    answered = ~jnp.isnan(raw)
-    info = Info(
-        raw_batch_size=raw,
-        value=value,
-        gradient_variance=variance,
-        mean_gradient_squared_norm=biased_norm,
-        bound=_bound(raw, legal),
-        non_finite=jnp.asarray(~answered, jnp.int32),
-    )
-    adapted = AdaptBatchSizeState(
-        step=optax.safe_increment(state.step),
-        batch_size=jnp.where(answered, nearest_legal_size(raw, legal), state.batch_size),
-        value_average=value_average,
-        gradient_variance_average=variance_average,
-        squared_gradient_norm_average=norm_average,
-        weight=weight,
-        info=info,
-    )
-    untouched = state._replace(
-        step=adapted.step,
-        info=info._replace(
-            raw_batch_size=state.info.raw_batch_size,
-            bound=state.info.bound,
-            non_finite=jnp.ones((), jnp.int32),
-        ),
-    )
-    finite = jnp.isfinite(value) & jnp.isfinite(variance) & jnp.isfinite(biased_norm)
-    selected: AdaptBatchSizeState = select(finite, adapted, untouched)
-    return selected
+
+def sizing(
+    rule: Rule,
+    *,
+    min_batch_size: ArrayLike,
+    max_batch_size: ArrayLike,
+    decay: ArrayLike,
+    debias: bool,
+    initial_batch_size: ArrayLike | None,
+    round_to: RoundTo,
+) -> Sizing:
+    """Checks the arguments of `adapt_batch_size`, which says what they mean and what is raised."""
+    if not callable(rule):
+        raise TypeError(
+            f"rule must be a function of Statistics, such as rules.cabs(learning_rate), got "
+            f"{rule!r}."
+        )
+    check_number("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
+    legal = legal_sizes(min_batch_size, max_batch_size, round_to)
+    first = check_initial_batch_size(initial_batch_size, legal)
+    return Sizing(rule, legal, first, decay, debias)
+
+
+def held(old: AdaptBatchSizeState, new: AdaptBatchSizeState) -> AdaptBatchSizeState:
+    """Returns the state after a step from which no batch size follows: it counts, and is shown."""
+    info = new.info._replace(raw_batch_size=old.info.raw_batch_size, bound=old.info.bound)
+    return old._replace(step=new.step, info=info)
 
 
 def _bound(raw: jax.Array, legal: LegalSizes) -> jax.Array:

@@ -1,9 +1,4 @@
-"""The order of examples, computed on the device: bit for bit that of `order`, in 32-bit integers.
-
-The keys of an epoch are those of numpy's `SeedSequence(seed, spawn_key=(epoch,))`, whose mixing
-(O'Neill, "Developing a seed_seq alternative", 2015) is repeated here from the point where the epoch
-enters.
-"""
+"""The order of examples, computed on the device: that of `order`, in 32-bit integers."""
 
 from __future__ import annotations
 
@@ -11,13 +6,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from cabs_jax.loader.order import ROUNDS, SHORT_BITS, SHORT_ROUNDS
-
-INIT_A, MULT_A, INIT_B, MULT_B = 0x43B0D7E5, 0x931E8875, 0x8B51F9DD, 0x58F38DED
-MIX_L, MIX_R = 0xCA01F9DD, 0x4973F715
+from cabs_jax.loader.feistel import bits_of, permuted, round_keys
 
 
 class Position(NamedTuple):
@@ -30,8 +21,8 @@ class Position(NamedTuple):
       offset: Number of examples before it in its epoch.
 
     Example:
-      >>> Position(*divmod(2500, 1000))  # in a stream of epochs of 1000 examples
-      Position(epoch=2, offset=500)
+    >>> Position(*divmod(2500, 1000))  # in a stream of epochs of 1000 examples
+    Position(epoch=2, offset=500)
     """
 
     epoch: int | jax.Array = 0
@@ -57,54 +48,15 @@ def indices(position: Position, count: int, length: int, seed: int, shuffle: boo
     place = advanced(position, jnp.arange(count, dtype=jnp.int32), length)
     if not shuffle:
         return jnp.asarray(place.offset)
-    bits = max(2, (length - 1).bit_length())
-    rounds = SHORT_ROUNDS if bits <= SHORT_BITS else ROUNDS
-    keys = _round_keys(seed, jnp.asarray(place.epoch).astype(jnp.uint32), rounds)
+    bits = bits_of(length)
+    keys = round_keys(seed, jnp.asarray(place.epoch).astype(jnp.uint32), bits)
 
-    def walk(values: jax.Array) -> jax.Array:
-        return jnp.where(values < length, values, _feistel(values, keys, bits))
+    def walk(values: jax.Array) -> jax.Array:  # follow the cycles until they re-enter the range
+        return jnp.where(values < length, values, permuted(values, keys, bits))
 
     def outside(values: jax.Array) -> jax.Array:
         return jnp.any(values >= length)
 
-    start = _feistel(jnp.asarray(place.offset).astype(jnp.uint32), keys, bits)
-    return lax.while_loop(outside, walk, start).astype(jnp.int32)
-
-
-def _round_keys(seed: int, epoch: jax.Array, rounds: int) -> list[jax.Array]:
-    words = max(4, -(-seed.bit_length() // 32))
-    pool = [jnp.uint32(word) for word in np.random.SeedSequence(seed).pool]
-    hashes = 4 * words  # that were drawn before the epoch is mixed in
-    constant = INIT_A * pow(MULT_A, hashes, 2**32) % 2**32
-    for i in range(4):
-        hashed, constant = _hashmix(epoch, constant, MULT_A)
-        mixed = jnp.uint32(MIX_L) * pool[i] - jnp.uint32(MIX_R) * hashed
-        pool[i] = mixed ^ (mixed >> 16)
-    keys, constant = [], INIT_B
-    for i in range(rounds):
-        key, constant = _hashmix(pool[i % 4], constant, MULT_B)
-        keys.append(key)
-    return keys
-
-
-def _hashmix(value: jax.Array, constant: int, multiplier: int) -> tuple[jax.Array, int]:
-    following = constant * multiplier % 2**32
-    value = (value ^ jnp.uint32(constant)) * jnp.uint32(following)
-    return value ^ (value >> 16), following
-
-
-def _feistel(values: jax.Array, keys: list[jax.Array], bits: int) -> jax.Array:
-    low_bits = bits // 2
-    low = values & jnp.uint32((1 << low_bits) - 1)
-    high = values >> low_bits
-    for even, odd in zip(keys[::2], keys[1::2], strict=True):
-        low = low ^ (_hash(high, even) >> (32 - low_bits))
-        high = high ^ (_hash(low, odd) >> (32 - bits + low_bits))
-    joined: jax.Array = (high << low_bits) | low
-    return joined
-
-
-def _hash(half: jax.Array, key: jax.Array) -> jax.Array:
-    hashed = (half + key) * jnp.uint32(0x9E3779B1)
-    mixed: jax.Array = (hashed ^ (hashed >> 15)) * jnp.uint32(0x85EBCA77)
-    return mixed
+    start = permuted(jnp.asarray(place.offset).astype(jnp.uint32), keys, bits)
+    inside: jax.Array = lax.while_loop(outside, walk, start)
+    return inside.astype(jnp.int32)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Self, SupportsIndex
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from cabs_jax._arguments import check_non_negative
+from cabs_jax._closing import Closing
 from cabs_jax.loader.order import Order
 from cabs_jax.loader.padding import PadTo, padding_rule
 from cabs_jax.loader.placement import place, placement
@@ -25,7 +25,7 @@ MAX_BATCH_SIZE = 2**24  # larger ones are accidents, and would exhaust memory be
 _copy = jax.jit(jnp.copy)  # 7 microseconds; dispatched alone, the copy costs 44
 
 
-class BatchLoader:
+class BatchLoader(Closing):
     """Endless batches whose size may change at every step.
 
     The examples form one endless stream of epochs, each in its own shuffled order. Batches are
@@ -38,37 +38,37 @@ class BatchLoader:
     and ends with `close`, at the end of a `with` block, with an error, or with the loader itself.
 
     Args:
-        source: examples to load, at least one. A pytree (dict, tuple, single array) is a source of
-            arrays of shape (length, ...). A list, or an object with `__len__` and `__getitem__`, is
-            a source of records, read with `__getitems__` where it has one; records are pytrees
-            of values, stacked leaf by leaf.
-        batch_size: size of the first batches; see the attribute.
-        seed: non-negative integer that identifies the order.
-        shuffle: False gives the source's own order in every epoch.
-        sharding: yields global arrays sharded so, such as `NamedSharding(mesh, P("data"))`. Each
-            process reads only its own share of the stream, one example in as many as there are
-            shares, whatever the sizes: the batch holds the same examples as on one process, in
-            another order. Sizes must be multiples of the number of shards, unless padded, and at
-            least the number of processes. The transfer to the devices is not waited for.
-        pad_to: yields `(batch, mask)`, padded with zeros to one size, to the next larger of several
-            (see `buckets`), or to `pad_to(size)`; `mask`, of shape (rows,), is True for examples.
-        lag: every size takes effect `lag` batches late. With 1, batch k + 1 is cut with the size
-            that step k - 1 gave, so that cutting and transferring it overlap step k.
+      source: Examples to load, at least one. A pytree (dict, tuple, single array) is a source of
+        arrays of shape (length, ...). A list, or an object with `__len__` and `__getitem__`, is
+        a source of records, read with `__getitems__` where it has one; records are pytrees
+        of values, stacked leaf by leaf.
+      batch_size: Size of the first batches; see the attribute.
+      seed: Non-negative integer that identifies the order.
+      shuffle: False gives the source's own order in every epoch.
+      sharding: Yields global arrays sharded so, such as `NamedSharding(mesh, P("data"))`. Each
+        process reads only its own share of the stream, one example in as many as there are
+        shares, whatever the sizes: the batch holds the same examples as on one process, in
+        another order. Sizes must be multiples of the number of shards, unless padded, and at
+        least the number of processes. The transfer to the devices is not waited for.
+      pad_to: Yields `(batch, mask)`, padded with zeros to one size, to the next larger of several
+        (see `buckets`), or to `pad_to(size)`; `mask`, of shape (rows,), is True for examples.
+      lag: Every size takes effect `lag` batches late. With 1, batch k + 1 is cut with the size
+        that step k - 1 gave, so that cutting and transferring it overlap step k.
 
     Raises:
-        TypeError: if an argument is of the wrong type.
-        ValueError: if `source` is empty, if its arrays differ in length, if `seed` or `lag` is
-            negative, if `batch_size` is not positive, if `pad_to` is not increasing multiples of
-            the number of shards, or if `sharding` splits another axis than the leading one.
+      TypeError: If an argument is of the wrong type.
+      ValueError: If `source` is empty, if its arrays differ in length, if `seed` or `lag` is
+        negative, if `batch_size` is not positive, if `pad_to` is not increasing multiples of
+        the number of shards, or if `sharding` splits another axis than the leading one.
 
     Example:
-        >>> import numpy as np
-        >>> loader = BatchLoader({"x": np.arange(5)}, batch_size=2, shuffle=False)
-        >>> next(loader)
-        {'x': array([0, 1])}
-        >>> loader.batch_size = 4
-        >>> next(loader)
-        {'x': array([2, 3, 4, 0])}
+      >>> import numpy as np
+      >>> loader = BatchLoader({"x": np.arange(5)}, batch_size=2, shuffle=False)
+      >>> next(loader)
+      {'x': array([0, 1])}
+      >>> loader.batch_size = 4
+      >>> next(loader)
+      {'x': array([2, 3, 4, 0])}
     """
 
     def __init__(
@@ -116,10 +116,10 @@ class BatchLoader:
     def batch_size(self, value: SupportsIndex | jax.Array) -> None:
         if isinstance(value, jax.Array):
             if isinstance(value, jax.core.Tracer):
-                raise TypeError("batch_size must be set outside of jit, got a tracer")
+                raise TypeError("batch_size must be set outside of jit, got a tracer.")
             if value.ndim or not jnp.issubdtype(value.dtype, jnp.integer):
                 raise TypeError(
-                    f"batch_size must be an integer scalar, got {value.dtype}{list(value.shape)}"
+                    f"batch_size must be an integer scalar, got {value.dtype}{list(value.shape)}."
                 )
             # A late reader needs its own copy: the next step may be given, and reuse, the original.
             self._batch_size: int | jax.Array = _copy(value) if self._lag else value
@@ -134,8 +134,8 @@ class BatchLoader:
         """The next `batch_size` examples.
 
         Returns:
-            a pytree of numpy arrays of shape (batch_size, ...), or of global `jax.Array`s with
-            `sharding`. With `pad_to`, a pair of that and the mask.
+          A pytree of numpy arrays of shape (batch_size, ...), or of global `jax.Array`s with
+          `sharding`. With `pad_to`, a pair of that and the mask.
         """
         sizes = (*self._earlier_sizes, self._batch_size)
         size = _checked_size(sizes[0])
@@ -145,7 +145,7 @@ class BatchLoader:
         except BaseException as error:  # Ctrl-C too
             self._stop_reader()  # it may have given examples away: read them anew
             if isinstance(error, StopIteration):
-                raise RuntimeError("source raised StopIteration") from error
+                raise RuntimeError("source raised StopIteration.") from error
             raise
         self._earlier_sizes = sizes[1:] if len(sizes) > self._lag else sizes
         if not self._lag:
@@ -159,10 +159,10 @@ class BatchLoader:
         sizes nor reading ahead. With `lag`, it includes the sizes that are still to take effect.
 
         Example:
-            >>> loader = BatchLoader([3, 1, 4, 1, 5], batch_size=3, seed=7)
-            >>> _ = next(loader)
-            >>> loader.get_state()
-            {'seed': 7, 'length': 5, 'shuffle': True, 'position': 3}
+          >>> loader = BatchLoader([3, 1, 4, 1, 5], batch_size=3, seed=7)
+          >>> _ = next(loader)
+          >>> loader.get_state()
+          {'seed': 7, 'length': 5, 'shuffle': True, 'position': 3}
         """
         state = {**self._stream(), "position": self._position}
         if self._lag:
@@ -173,16 +173,16 @@ class BatchLoader:
         """Continues with the example after the last one that was loaded at `get_state`.
 
         Raises:
-            ValueError: if the state is incomplete, or belongs to another stream of examples.
+          ValueError: If the state is incomplete, or belongs to another stream of examples.
         """
         stream = self._stream()
         if missing := {*stream, "position"} - state.keys():
-            raise ValueError(f"state lacks {sorted(missing)}, got {dict(state)}")
+            raise ValueError(f"state lacks {sorted(missing)}, got {dict(state)}.")
         for key, own in stream.items():
             if state[key] != own:
                 raise ValueError(
                     f"state was saved with {key}={state[key]}, this loader has {key}={own}: "
-                    "the order of examples would differ"
+                    "the order of examples would differ."
                 )
         position = check_non_negative("position", state["position"])
         sizes = tuple(_checked_size(size) for size in state.get("batch_sizes", ()))
@@ -197,17 +197,6 @@ class BatchLoader:
         if reader is not None:
             reader.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _stream(self) -> dict[str, Any]:
         return {"seed": self._seed, "length": self._source.length, "shuffle": self._shuffle}
 
@@ -218,7 +207,7 @@ class BatchLoader:
         if size < readers:
             raise ValueError(
                 f"batch size {size} leaves some of {readers} processes without any example: give "
-                f"the optimizer min_batch_size={readers} or more"
+                f"the optimizer min_batch_size={readers} or more."
             )
         start, stop = (
             (position - self._placement.reader + readers - 1) // readers
@@ -248,7 +237,7 @@ def _checked_size(value: SupportsIndex | jax.Array) -> int:
     try:
         size = operator.index(value)
     except TypeError as error:
-        raise TypeError(f"batch_size must be an integer, got {value!r}") from error
+        raise TypeError(f"batch_size must be an integer, got {value!r}.") from error
     if isinstance(value, bool) or not 1 <= size <= MAX_BATCH_SIZE:
-        raise ValueError(f"batch_size must be in [1, {MAX_BATCH_SIZE}], got {value!r}")
+        raise ValueError(f"batch_size must be in [1, {MAX_BATCH_SIZE}], got {value!r}.")
     return size

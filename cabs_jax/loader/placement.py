@@ -13,10 +13,10 @@ class Placement(NamedTuple):
     """How the leading axis of a batch is divided.
 
     Attributes:
-        shards: number of distinct slices that devices hold.
-        readers: number of distinct shares that processes read. It is less than the number of
-            processes where some of them are replicas and read the same examples.
-        reader: index of this process's share.
+      shards: Number of distinct slices that devices hold.
+      readers: Number of distinct shares that processes read. It is less than the number of
+        processes where some of them are replicas and read the same examples.
+      reader: Index of this process's share.
     """
 
     shards: int = 1
@@ -28,19 +28,19 @@ def placement(sharding: Sharding | None) -> Placement:
     """Divides the leading axis among the processes.
 
     Raises:
-        TypeError: if `sharding` is no `jax.sharding.Sharding`.
-        ValueError: if it splits another axis than the leading one, leaves out this process, or
-            gives two processes shares that differ but overlap.
+      TypeError: If `sharding` is no `jax.sharding.Sharding`.
+      ValueError: If it splits another axis than the leading one, leaves out this process, or
+        gives two processes shares that differ but overlap.
     """
     if sharding is None:
         return Placement()
     if not isinstance(sharding, Sharding):
         raise TypeError(
             "sharding must be a jax.sharding.Sharding such as NamedSharding(mesh, P('data')), got "
-            f"{sharding!r}"
+            f"{sharding!r}."
         )
-    if isinstance(sharding, NamedSharding) and any(axes for axes in sharding.spec[1:]):
-        raise ValueError(f"sharding must split no axis but the leading one, got {sharding.spec}")
+    if isinstance(sharding, NamedSharding) and any(sharding.spec[1:]):
+        raise ValueError(f"sharding must split no axis but the leading one, got {sharding.spec}.")
     rows = len(sharding.device_set)  # a number that splits evenly, whatever the mesh
     shares: dict[int, set[int]] = {}
     slices: Mapping[Any, Any] = sharding.devices_indices_map((rows,))
@@ -48,13 +48,13 @@ def placement(sharding: Sharding | None) -> Placement:
         shares.setdefault(device.process_index, set()).add(index.start or 0)
     process = jax.process_index()
     if process not in shares:
-        raise ValueError(f"sharding has no device of process {process}")
+        raise ValueError(f"sharding has no device of process {process}.")
     distinct = sorted({tuple(sorted(share)) for share in shares.values()})
     starts = [start for share in distinct for start in share]
     if len(set(starts)) < len(starts) or len({len(share) for share in distinct}) > 1:
         raise ValueError(
             "every two processes must hold the same shards of a batch or none in common, got "
-            f"{shares}: order the mesh by process"
+            f"{shares}: order the mesh by process."
         )
     return Placement(len(starts), len(distinct), distinct.index(tuple(sorted(shares[process]))))
 

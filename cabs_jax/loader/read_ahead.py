@@ -21,10 +21,10 @@ class ReadAhead:
     by `take`, once the examples read before it are used up.
 
     Args:
-        source: where examples are read.
-        order: which examples, by position.
-        start: the first position.
-        count: how many examples the first `take` will ask for.
+      source: Where examples are read.
+      order: Which examples, by position.
+      start: The first position.
+      count: How many examples the first `take` will ask for.
     """
 
     def __init__(self, source: ArraySource | RecordSource, order: Order, start: int, count: int):
@@ -45,8 +45,8 @@ class ReadAhead:
         """The next `count` examples, as pieces of blocks.
 
         Raises:
-            BaseException: whatever the source raised, unless `count` examples came before it.
-            RuntimeError: another thread, or a signal's handler, stopped it meanwhile.
+          BaseException: Whatever the source raised, unless `count` examples came before it.
+          RuntimeError: Another thread, or a signal's handler, stopped it meanwhile.
         """
         with self._condition:
             self._request = count

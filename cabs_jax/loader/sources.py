@@ -21,8 +21,8 @@ class ArraySource:
     """A pytree of arrays of shape (length, ...).
 
     Attributes:
-        length: number of examples.
-        in_memory: False if a leaf is mapped from a file, so that reading it may wait for the disk.
+      length: Number of examples.
+      in_memory: False if a leaf is mapped from a file, so that reading it may wait for the disk.
     """
 
     def __init__(self, arrays: Any):
@@ -32,7 +32,7 @@ class ArraySource:
         if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
             raise ValueError(
                 "source must be a pytree of arrays that share their leading axis, got shapes "
-                f"{sorted(set(shapes))}; pass a list of records to have examples stacked"
+                f"{sorted(set(shapes))}; pass a list of records to have examples stacked."
             )
         self.length = shapes[0][0]
         self.in_memory = not any(_is_memory_mapped(leaf) for leaf in self._leaves)
@@ -64,8 +64,8 @@ class RecordSource:
     """Records, each a pytree of values of equal shape, read one by one or with `__getitems__`.
 
     Attributes:
-        length: number of records.
-        in_memory: always False, since reading a record may run any code.
+      length: Number of records.
+      in_memory: Always False, since reading a record may run any code.
     """
 
     in_memory = False
@@ -85,7 +85,7 @@ class RecordSource:
         records = list(self._read_many(plain))
         if len(records) != len(plain):
             raise ValueError(
-                f"source.__getitems__ returned {len(records)} records for {len(plain)} indices"
+                f"source.__getitems__ returned {len(records)} records for {len(plain)} indices."
             )
         return records
 
@@ -104,11 +104,11 @@ class RecordSource:
             for record in piece
         ]
         if not flat[0][0]:
-            raise ValueError(f"records hold no values, got {pieces[0][0]!r}")
+            raise ValueError(f"records hold no values, got {pieces[0][0]!r}.")
         structure = flat[0][1]
         for _, other in flat:
             if other != structure:
-                raise ValueError(f"records differ in structure: {structure} and {other}")
+                raise ValueError(f"records differ in structure: {structure} and {other}.")
         columns = zip(*(leaves for leaves, _ in flat), strict=True)
         return jax.tree.unflatten(structure, [_stack(column, rows) for column in columns])
 
@@ -117,8 +117,8 @@ def as_source(source: Any) -> ArraySource | RecordSource:
     """Wraps arrays or records.
 
     Raises:
-        TypeError: if `source` is neither.
-        ValueError: if it holds no examples, or arrays whose leading axes differ.
+      TypeError: If `source` is neither.
+      ValueError: If it holds no examples, or arrays whose leading axes differ.
     """
     is_text = isinstance(source, str | bytes)
     is_array = hasattr(source, "__array__") and hasattr(source, "shape")
@@ -131,10 +131,10 @@ def as_source(source: Any) -> ArraySource | RecordSource:
     else:
         raise TypeError(
             "source must be a pytree of arrays, a list of records, or an object with __len__ and "
-            f"__getitem__, got {type(source).__name__}"
+            f"__getitem__, got {type(source).__name__}."
         )
     if wrapped.length < 1:
-        raise ValueError("source holds no examples")
+        raise ValueError("source holds no examples.")
     return wrapped
 
 
@@ -166,13 +166,13 @@ def _stack(column: Sequence[Any], rows: int) -> NDArray[Any]:
     try:
         arrays = [np.asarray(value) for value in column]
     except ValueError as error:
-        raise ValueError(f"a list in a record is not a rectangular array: {error}") from error
+        raise ValueError(f"a list in a record is not a rectangular array: {error}.") from error
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
-        raise ValueError(f"records differ in shape: {sorted(shapes)}, and cannot be stacked")
+        raise ValueError(f"records differ in shape: {sorted(shapes)}, and cannot be stacked.")
     dtypes = {array.dtype for array in arrays}
     if len(dtypes) > 1 and {dtype.kind for dtype in dtypes} - {"S", "U"}:
         names = sorted(dtype.name for dtype in dtypes)
-        raise ValueError(f"records differ in dtype: {names}, and would be converted")
+        raise ValueError(f"records differ in dtype: {names}, and would be converted.")
     padding = [np.zeros_like(arrays[0])] * (rows - len(arrays))
     return np.stack(arrays + padding)

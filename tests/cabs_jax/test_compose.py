@@ -1,6 +1,7 @@
 """The transformation under JAX's transformations and inside optax's."""
 
 import pickle
+import re
 
 import jax
 import jax.numpy as jnp
@@ -339,3 +340,10 @@ def test_public_names_are_those_listed():
     assert {"Statistics", "adapt_batch_size", "batch_size", "cabs", "rules"} <= set(
         cabs_jax.__all__
     )
+    assert cabs_jax.__doc__ is not None
+    for name in ("gradient_moments", "rules", "cabs", "BatchLoader"):
+        assert f"`{name}`" in cabs_jax.__doc__
+
+
+def test_the_version_is_that_of_the_installed_package():
+    assert re.match(r"\d+[.+]", cabs_jax.__version__)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cabs_jax import Statistics, adapt_batch_size, batch_size, cabs, rules
+from cabs_jax import Statistics, adapt_batch_size, batch_size, cabs, cabs_adam, rules
 
 PARAMS = {"b": jnp.zeros(2), "w": jnp.zeros(3)}
 ALPHA = 0.5
@@ -522,3 +522,22 @@ def test_every_rule_drives_the_transformation(rule, size):
     state = after_one_step(tx, variance=12.0, gradient=3.0, count=5)
     assert state.info.raw_batch_size == pytest.approx(size)
     assert state.batch_size == round(size)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        cabs(0.1),
+        cabs(0.1, momentum=0.9, debias=True),
+        cabs_adam(0.1),
+        optax.inject_hyperparams(
+            cabs, static_args=("min_batch_size", "max_batch_size", "round_to")
+        )(0.1),
+    ],
+)
+def test_a_fresh_state_can_be_donated(tx):
+    params = {"w": jnp.ones(3)}
+    for init in (tx.init, jax.jit(tx.init)):
+        state = init(params)
+        jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))

@@ -14,9 +14,7 @@ import jax.numpy as jnp
 from jax.tree_util import keystr
 
 from cabs_jax._arguments import check_parameters
-from cabs_jax.statistics import Variance, moments_from_per_example, tree_sum
-
-PyTree = Any
+from cabs_jax.statistics import PyTree, Variance, moments_from_per_example, tree_sum
 
 
 class StepMoments(NamedTuple):
