@@ -54,8 +54,7 @@ class ArraySource:
             missing = rows - sum(map(len, parts))
             if len(parts) == 1 and not missing:
                 return parts[0]
-            padding = np.zeros((missing, *parts[0].shape[1:]), parts[0].dtype)
-            return np.concatenate([*parts, padding])
+            return np.concatenate([*parts, _padding(parts[0], missing)])
 
         return jax.tree.map(join, *pieces)
 
@@ -158,8 +157,16 @@ def _gather(leaf: NDArray[Any], indices: Indices, rows: int) -> NDArray[Any]:
         leaf.take(indices, axis=0, out=gathered[:count], mode="clip")
     else:
         gathered[:count] = leaf[indices]
-    gathered[count:] = 0
+    gathered[count:] = _padding(leaf, rows - count)
     return gathered
+
+
+def _padding(leaf: NDArray[Any], rows: int) -> NDArray[Any]:
+    """Rows like those of a leaf, of zeros; of text, empty."""
+    padding = np.zeros((rows, *leaf.shape[1:]), leaf.dtype)
+    if leaf.dtype == object and leaf.size and isinstance(leaf.flat[0], str | bytes):
+        padding.fill(type(leaf.flat[0])())
+    return padding
 
 
 def _stack(column: Sequence[Any], rows: int) -> NDArray[Any]:
@@ -174,5 +181,5 @@ def _stack(column: Sequence[Any], rows: int) -> NDArray[Any]:
     if len(dtypes) > 1 and {dtype.kind for dtype in dtypes} - {"S", "U"}:
         names = sorted(dtype.name for dtype in dtypes)
         raise ValueError(f"records differ in dtype: {names}, and would be converted.")
-    padding = [np.zeros_like(arrays[0])] * (rows - len(arrays))
-    return np.stack(arrays + padding)
+    padding = _padding(arrays[0][np.newaxis], rows - len(arrays))
+    return np.stack([*arrays, *padding])
