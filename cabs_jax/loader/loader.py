@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
-import weakref
-from collections.abc import Mapping
-from typing import Any, Self, SupportsIndex
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, NoReturn, Self, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,21 @@ from cabs_jax.loader.read_ahead import ReadAhead
 from cabs_jax.loader.sources import ArraySource, Batch, as_source
 
 MAX_BATCH_SIZE = 2**24  # larger ones are accidents, and would exhaust memory before any error
+POSITIONS = 2**63  # in the stream; no state holds a larger one
 
 _copy = jax.jit(jnp.copy)  # 7 microseconds; dispatched alone, the copy costs 44
+
+
+class _Place(NamedTuple):
+    """Where a loader stands, replaced as a whole, so that other threads see one or the next.
+
+    Attributes:
+      position: In the stream of all processes together.
+      earlier_sizes: Sizes that are still to take effect, oldest first, at most `lag` of them.
+    """
+
+    position: int
+    earlier_sizes: tuple[int | jax.Array, ...]
 
 
 class BatchLoader(Closing):
@@ -36,6 +51,10 @@ class BatchLoader(Closing):
     Arrays in memory are gathered when a batch is cut, which is the only copy. Records and
     memory-mapped arrays are read ahead by a background thread, which starts with the first batch
     and ends with `close`, at the end of a `with` block, with an error, or with the loader itself.
+
+    Threads may share a loader: each batch goes to one of them. Processes may not: a loader is
+    neither copied nor pickled, and in a forked process it raises; make one in each, and continue
+    with `set_state`.
 
     Args:
       source: Examples to load, at least one. A pytree (dict, tuple, single array) is a source of
@@ -97,10 +116,12 @@ class BatchLoader(Closing):
             offset=self._placement.reader,
             stride=self._placement.readers,
         )
-        self._position = 0  # in the global stream
-        self._earlier_sizes: tuple[int | jax.Array, ...] = ()  # oldest first, at most `lag`
+        self._place = _Place(0, ())
         self._reader: ReadAhead | None = None
-        self._stop_reader = weakref.finalize(self, lambda: None)
+        self._process = os.getpid()
+        self._lock = threading.RLock()  # held while a batch is cut
+        self._busy = False
+        self._last_read: tuple[Any, int] = (None, 0)  # a size as it was set, and as it was read
         self.batch_size = batch_size
 
     @property
@@ -110,7 +131,8 @@ class BatchLoader(Closing):
         A `jax.Array` is only read when the batch is cut, so that setting it does not wait for the
         device; if its value is then not a positive size, the cut raises a ValueError.
         """
-        return self._batch_size
+        size, (read_from, value) = self._batch_size, self._last_read
+        return value if read_from is size else size
 
     @batch_size.setter
     def batch_size(self, value: SupportsIndex | jax.Array) -> None:
@@ -122,8 +144,9 @@ class BatchLoader(Closing):
                     f"batch_size must be an integer scalar, got {value.dtype}{list(value.shape)}."
                 )
             # A late reader needs its own copy: the next step may be given, and reuse, the original.
-            self._batch_size: int | jax.Array = _copy(value) if self._lag else value
-            self._batch_size.copy_to_host_async()
+            size = _copy(value) if self._lag else value
+            size.copy_to_host_async()
+            self._batch_size: int | jax.Array = size
         else:
             self._batch_size = _checked_size(value)
 
@@ -137,26 +160,31 @@ class BatchLoader(Closing):
           A pytree of numpy arrays of shape (batch_size, ...), or of global `jax.Array`s with
           `sharding`. With `pad_to`, a pair of that and the mask.
         """
-        sizes = (*self._earlier_sizes, self._batch_size)
-        size = _checked_size(sizes[0])
-        try:
-            batch = self._load(size)
-            self._position += size
-        except BaseException as error:  # Ctrl-C too
-            self._stop_reader()  # it may have given examples away: read them anew
-            if isinstance(error, StopIteration):
-                raise RuntimeError("source raised StopIteration.") from error
-            raise
-        self._earlier_sizes = sizes[1:] if len(sizes) > self._lag else sizes
-        if not self._lag:
-            self._batch_size = size  # the array it was read from may be donated from now on
-        return batch
+        with self._alone("next"):
+            place = self._place
+            sizes = (*place.earlier_sizes, self._batch_size)
+            try:
+                size, rows = self._size_and_rows(sizes[0])
+            except Exception:  # were it kept, it would stand in the way of those set after it
+                self._place = place._replace(earlier_sizes=place.earlier_sizes[1:])
+                raise
+            try:
+                batch = self._load(place.position, size, rows)
+                pending = sizes[1:] if len(sizes) > self._lag else sizes
+                self._place = _Place(place.position + size, pending)
+            except BaseException as error:  # Ctrl-C too
+                self._stop()  # it may have given examples away: read them anew
+                if isinstance(error, StopIteration):
+                    raise RuntimeError("source raised StopIteration.") from error
+                raise
+            return batch
 
     def get_state(self) -> dict[str, Any]:
         """What identifies the next example, for JSON; the batch size lives in the optimizer state.
 
         It is the same for all processes, whatever their number, and depends on neither past batch
-        sizes nor reading ahead. With `lag`, it includes the sizes that are still to take effect.
+        sizes nor reading ahead. With `lag`, it includes the sizes that are still to take effect,
+        without those that the next batches would refuse.
 
         Example:
           >>> loader = BatchLoader([3, 1, 4, 1, 5], batch_size=3, seed=7)
@@ -164,73 +192,129 @@ class BatchLoader(Closing):
           >>> loader.get_state()
           {'seed': 7, 'length': 5, 'shuffle': True, 'position': 3}
         """
-        state = {**self._stream(), "position": self._position}
+        place = self._place
+        state = {**self._stream(), "position": place.position}
         if self._lag:
-            state["batch_sizes"] = [int(size) for size in self._earlier_sizes]
+            sizes = [int(size) for size in place.earlier_sizes]
+            state["batch_sizes"] = [size for size in sizes if 1 <= size <= MAX_BATCH_SIZE]
         return state
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues with the example after the last one that was loaded at `get_state`.
 
         Raises:
-          ValueError: If the state is incomplete, or belongs to another stream of examples.
+          TypeError: If it is no mapping, or holds something else than numbers where they belong.
+          ValueError: If it is incomplete, belongs to another stream of examples, or holds a
+            position or a size that no loader can have. The loader then stays as it was.
         """
-        stream = self._stream()
-        if missing := {*stream, "position"} - state.keys():
-            raise ValueError(f"state lacks {sorted(missing)}, got {dict(state)}.")
-        for key, own in stream.items():
-            if state[key] != own:
-                raise ValueError(
-                    f"state was saved with {key}={state[key]}, this loader has {key}={own}: "
-                    "the order of examples would differ."
-                )
-        position = check_non_negative("position", state["position"])
-        sizes = tuple(_checked_size(size) for size in state.get("batch_sizes", ()))
-        self.close()
-        self._position = position
-        self._earlier_sizes = sizes[-self._lag :] if self._lag else ()
+        place = self._saved_place(state)
+        self.close()  # which ends a wait in another thread
+        with self._alone("set_state"):
+            self._stop()
+            self._place = place
 
     def close(self) -> None:
-        """Ends the background thread, if there is one; the next batch would start it again."""
-        self._stop_reader()
-        reader, self._reader = self._reader, None
-        if reader is not None:
+        """Ends the background thread, if there is one; the next batch would start it again.
+
+        It waits for the records that the thread is reading, but at most a second: a thread that its
+        source holds up longer ends with the call that it is in.
+        """
+        reader = self._reader
+        if reader is not None and os.getpid() == self._process:
             reader.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a BatchLoader cannot be copied or pickled: make another from the same source and "
+            "seed, and continue with other.set_state(loader.get_state())."
+        )
 
     def _stream(self) -> dict[str, Any]:
         return {"seed": self._seed, "length": self._source.length, "shuffle": self._shuffle}
 
-    def _load(self, size: int) -> Any:
-        """The `size` next examples of all processes together."""
+    def _saved_place(self, state: Mapping[str, Any]) -> _Place:
+        """What `set_state` is told, checked."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a dict that get_state returned, got {state!r}.")
+        stream = self._stream()
+        if missing := {*stream, "position"} - state.keys():
+            raise ValueError(f"state lacks {sorted(missing)}, got {dict(state)}.")
+        for key, own in stream.items():
+            saved = state[key]
+            if isinstance(saved, list | tuple) or np.ndim(saved) or saved != own:
+                raise ValueError(
+                    f"state was saved with {key}={saved}, this loader has {key}={own}: "
+                    "the order of examples would differ."
+                )
+        position = check_non_negative("position", state["position"])
+        if position >= POSITIONS:
+            raise ValueError(f"position must be below 2**63, got {position}.")
+        sizes = state.get("batch_sizes", ())
+        if not isinstance(sizes, list | tuple | np.ndarray) or np.ndim(sizes) != 1:
+            raise TypeError(f"batch_sizes must be a list of batch sizes, got {sizes!r}.")
+        checked = tuple(map(_checked_size, sizes))
+        return _Place(position, checked[-self._lag :] if self._lag else ())
+
+    @contextmanager
+    def _alone(self, caller: str) -> Iterator[None]:
+        """Keeps other threads waiting, and refuses what could only go wrong."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"{caller} on a loader that process {self._process} made, in its fork "
+                f"{os.getpid()}: make a loader in each process, and continue with set_state."
+            )
+        if self._reader is not None and self._reader.thread is threading.current_thread():
+            raise RuntimeError(f"{caller} was called by the loader's own source.")
+        with self._lock:
+            if self._busy:  # with this very thread: the lock keeps out all others
+                raise RuntimeError(f"{caller} was called while this thread is cutting a batch.")
+            try:
+                self._busy = True
+                yield
+            finally:
+                self._busy = False
+
+    def _stop(self) -> None:
+        if self._reader is not None:
+            self._reader.stop()
+
+    def _size_and_rows(self, value: int | jax.Array) -> tuple[int, int]:
+        """The number of examples of the next batch, and of its rows on all processes."""
+        read_from, size = self._last_read
+        if read_from is not value:
+            size = _checked_size(value)
+            self._last_read = value, size  # the array may be donated from now on
         readers = self._placement.readers
-        rows = self._rows(size) // readers
+        rows = self._rows(size)
+        if rows > MAX_BATCH_SIZE:
+            raise ValueError(f"pad_to must give at most {MAX_BATCH_SIZE} rows, got {rows}.")
         if size < readers:
             raise ValueError(
                 f"batch size {size} leaves some of {readers} processes without any example: give "
                 f"the optimizer min_batch_size={readers} or more."
             )
-        start, stop = (
-            (position - self._placement.reader + readers - 1) // readers
-            for position in (self._position, self._position + size)
-        )
-        batch = self._cut(start, stop - start, rows)
+        return size, rows
+
+    def _load(self, position: int, size: int, rows: int) -> Any:
+        """The `size` next examples of all processes together."""
+        reader, readers = self._placement.reader, self._placement.readers
+        own_rows = rows // readers
+        start, stop = ((p - reader + readers - 1) // readers for p in (position, position + size))
+        batch = self._cut(start, stop - start, own_rows)
         if self._masked:
-            batch = batch, np.arange(rows) < stop - start
+            batch = batch, np.arange(own_rows) < stop - start
         return batch if self._sharding is None else place(batch, self._sharding)
 
     def _cut(self, start: int, count: int, rows: int) -> Batch:
         """This process's examples from its position `start` on, padded to `rows`."""
         if isinstance(self._source, ArraySource) and self._source.in_memory:
             return self._source.read(self._order(start, start + count), rows)
-        return self._source.collate(self._read_ahead(start, count).take(count), rows)
-
-    def _read_ahead(self, start: int, count: int) -> ReadAhead:
-        reader = self._reader  # which another thread may close at any time
-        if reader is None or not self._stop_reader.alive:
-            self.close()
-            reader = self._reader = ReadAhead(self._source, self._order, start, count)
-            self._stop_reader = weakref.finalize(self, reader.stop)
-        return reader
+        reader = self._reader  # which another thread may stop at any time
+        if reader is None or reader.stopped:
+            before = None if reader is None or not reader.thread.is_alive() else reader.thread
+            reader = self._reader = ReadAhead(self._source, self._order, start, count, before)
+            reader.start()
+        return self._source.collate(reader.take(count), rows)
 
 
 def _checked_size(value: SupportsIndex | jax.Array) -> int:
