@@ -23,13 +23,14 @@ def is_traced(value: Any) -> bool:
 def check_number(
     name: str, value: ArrayLike, requirement: str, holds: Callable[[float], bool]
 ) -> None:
-    """Raises unless a value is a finite scalar that satisfies a requirement.
+    """Raises unless a value is a finite scalar, in float32 too, that satisfies a requirement.
 
     Args:
       name: Name of the argument, for the message.
       value: The argument; of a traced one only the shape is checked.
       requirement: The requirement in words, read after "must be".
-      holds: Whether a finite number satisfies it.
+      holds: Whether a finite number satisfies it; asked of the number in float32, which is what is
+        computed with.
 
     Raises:
       ValueError: With the value, if it does not.
@@ -39,8 +40,15 @@ def check_number(
         raise ValueError(message)
     if np.shape(value) != ():
         raise ValueError(f"{message} It has shape {np.shape(value)}; pass a scalar.")
-    if not is_traced(value) and not (math.isfinite(float(value)) and holds(float(value))):
-        raise ValueError(message)
+    if is_traced(value):
+        return
+    with np.errstate(over="ignore"):
+        number = float(np.float32(value))
+    if not (math.isfinite(number) and holds(number)):
+        rounded = (
+            "" if number == float(value) or number != number else f" In float32 it is {number}."
+        )
+        raise ValueError(message + rounded)
 
 
 def check_non_negative(name: str, value: Any) -> int:

@@ -17,7 +17,8 @@ be given to `cabs_jax.adapt_batch_size`; the factories here make the rules of th
 
 ξ = tr Σ̂ is the trace of the gradient covariance, F the loss and α the learning rate. Where a rule's
 numerator is zero (no noise, or no step) it answers 0; else, where its denominator is not positive
-(no loss, or no gradient, left to measure), it answers infinity.
+(no loss, or no gradient, left to measure), it answers infinity. Where the learning rate is negative
+it answers NaN, and the size stays as it was; a value that is not traced raises.
 
 >>> import jax.numpy as jnp
 >>> statistics = Statistics(
@@ -43,7 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from cabs_jax._arguments import check_batch_size, check_number
+from cabs_jax._arguments import check_batch_size, check_number, is_traced
 from cabs_jax.statistics import Statistics as Statistics
 
 Rule = Callable[[Statistics], ArrayLike]
@@ -86,7 +87,7 @@ def cabs(
     check_number("optimal_value", optimal_value, "a finite number", lambda _: True)
 
     def rule(statistics: Statistics) -> jax.Array:
-        alpha = _float32(at_step(learning_rate, statistics.step))
+        alpha = _rate_at(learning_rate, statistics.step)
         noise = _float32(scale) * alpha * _float32(statistics.gradient_variance)
         gap = _float32(statistics.value) - _float32(optimal_value)
         return _ratio(noise, jnp.where(gap <= 0, gap, gap + _float32(eps)))
@@ -117,7 +118,7 @@ def expected_progress(learning_rate: ScalarOrSchedule, lipschitz: ArrayLike) -> 
     check_number("lipschitz", lipschitz, "a positive number", lambda x: x > 0)
 
     def rule(statistics: Statistics) -> jax.Array:
-        curvature = _float32(lipschitz) * _float32(at_step(learning_rate, statistics.step))
+        curvature = _float32(lipschitz) * _rate_at(learning_rate, statistics.step)
         norm, _ = _unbiased_squared_norm(statistics, "expected_progress")
         return _ratio(
             2 * curvature * _float32(statistics.gradient_variance),
@@ -360,8 +361,25 @@ def check_learning_rate(learning_rate: ScalarOrSchedule) -> None:
 
 
 def at_step(learning_rate: ScalarOrSchedule, step: jax.Array) -> ArrayLike:
-    """Returns the learning rate of a step."""
-    return learning_rate(step) if callable(learning_rate) else learning_rate
+    """Returns the learning rate of a step.
+
+    Raises:
+      ValueError: If a schedule gives a negative one, unless it is traced.
+    """
+    if not callable(learning_rate):
+        return learning_rate
+    rate = learning_rate(step)
+    if not is_traced(rate) and np.any(np.asarray(rate) < 0):
+        raise ValueError(
+            f"the learning rate must be non-negative, but the schedule gives {rate} at step {step}."
+        )
+    return rate
+
+
+def _rate_at(learning_rate: ScalarOrSchedule, step: jax.Array) -> jax.Array:
+    """Returns the learning rate of a step; NaN for a negative one, from which no size follows."""
+    rate = _float32(at_step(learning_rate, step))
+    return jnp.where(rate < 0, jnp.nan, rate)
 
 
 def _unbiased_squared_norm(statistics: Statistics, rule_name: str) -> tuple[jax.Array, jax.Array]:
@@ -376,7 +394,8 @@ def _unbiased_squared_norm(statistics: Statistics, rule_name: str) -> tuple[jax.
 def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     safe = jnp.where(denominator <= 0, 1, denominator)
     quotient = jnp.where(denominator <= 0, jnp.inf, numerator / safe)
-    return jnp.where(numerator <= 0, 0, quotient)
+    answer = jnp.where(numerator <= 0, 0, quotient)
+    return jnp.where(jnp.isnan(numerator), numerator, answer)
 
 
 def _float32(x: ArrayLike) -> jax.Array:

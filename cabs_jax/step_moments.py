@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr
 
-from cabs_jax._arguments import check_parameters
+from cabs_jax._arguments import check_parameters, is_traced
 from cabs_jax.statistics import PyTree, Variance, moments_from_per_example, tree_sum
 
 
@@ -153,6 +153,8 @@ def _pass_on(
             raise ValueError(
                 f"count must be an integer scalar, got dtype {count.dtype}, shape {count.shape}."
             )
+        if not is_traced(count) and count < 0:
+            raise ValueError(f"count must be the number of real examples, got {count}.")
         count = count.astype(jnp.int32)
     covariance = _covariance(gradient_variance, params, variance)
     return StepMoments(mean, value.astype(jnp.float32), covariance, count)

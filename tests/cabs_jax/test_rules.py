@@ -278,3 +278,32 @@ def test_low_precision_and_double_arguments_give_float32():
             size = rules.cabs(rate)(statistics())
             assert size.dtype == jnp.float32
             assert float(size) == 40.0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rules.cabs(1e39), r"got 1e\+39\. In float32 it is inf"),
+        (lambda: rules.cabs(0.1, scale=1e39), r"scale.*float32 it is inf"),
+        (lambda: rules.expected_progress(0.1, 1e-50), r"lipschitz.*float32 it is 0\.0"),
+        (lambda: rules.biased_norm_test(1 - 1e-12), r"theta.*float32 it is 1\.0"),
+    ],
+)
+def test_numbers_that_float32_cannot_hold_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make", [rules.cabs, lambda rate: rules.expected_progress(rate, lipschitz=1.0)]
+)
+def test_a_schedule_below_zero_says_so_or_answers_nan(make):
+    falling = make(lambda step: 0.1 - 0.2 * step)
+    assert float(falling(statistics(step=jnp.int32(0)))) > 0
+    with pytest.raises(ValueError, match=r"schedule gives -0\.3.* at step 2"):
+        falling(statistics(step=jnp.int32(2)))
+    for value in (1.0, -1.0):
+        answer = jax.jit(falling)(statistics(value=value, step=jnp.int32(2)))
+        assert math.isnan(answer)
+    with pytest.raises(ValueError, match="schedule gives -1"):  # known while tracing
+        jax.jit(make(lambda step: -1))(statistics())

@@ -60,6 +60,7 @@ def test_hostile_per_example_arguments_are_shown(arguments, message):
         ({"gradient_variance": {"a": jnp.ones(()), "w": jnp.ones(3)}}, "gradient_variance"),
         ({"count": jnp.ones(4, int)}, r"count.*shape \(4,\)"),
         ({"count": 4.5}, "count.*dtype float32"),
+        ({"count": -1}, "count must be the number of real examples, got -1"),
     ],
 )
 def test_hostile_mean_arguments_are_shown(arguments, message):
