@@ -77,9 +77,10 @@ def cabs(
 
     Hostile numbers: where F ≤ F* the size is the maximum; where ξ = 0 or α = 0, the minimum. A step
     whose loss or gradient is not finite changes neither averages nor batch size, and passes its
-    update on for `optax.apply_if_finite` and its kin to judge (`adapt_batch_size` says how). A
-    single example has no variance: from batches of 1 CABS does not grow again, so keep
-    `min_batch_size` above that.
+    update on for `optax.apply_if_finite` and its kin to judge (`adapt_batch_size` says how). One
+    that is finite and absurd, a variance of 1e38, counts in its own step and is forgotten in the
+    next (see `decay` of `adapt_batch_size`). A single example has no variance: from batches of 1
+    CABS does not grow again, so keep `min_batch_size` above that.
 
     Args:
       learning_rate: Learning rate α ≥ 0: a float, a traced scalar, or an optax schedule. No

@@ -25,6 +25,8 @@ from cabs_jax.state import AdaptBatchSizeState, Info
 from cabs_jax.statistics import PyTree, Statistics, tree_squared_norm
 from cabs_jax.step_moments import StepMoments, read_moments
 
+ABSURD = 2.0**32  # ratio of an average to a measurement beyond which it averages no such thing
+
 
 def adapt_batch_size(
     rule: Rule,
@@ -65,7 +67,9 @@ def adapt_batch_size(
         own. Where it answers NaN the size stays as it was.
       min_batch_size: Smallest size, at least 1.
       max_batch_size: Largest size, at most 2**31 − 1.
-      decay: Constant of the running averages, in [0, 1).
+      decay: Constant of the running averages, in [0, 1). An average that exceeds
+        max(|x|, 1) more than 2³² times, x being the step's measurement, starts anew from x: it
+        holds a measurement that went wrong, and would for hundreds of steps.
       debias: Whether the averages start at 0 and are divided by 1 − decay^n after n steps. If not,
         that of the loss starts at 1 and the others at 0.
       initial_batch_size: Size of the first batch, within the bounds, rounded to a legal size; the
@@ -210,9 +214,14 @@ class Sizing(NamedTuple):
         self, state: AdaptBatchSizeState, moments: StepMoments, biased_norm: jax.Array
     ) -> Averages:
         decay = jnp.asarray(self.decay, jnp.float32)
+        weight = decay * state.weight + (1 - decay)
+        whole = weight if self.debias else jnp.ones((), jnp.float32)
 
-        def average(old: jax.Array, new: ArrayLike) -> jax.Array:
-            return decay * old + (1 - decay) * new
+        def average(old: jax.Array, new: jax.Array) -> jax.Array:
+            averaged = decay * old + (1 - decay) * new
+            # One measurement of 1e38 would last until decay^n has taken it down: for 1,570 steps.
+            absurd = jnp.abs(old) > ABSURD * jnp.maximum(jnp.abs(new), 1)
+            return jnp.where(absurd, whole * new, averaged)
 
         norm_average = state.squared_gradient_norm_average
         if moments.count is not None:
@@ -222,7 +231,7 @@ class Sizing(NamedTuple):
             value=average(state.value_average, moments.value),
             gradient_variance=average(state.gradient_variance_average, moments.gradient_variance),
             squared_gradient_norm=norm_average,
-            weight=average(state.weight, 1.0),
+            weight=weight,
         )
 
     def _ask(

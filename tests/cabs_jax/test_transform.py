@@ -541,3 +541,35 @@ def test_a_fresh_state_can_be_donated(tx):
         state = init(params)
         jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("debias", [False, True])
+@pytest.mark.parametrize(
+    "absurd",
+    [{"variance": 1e38}, {"value": 1e38}, {"value": -1e38}, {"value": 1e30, "variance": 1e38}],
+)
+@pytest.mark.parametrize("before", [0, 30])
+def test_the_size_recovers_from_one_absurd_measurement(debias, absurd, before):
+    tx = adapt_batch_size(rules.cabs(0.1), min_batch_size=1, debias=debias)
+    update = jax.jit(lambda state, **moments: update_with_moments(tx, state, **moments)[1])
+    sane = {"value": 1.0, "variance": 500.0, "count": 16}
+    state = tx.init(0.0)
+    for _ in range(before):
+        state = update(state, **sane)
+    state = update(state, **sane | absurd)
+    for _ in range(70):
+        state = update(state, **sane)
+    assert state.info.raw_batch_size == pytest.approx(50.0, rel=0.05)
+    for average in state[2:5]:
+        assert abs(average) < 1000
+
+
+def test_averages_of_any_sane_numbers_are_those_of_the_paper():
+    tx = adapt_batch_size(rules.cabs(0.1))
+    state, value_average, variance_average = tx.init(0.0), 1.0, 0.0
+    for value, variance in [(1.0, 1e8), (1e-30, 0.0), (0.0, 1e-30), (5.0, 3e8), (1e8, 1e-10)]:
+        _, state = update_with_moments(tx, state, value=value, variance=variance)
+        value_average = 0.95 * value_average + 0.05 * value
+        variance_average = 0.95 * variance_average + 0.05 * variance
+        assert state.value_average == pytest.approx(value_average, rel=1e-5)
+        assert state.gradient_variance_average == pytest.approx(variance_average, rel=1e-5)
