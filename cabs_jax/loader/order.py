@@ -35,22 +35,24 @@ class Order:
         self._shuffle = shuffle
         self._offset = offset
         self._stride = stride
-        self._start = 0
-        self._block = np.empty(0, np.int64)
+        # A start and the indices from there on, replaced together: an interruption in between would
+        # leave indices of elsewhere.
+        self._block = 0, np.empty(0, np.int64)
 
     def __call__(self, start: int, stop: int) -> NDArray[np.int64]:
         """Indices of the examples at positions `start` to `stop - 1`."""
-        if not self._start <= start <= stop <= self._start + len(self._block):
+        first, indices = self._block
+        if not first <= start <= stop <= first + len(indices):
             # Blocks amortise numpy's call overhead; a short source pays per epoch, not per block.
             ahead = max(stop, start + min(BLOCK, 16 * self._length))
             positions = np.arange(start, ahead, dtype=np.uint64) * self._stride + self._offset
-            self._block = (
+            indices = (
                 shuffled(positions, self._length, self._seed)
                 if self._shuffle
                 else (positions % self._length).view(np.int64)
             )
-            self._start = start
-        return self._block[start - self._start : stop - self._start]
+            first, _ = self._block = start, indices
+        return indices[start - first : stop - first]
 
 
 def shuffled(positions: NDArray[np.uint64], length: int, seed: int) -> NDArray[np.int64]:

@@ -27,7 +27,7 @@ class ArraySource:
 
     def __init__(self, arrays: Any):
         leaves, self._structure = jax.tree.flatten(arrays)
-        self._leaves = [np.asarray(leaf) for leaf in leaves]
+        self._leaves = [_plain(leaf) for leaf in leaves]
         shapes = [leaf.shape for leaf in self._leaves]
         if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
             raise ValueError(
@@ -137,6 +137,21 @@ def as_source(source: Any) -> ArraySource | RecordSource:
     return wrapped
 
 
+def _plain(value: Any) -> NDArray[Any]:
+    """The array that a value is, or raises where the array would not be all of it."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            "source holds a masked array, whose mask would be lost: fill it, or pass values and "
+            "mask as two arrays."
+        )
+    if isinstance(value, str | bytes) and value[-1:] in ("\0", b"\0"):
+        raise TypeError(
+            f"a record holds {type(value).__name__} that ends in a NUL, which numpy's text drops: "
+            "pass np.frombuffer(value, np.uint8)."
+        )
+    return np.asarray(value)
+
+
 def _is_memory_mapped(array: Any) -> bool:
     while isinstance(array, np.ndarray):
         if isinstance(array, np.memmap):
@@ -171,7 +186,7 @@ def _padding(leaf: NDArray[Any], rows: int) -> NDArray[Any]:
 
 def _stack(column: Sequence[Any], rows: int) -> NDArray[Any]:
     try:
-        arrays = [np.asarray(value) for value in column]
+        arrays = [_plain(value) for value in column]
     except ValueError as error:
         raise ValueError(f"a list in a record is not a rectangular array: {error}.") from error
     shapes = {array.shape for array in arrays}

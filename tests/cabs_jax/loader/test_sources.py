@@ -143,6 +143,7 @@ def test_batches_are_never_rewritten(tmp_path):
         (7, TypeError, "got int"),
         ("images.npz", TypeError, "got str"),
         (iter([1, 2]), TypeError, "got list_iterator"),
+        (np.ma.array([1, 2], mask=[0, 1]), TypeError, "mask would be lost"),
     ],
 )
 def test_what_is_not_a_source_raises(source, error, message):
@@ -160,6 +161,12 @@ def test_what_is_not_a_source_raises(source, error, message):
 )
 def test_records_that_cannot_be_stacked_raise(records, message):
     with in_order(records, 2) as loader, pytest.raises(ValueError, match=message):
+        next(loader)
+
+
+@pytest.mark.parametrize("text", [b"\xff\x00", "line\0"])
+def test_text_that_an_array_would_shorten_raises(text):
+    with in_order([text, text], 2) as loader, pytest.raises(TypeError, match="ends in a NUL"):
         next(loader)
 
 
