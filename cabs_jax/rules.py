@@ -46,6 +46,7 @@ from jax.typing import ArrayLike
 
 from cabs_jax._arguments import check_batch_size, check_number, is_traced
 from cabs_jax.statistics import Statistics as Statistics
+from cabs_jax.statistics import noise_in_squared_norm
 
 Rule = Callable[[Statistics], ArrayLike]
 ScalarOrSchedule = ArrayLike | Callable[[jax.Array], ArrayLike]
@@ -342,14 +343,6 @@ def schedule(step_to_size: Callable[[jax.Array], ArrayLike]) -> Rule:
             "for a fixed size use rules.constant."
         )
     return lambda statistics: _float32(step_to_size(statistics.step))
-
-
-def noise_in_squared_norm(variance: jax.Array, count: jax.Array) -> jax.Array:
-    """Returns ξ/(m − 1), by which ‖ḡ‖² overestimates ‖∇F‖²; float32 scalar.
-
-    Of a single example ξ is 0 and its noise unknown: the answer is then 0.
-    """
-    return variance / jnp.maximum(_float32(count) - 1, 1)
 
 
 def check_learning_rate(learning_rate: ScalarOrSchedule) -> None:

@@ -83,6 +83,14 @@ def tree_sum(tree: PyTree) -> jax.Array:
     return sum(map(jnp.sum, jax.tree.leaves(tree)), start=jnp.zeros((), jnp.float32))
 
 
+def noise_in_squared_norm(variance: jax.Array, count: jax.Array) -> jax.Array:
+    """Returns ξ/(m − 1), by which ‖ḡ‖² overestimates ‖∇F‖²; float32 scalar.
+
+    Of a single example ξ is 0 and its noise unknown: the answer is then 0.
+    """
+    return variance / jnp.maximum(jnp.asarray(count, jnp.float32) - 1, 1)
+
+
 def sum_over(tree: PyTree, axis_name: Hashable | None) -> PyTree:
     """Sums a tree over a mapped axis; without one it is returned as it is."""
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from cabs_jax import rules
 from cabs_jax._arguments import check_number
 from cabs_jax.rounding import (
     LegalSizes,
@@ -22,7 +21,7 @@ from cabs_jax.rounding import (
 )
 from cabs_jax.rules import Rule
 from cabs_jax.state import AdaptBatchSizeState, Info
-from cabs_jax.statistics import PyTree, Statistics, tree_squared_norm
+from cabs_jax.statistics import PyTree, Statistics, noise_in_squared_norm, tree_squared_norm
 from cabs_jax.step_moments import StepMoments, read_moments
 
 ABSURD = 2.0**32  # ratio of an average to a measurement beyond which it averages no such thing
@@ -39,7 +38,7 @@ def adapt_batch_size(
     round_to: RoundTo = 1,
     axis_name: Hashable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Averages the gradient (path a) or passes it on (path b), and tracks the batch size.
+    """_Averages the gradient (path a) or passes it on (path b), and tracks the batch size.
 
     `update` takes what that of `cabs` takes, and returns the mean gradient. A rule of
     `cabs_jax.rules` that needs the squared norm of the gradient needs `count` on path (b).
@@ -135,7 +134,7 @@ def adapt_batch_size(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class Averages(NamedTuple):
+class _Averages(NamedTuple):
     """The running averages of the state, advanced by a step; float32 scalars."""
 
     value: jax.Array
@@ -212,7 +211,7 @@ class Sizing(NamedTuple):
 
     def _averages(
         self, state: AdaptBatchSizeState, moments: StepMoments, biased_norm: jax.Array
-    ) -> Averages:
+    ) -> _Averages:
         decay = jnp.asarray(self.decay, jnp.float32)
         weight = decay * state.weight + (1 - decay)
         whole = weight if self.debias else jnp.ones((), jnp.float32)
@@ -225,9 +224,9 @@ class Sizing(NamedTuple):
 
         norm_average = state.squared_gradient_norm_average
         if moments.count is not None:
-            noise = rules.noise_in_squared_norm(moments.gradient_variance, moments.count)
+            noise = noise_in_squared_norm(moments.gradient_variance, moments.count)
             norm_average = average(norm_average, biased_norm - noise)
-        return Averages(
+        return _Averages(
             value=average(state.value_average, moments.value),
             gradient_variance=average(state.gradient_variance_average, moments.gradient_variance),
             squared_gradient_norm=norm_average,
@@ -235,7 +234,7 @@ class Sizing(NamedTuple):
         )
 
     def _ask(
-        self, state: AdaptBatchSizeState, moments: StepMoments, averages: Averages
+        self, state: AdaptBatchSizeState, moments: StepMoments, averages: _Averages
     ) -> jax.Array:
         """Returns what the rule answers, a float32 scalar."""
         divisor = averages.weight if self.debias else jnp.ones((), jnp.float32)

@@ -45,11 +45,11 @@ def indices(position: Position, count: int, length: int, seed: int, shuffle: boo
       seed: Identifies the order, static.
       shuffle: False for the source's own order.
     """
-    place = advanced(position, jnp.arange(count, dtype=jnp.int32), length)
+    at = advanced(position, jnp.arange(count, dtype=jnp.int32), length)
     if not shuffle:
-        return jnp.asarray(place.offset)
+        return jnp.asarray(at.offset)
     bits = bits_of(length)
-    keys = round_keys(seed, jnp.asarray(place.epoch).astype(jnp.uint32), bits)
+    keys = round_keys(seed, jnp.asarray(at.epoch).astype(jnp.uint32), bits)
 
     def walk(values: jax.Array) -> jax.Array:  # follow the cycles until they re-enter the range
         return jnp.where(values < length, values, permuted(values, keys, bits))
@@ -57,6 +57,6 @@ def indices(position: Position, count: int, length: int, seed: int, shuffle: boo
     def outside(values: jax.Array) -> jax.Array:
         return jnp.any(values >= length)
 
-    start = permuted(jnp.asarray(place.offset).astype(jnp.uint32), keys, bits)
+    start = permuted(jnp.asarray(at.offset).astype(jnp.uint32), keys, bits)
     inside: jax.Array = lax.while_loop(outside, walk, start)
     return inside.astype(jnp.int32)

@@ -28,7 +28,7 @@ POSITIONS = 2**63  # in the stream; no state holds a larger one
 _copy = jax.jit(jnp.copy)  # 7 microseconds; dispatched alone, the copy costs 44
 
 
-class _Place(NamedTuple):
+class _Cursor(NamedTuple):
     """Where a loader stands, replaced as a whole, so that other threads see one or the next.
 
     Attributes:
@@ -116,7 +116,7 @@ class BatchLoader(Closing):
             offset=self._placement.reader,
             stride=self._placement.readers,
         )
-        self._place = _Place(0, ())
+        self._cursor = _Cursor(0, ())
         self._reader: ReadAhead | None = None
         self._process = os.getpid()
         self._lock = threading.RLock()  # held while a batch is cut
@@ -161,17 +161,17 @@ class BatchLoader(Closing):
           `sharding`. With `pad_to`, a pair of that and the mask.
         """
         with self._alone("next"):
-            place = self._place
-            sizes = (*place.earlier_sizes, self._batch_size)
+            cursor = self._cursor
+            sizes = (*cursor.earlier_sizes, self._batch_size)
             try:
                 size, rows = self._size_and_rows(sizes[0])
             except Exception:  # were it kept, it would stand in the way of those set after it
-                self._place = place._replace(earlier_sizes=place.earlier_sizes[1:])
+                self._cursor = cursor._replace(earlier_sizes=cursor.earlier_sizes[1:])
                 raise
             try:
-                batch = self._load(place.position, size, rows)
+                batch = self._load(cursor.position, size, rows)
                 pending = sizes[1:] if len(sizes) > self._lag else sizes
-                self._place = _Place(place.position + size, pending)
+                self._cursor = _Cursor(cursor.position + size, pending)
             except BaseException as error:  # Ctrl-C too
                 self._stop()  # it may have given examples away: read them anew
                 if isinstance(error, StopIteration):
@@ -192,10 +192,10 @@ class BatchLoader(Closing):
           >>> loader.get_state()
           {'seed': 7, 'length': 5, 'shuffle': True, 'position': 3}
         """
-        place = self._place
-        state = {**self._stream(), "position": place.position}
+        cursor = self._cursor
+        state = {**self._stream(), "position": cursor.position}
         if self._lag:
-            sizes = [int(size) for size in place.earlier_sizes]
+            sizes = [int(size) for size in cursor.earlier_sizes]
             state["batch_sizes"] = [size for size in sizes if 1 <= size <= MAX_BATCH_SIZE]
         return state
 
@@ -207,11 +207,11 @@ class BatchLoader(Closing):
           ValueError: If it is incomplete, belongs to another stream of examples, or holds a
             position or a size that no loader can have. The loader then stays as it was.
         """
-        place = self._saved_place(state)
+        cursor = self._saved_cursor(state)
         self.close()  # which ends a wait in another thread
         with self._alone("set_state"):
             self._stop()
-            self._place = place
+            self._cursor = cursor
 
     def close(self) -> None:
         """Ends the background thread, if there is one; the next batch would start it again.
@@ -232,7 +232,7 @@ class BatchLoader(Closing):
     def _stream(self) -> dict[str, Any]:
         return {"seed": self._seed, "length": self._source.length, "shuffle": self._shuffle}
 
-    def _saved_place(self, state: Mapping[str, Any]) -> _Place:
+    def _saved_cursor(self, state: Mapping[str, Any]) -> _Cursor:
         """What `set_state` is told, checked."""
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a dict that get_state returned, got {state!r}.")
@@ -253,7 +253,7 @@ class BatchLoader(Closing):
         if not isinstance(sizes, list | tuple | np.ndarray) or np.ndim(sizes) != 1:
             raise TypeError(f"batch_sizes must be a list of batch sizes, got {sizes!r}.")
         checked = tuple(map(_checked_size, sizes))
-        return _Place(position, checked[-self._lag :] if self._lag else ())
+        return _Cursor(position, checked[-self._lag :] if self._lag else ())
 
     @contextmanager
     def _alone(self, caller: str) -> Iterator[None]:
