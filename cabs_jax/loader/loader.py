@@ -69,8 +69,9 @@ class BatchLoader(Closing):
         shares, whatever the sizes: the batch holds the same examples as on one process, in
         another order. Sizes must be multiples of the number of shards, unless padded, and at
         least the number of processes. The transfer to the devices is not waited for.
-      pad_to: Yields `(batch, mask)`, padded with zeros to one size, to the next larger of several
-        (see `buckets`), or to `pad_to(size)`; `mask`, of shape (rows,), is True for examples.
+      pad_to: Yields `(batch, mask)`, padded with zeros, or empty text, to one size, to the next
+        larger of several (see `buckets`), or to `pad_to(size)`; `mask`, of shape (rows,), is True
+        for examples.
       lag: Every size takes effect `lag` batches late. With 1, batch k + 1 is cut with the size
         that step k - 1 gave, so that cutting and transferring it overlap step k.
 
