@@ -14,21 +14,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from experiments import (
-    benchmarks,
-    checkpoint,
-    datasets,
-    display,
-    figure,
-    methods,
-    models,
-    records,
-    study,
-)
-from experiments.checkpoint import Checkpoints, Interrupted, Schedule
-from experiments.config import BUCKETS, RunConfig
-from experiments.errors import UserError, user_errors
-from experiments.train import Experiment, set_up, train
+from experiments import benchmarks, datasets
+from experiments.commands import display
+from experiments.commands import sweep as study
+from experiments.commands.errors import UserError, user_errors
+from experiments.training import checkpoint, figure, methods, models, run_folder
+from experiments.training.checkpoint import Checkpoints, Interrupted, Schedule
+from experiments.training.config import BUCKETS, RunConfig
+from experiments.training.train import Experiment, set_up, train
 
 RUNS = Path("runs")
 COMPARISON_EXAMPLES = 60_000
@@ -168,9 +161,9 @@ def compare() -> None:
     }
     with user_errors(ValueError, OSError):
         experiments = {label: set_up(config) for label, config in configs.items()}
-        out = records.fresh_folder(RUNS, "digits-comparison")
+        out = run_folder.fresh_folder(RUNS, "digits-comparison")
     folders = {label: out / label.lower().replace(" ", "-") for label in configs}
-    train_and_plot(experiments, folders, out / records.FIGURE)
+    train_and_plot(experiments, folders, out / run_folder.FIGURE)
 
 
 def run(options: dict[str, Any]) -> None:
@@ -186,13 +179,13 @@ def run(options: dict[str, Any]) -> None:
             options = stored_options(out, options)
         config = RunConfig(**options)
         if out is not None and writes and not resume:
-            records.check_unused(out)
+            run_folder.check_unused(out)
         if resume and is_finished(out, mesh):
             print(f"{out} holds a finished run; there is nothing to resume")
             return
         experiment = set_up(config, data_dir)
         if out is None and writes:
-            out = records.fresh_folder(RUNS, f"{experiment.dataset.name}-{config.method}")
+            out = run_folder.fresh_folder(RUNS, f"{experiment.dataset.name}-{config.method}")
     if not writes:
         train(experiment, None, mesh=mesh, checkpoints=Checkpoints(None), resume=resume)
         return
@@ -200,7 +193,7 @@ def run(options: dict[str, Any]) -> None:
     label = config.method + size
     with user_errors(OSError), Checkpoints(out / checkpoint.FOLDER, schedule) as checkpoints:
         train_and_plot(
-            {label: experiment}, {label: out}, out / records.FIGURE, mesh, checkpoints, resume
+            {label: experiment}, {label: out}, out / run_folder.FIGURE, mesh, checkpoints, resume
         )
 
 
@@ -220,25 +213,25 @@ def stored_options(out: Path, given: dict[str, Any]) -> dict[str, Any]:
     """The options of the run in `out`, which those given must agree with.
 
     Raises:
-        experiments.records.ResumeError: They do not, or the run's file is not one of ours.
+        ResumeError: They do not, or the run's file is not one of ours.
     """
-    stored = records.read_config(out)
+    stored = run_folder.read_config(out)
     if stored is None:
         return given
-    records.check_equal(f"the run in {out}", {key: stored.get(key) for key in given}, given)
+    run_folder.check_equal(f"the run in {out}", {key: stored.get(key) for key in given}, given)
     fields = {field.name: field for field in dataclasses.fields(RunConfig)}
     for key, value in stored.items():
         if key not in fields:
-            raise records.ResumeError(f"{out / records.CONFIG} holds an unknown key: {key}")
+            raise run_folder.ResumeError(f"{out / run_folder.CONFIG} holds an unknown key: {key}")
         kind: Any = fields[key].type
         if not isinstance(value, kind) and not (isinstance(value, int) and isinstance(0.5, kind)):
-            raise records.ResumeError(f"{out / records.CONFIG} holds {value!r} as {key}")
+            raise run_folder.ResumeError(f"{out / run_folder.CONFIG} holds {value!r} as {key}")
     return stored
 
 
 def is_finished(out: Path, mesh: jax.sharding.Mesh | None) -> bool:
     """Whether the first process finds a summary in `out`, as all processes are told."""
-    finished = np.int32(jax.process_index() == 0 and records.read_summary(out) is not None)
+    finished = np.int32(jax.process_index() == 0 and run_folder.read_summary(out) is not None)
     return bool(finished if mesh is None else multihost_utils.broadcast_one_to_all(finished))
 
 
@@ -279,15 +272,15 @@ def train_and_plot(
 
     def draw() -> None:
         """The runs that have begun."""
-        begun = [label for label in folders if (folders[label] / records.METRICS).exists()]
-        results = {label: records.read(folders[label]) for label in begun}
+        begun = [label for label in folders if (folders[label] / run_folder.METRICS).exists()]
+        results = {label: run_folder.read(folders[label]) for label in begun}
         shown = {label: result for label, result in results.items() if result.metrics}
         if shown:
             figure.plot(shown, figure_path, title)
 
     summaries = {}
     with (
-        user_errors(OSError, records.ResumeError),
+        user_errors(OSError, run_folder.ResumeError),
         display.progress_bars(console) as bars,
         display.refreshed(draw, console),
     ):
@@ -302,7 +295,7 @@ def train_and_plot(
 
 def soak(options: dict[str, Any]) -> None:
     """Soaks for as long as the options say."""
-    from experiments import soak as soaking
+    from experiments.soak import soak as soaking
 
     with user_errors(soaking.SoakError):
         soaking.soak(options["minutes"], options["seed"], Console())

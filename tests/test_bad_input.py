@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 import cabs_jax
 from cabs_jax import BatchLoader
-from experiments import cli, datasets, records
-from experiments.config import RunConfig
+from experiments import cli, datasets
+from experiments.training import run_folder as records
+from experiments.training.config import RunConfig
 
 PARAMS = jnp.zeros(3)
 BATCH = {"x": jnp.ones((4, 3)), "y": jnp.ones(4)}

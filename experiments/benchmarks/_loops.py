@@ -11,8 +11,9 @@ import numpy as np
 import optax
 
 import cabs_jax
-from experiments import datasets, models
-from experiments.step import make_train_step
+from experiments import datasets
+from experiments.training import models
+from experiments.training.step import make_train_step
 
 PyTree = Any
 SIZES = cabs_jax.buckets(16, 2048)
