@@ -7,14 +7,16 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from experiments.commands.run import run
 from experiments.training import checkpoint, run_folder
+from experiments.training.checkpoint import Schedule
 
 TIMINGS = {"seconds", "compile_seconds", "compilations"}
 POLL_SECONDS = 0.001
@@ -36,42 +38,53 @@ def untimed(out: Path) -> dict[str, list[dict[str, Any]]]:
     return {**written, run_folder.SUMMARY: [strip(summary)]}
 
 
-def start(out: Path, options: Sequence[str], settings: Mapping[str, Any]) -> BaseProcess:
-    """Starts `experiments run --out OUT` in a process of its own.
+def start(
+    out: Path,
+    options: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    every_steps: int | None = None,
+) -> BaseProcess:
+    """Starts or resumes a run in a process of its own.
 
     It is forked from one that has imported everything, which takes longer than a short run, but has
     not used JAX, which must not be forked.
 
     Args:
         out: The run's folder. What the run prints goes into the file OUT.output.
-        options: Of `experiments run`.
+        options: Fields of `RunConfig`.
         settings: Of JAX in that process.
+        every_steps: How often to write a checkpoint.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.cli", "orbax.checkpoint", "sklearn.datasets"])
-    arguments = ["run", "--out", str(out), *options]
-    process = context.Process(target=_run, args=(arguments, settings, _output(out)))
+    context.set_forkserver_preload([run.__module__, "orbax.checkpoint", "sklearn.datasets"])
+    arguments = {"out": out, "resume": True, "schedule": Schedule(every_steps)}
+    process = context.Process(target=_run, args=(options, arguments, settings, _output(out)))
     process.start()
     return process
 
 
-def run_to_the_end(out: Path, options: Sequence[str], settings: Mapping[str, Any]) -> None:
-    """Starts a run and waits for it.
+def run_to_the_end(
+    out: Path,
+    options: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    every_steps: int | None = None,
+) -> None:
+    """Starts or resumes a run and waits for it.
 
     Raises:
         RuntimeError: It failed.
     """
-    process = start(out, options, settings)
+    process = start(out, options, settings, every_steps)
     process.join()
     _check_status(process, out)
 
 
 def run_and_kill(
     out: Path,
-    options: Sequence[str],
-    steps: int,
+    options: Mapping[str, Any],
     dice: random.Random,
     settings: Mapping[str, Any],
+    every_steps: int | None = None,
 ) -> str | None:
     """Starts or resumes the run in `out` and kills it at a random moment.
 
@@ -80,10 +93,10 @@ def run_and_kill(
 
     Args:
         out: The run's folder.
-        options: Of `experiments run`.
-        steps: How many the run has.
+        options: Fields of `RunConfig`, `steps` among them.
         dice: Chooses the moment.
         settings: Of JAX in the run's process.
+        every_steps: How often to write a checkpoint.
 
     Returns:
         What was going on, or None if the run ended before.
@@ -91,9 +104,9 @@ def run_and_kill(
     Raises:
         RuntimeError: The run failed of itself.
     """
-    process = start(out, ["--resume", *options], settings)
+    process = start(out, options, settings, every_steps)
     try:
-        _wait_for_moment(process, out, steps, dice)
+        _wait_for_moment(process, out, options["steps"], dice)
     finally:
         process.kill()
         process.join()
@@ -105,16 +118,19 @@ def run_and_kill(
     return "during a checkpoint" if _unfinished_checkpoints(out) else "between checkpoints"
 
 
-def _run(arguments: Sequence[str], settings: Mapping[str, Any], output: Path) -> None:
-    from experiments import cli  # which imports this module
-
+def _run(
+    options: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    output: Path,
+) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
     for name, value in settings.items():
         jax.config.update(name, value)
-    sys.exit(cli.main(arguments))
+    run(options, **arguments)
 
 
 def _check_status(process: BaseProcess, out: Path) -> None:

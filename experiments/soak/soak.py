@@ -113,16 +113,15 @@ def kill_and_resume(
     with Checkpoints(whole / checkpoint.FOLDER, Schedule(every_steps=7)) as checkpoints:
         train(set_up(RunConfig(**options)), whole, checkpoints=checkpoints)
 
-    command = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    command.append(f"--checkpoint-every-steps={dice.choice((1, 3, 10))}")
+    every_steps = dice.choice((1, 3, 10))
     for _ in range(KILLS_A_ROUND):
-        moment = kills.run_and_kill(killed, command, STEPS, dice, settings)
+        moment = kills.run_and_kill(killed, options, dice, settings, every_steps)
         if moment is None:
             counts["ended before the kill"] += 1
             break
         counts["kills"] += 1
         counts[f"killed {moment}"] += 1
-    kills.run_to_the_end(killed, ["--resume", *command], settings)
+    kills.run_to_the_end(killed, options, settings, every_steps)
     if kills.untimed(killed) != kills.untimed(whole):
         kept = shutil.copytree(
             folder, tempfile.mkdtemp(prefix="cabs_jax-soak-"), dirs_exist_ok=True

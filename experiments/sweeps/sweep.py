@@ -151,7 +151,7 @@ class _Pool:
         self._out, self._data_dir, self._bars = out, data_dir, bars
         self._todo = deque(runs)
         jobs = min(jobs, len(self._todo))
-        cores = _cores()
+        cores = environment.cores()
         self._shares = [set(cores[i::jobs]) or set(cores) for i in range(jobs)]
         self._workers: list[_Worker] = []
 
@@ -270,12 +270,6 @@ def _write_error(out: Path, run: Run, error: str) -> None:
     path = out / (run.name + ERROR)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(error + "\n", encoding="utf-8")
-
-
-def _cores() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 @contextlib.contextmanager

@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from experiments.errors import Interrupted
 
 FOLDER = "checkpoints"
 ARRAYS, PROGRESS, DIGEST = "arrays", "progress", "digest"
@@ -35,21 +37,6 @@ class Schedule(NamedTuple):
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         return self
-
-
-class Interrupted(Exception):  # noqa: N818 (like KeyboardInterrupt, it is no error)
-    """A signal asked the run to end, and a checkpoint was written.
-
-    Attributes:
-        signal: The signal's number.
-    """
-
-    def __init__(self, number: int, step: int, folder: Path | None):
-        super().__init__(
-            f"{signal.Signals(number).name} after step {step}, whose checkpoint is in {folder}; "
-            "--resume continues"
-        )
-        self.signal = number
 
 
 class Checkpoints:
@@ -122,7 +109,10 @@ class Checkpoints:
         """Raises Interrupted if a signal came, once the checkpoint of `step` is on disk."""
         if self._signals:
             self.wait()
-            raise Interrupted(self._signals[0], step, self._folder)
+            raise Interrupted(
+                self._signals[0],
+                f"after step {step}, whose checkpoint is in {self._folder}; --resume continues",
+            )
 
     def wait(self) -> None:
         """Returns once everything is on disk.
@@ -156,12 +146,7 @@ class Checkpoints:
             signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._restore_handlers()
         if self._lazy_manager is not None:
             with _as_os_error(f"cannot write a checkpoint in {self._folder}"):

@@ -3,7 +3,7 @@ import threading
 
 from rich.console import Console
 
-from experiments.commands.display import observer, progress_bars, refreshed, summary_table
+from experiments.commands._display import observer, progress_bars, refreshed, summary_table
 from experiments.training.config import RunConfig
 
 

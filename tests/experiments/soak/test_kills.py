@@ -6,7 +6,7 @@ import pytest
 from experiments.soak import kills
 
 STEPS = 40
-OPTIONS = ["--steps", str(STEPS), "--width", "0.1", "--learning-rate", "1", "--lag", "1"]
+OPTIONS = {"steps": STEPS, "width": 0.1, "learning_rate": 1.0, "lag": 1}
 
 
 @pytest.mark.slow
@@ -15,11 +15,10 @@ def test_a_run_that_is_killed_at_random_moments_writes_what_a_whole_one_does(
 ):
     settings = {**compilation_cache, "jax_platforms": "cpu"}
     dice, out = random.Random(7), tmp_path / "killed"
-    options = [*OPTIONS, "--checkpoint-every-steps", "3"]
     with ThreadPoolExecutor() as pool:
         whole = pool.submit(kills.run_to_the_end, tmp_path / "whole", OPTIONS, settings)
         for _ in range(3):
-            kills.run_and_kill(out, options, STEPS, dice, settings)
+            kills.run_and_kill(out, OPTIONS, dice, settings, every_steps=3)
         whole.result()
-    kills.run_to_the_end(out, ["--resume", *options], settings)
+    kills.run_to_the_end(out, OPTIONS, settings, every_steps=3)
     assert kills.untimed(out) == kills.untimed(tmp_path / "whole")

@@ -131,11 +131,7 @@ def test_a_run_whose_process_dies_is_told_and_the_next_gets_a_new_one(tmp_path, 
 def test_mistakes_are_told_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plan.toml").write_text(PLAN)
-    try:
-        status = cli.main(["sweep", *arguments, "--out", "out"])
-    except SystemExit as exit_:
-        status = exit_.code
-    assert status == 2
+    assert cli.main(["sweep", *arguments, "--out", "out"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.errors import Interrupted
 from experiments.soak.kills import untimed
 from experiments.training import run_folder
-from experiments.training.checkpoint import FOLDER, Checkpoints, Interrupted, Schedule
+from experiments.training.checkpoint import FOLDER, Checkpoints, Schedule
 from experiments.training.config import RunConfig
 from experiments.training.train import set_up, train
 
