@@ -50,10 +50,10 @@ def start(
     not used JAX, which must not be forked.
 
     Args:
-        out: The run's folder. What the run prints goes into the file OUT.output.
-        options: Fields of `RunConfig`.
-        settings: Of JAX in that process.
-        every_steps: How often to write a checkpoint.
+      out: The run's folder. What the run prints goes into the file OUT.output.
+      options: Fields of `RunConfig`.
+      settings: Of JAX in that process.
+      every_steps: How often to write a checkpoint.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([run.__module__, "orbax.checkpoint", "sklearn.datasets"])
@@ -72,7 +72,7 @@ def run_to_the_end(
     """Starts or resumes a run and waits for it.
 
     Raises:
-        RuntimeError: It failed.
+      RuntimeError: It failed.
     """
     process = start(out, options, settings, every_steps)
     process.join()
@@ -92,17 +92,17 @@ def run_and_kill(
     being written, and a third lie anywhere.
 
     Args:
-        out: The run's folder.
-        options: Fields of `RunConfig`, `steps` among them.
-        dice: Chooses the moment.
-        settings: Of JAX in the run's process.
-        every_steps: How often to write a checkpoint.
+      out: The run's folder.
+      options: Fields of `RunConfig`, `steps` among them.
+      dice: Chooses the moment.
+      settings: Of JAX in the run's process.
+      every_steps: How often to write a checkpoint.
 
     Returns:
-        What was going on, or None if the run ended before.
+      What was going on, or None if the run ended before.
 
     Raises:
-        RuntimeError: The run failed of itself.
+      RuntimeError: The run failed of itself.
     """
     process = start(out, options, settings, every_steps)
     try:

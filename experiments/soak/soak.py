@@ -71,10 +71,10 @@ def soak(minutes: float, seed: int, console: Console) -> Counter[str]:
     """Rounds until `minutes` are over, at least one; prints them and a report.
 
     Returns:
-        How often each thing happened.
+      How often each thing happened.
 
     Raises:
-        SoakError: Something was lost, repeated, wrong or leaked.
+      SoakError: Something was lost, repeated, wrong or leaked.
     """
     dice, counts, step = random.Random(seed), Counter[str](), make_step()
     history: list[Resources] = []
@@ -262,7 +262,7 @@ def check_for_leaks(history: list[Resources]) -> str:
     """Says what the rounds after a warm start tell of leaks.
 
     Raises:
-        SoakError: The end holds more than a warm start did.
+      SoakError: The end holds more than a warm start did.
     """
     if len(history) <= WARM_ROUNDS:
         return f"leaks: not judged, for the first {WARM_ROUNDS} rounds warm up; give more minutes"

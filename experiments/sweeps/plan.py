@@ -49,10 +49,10 @@ class Run(NamedTuple):
     """One run of a sweep.
 
     Attributes:
-        dataset: Label of the data set, a key of the plan's `datasets`.
-        method: Label of the method, a key of the plan's `methods`.
-        learning_rate: The learning rate on the data set's grid, before the method's factor.
-        config: The run itself.
+      dataset: Label of the data set, a key of the plan's `datasets`.
+      method: Label of the method, a key of the plan's `methods`.
+      learning_rate: The learning rate on the data set's grid, before the method's factor.
+      config: The run itself.
     """
 
     dataset: str
@@ -70,11 +70,11 @@ class Plan(NamedTuple):
     """A sweep.
 
     Attributes:
-        title: What the report is headed.
-        notes: What its readers should know.
-        datasets: Title of each data set by its label.
-        methods: Title of each method by its label.
-        runs: All runs, the first seed of everything first.
+      title: What the report is headed.
+      notes: What its readers should know.
+      datasets: Title of each data set by its label.
+      methods: Title of each method by its label.
+      runs: All runs, the first seed of everything first.
     """
 
     title: str
@@ -88,7 +88,7 @@ def parse(text: str) -> Plan:
     """Reads a plan.
 
     Raises:
-        PlanError: It is no TOML, holds an unknown key, which is named, or an impossible value.
+      PlanError: It is no TOML, holds an unknown key, which is named, or an impossible value.
     """
     try:
         top = tomllib.loads(text)

@@ -68,16 +68,16 @@ def sweep(
     and the same order of examples, whatever the method.
 
     Args:
-        plan_text: The plan in TOML, which is kept beside the results.
-        runs: Those of the plan to make, in this order.
-        out: Folder of the sweep.
-        jobs: Processes; the cores that this one may use are shared out among them.
-        data_dir: Holds the data sets.
-        console: Where progress is shown.
+      plan_text: The plan in TOML, which is kept beside the results.
+      runs: Those of the plan to make, in this order.
+      out: Folder of the sweep.
+      jobs: Processes; the cores that this one may use are shared out among them.
+      data_dir: Holds the data sets.
+      console: Where progress is shown.
 
     Raises:
-        SweepError: `out` holds a run of another configuration, or jobs is not positive.
-        OSError: `out` cannot be written.
+      SweepError: `out` holds a run of another configuration, or jobs is not positive.
+      OSError: `out` cannot be written.
     """
     if jobs < 1:
         raise SweepError(f"jobs must be at least 1, got {jobs}")
@@ -110,7 +110,7 @@ def is_finished(folder: Path, config: RunConfig) -> bool:
     """Whether `folder` holds this run, whole.
 
     Raises:
-        SweepError: It holds the run of another configuration.
+      SweepError: It holds the run of another configuration.
     """
     if run_folder.read_summary(folder) is None:
         return False

@@ -48,8 +48,8 @@ class Checkpoints:
     Of several processes the first alone reads and writes, and sends the others what it read.
 
     Args:
-        folder: Where they lie; made when needed. None on all processes but the first.
-        schedule: When they are due.
+      folder: Where they lie; made when needed. None on all processes but the first.
+      schedule: When they are due.
     """
 
     def __init__(self, folder: Path | None, schedule: Schedule = Schedule()):  # noqa: B008
@@ -74,12 +74,12 @@ class Checkpoints:
         """Copies `arrays`, which may then be donated, and writes them in the background.
 
         Args:
-            step: Number of the checkpoint.
-            arrays: A pytree of arrays that this process holds whole.
-            progress: What else is needed to continue, for JSON.
+          step: Number of the checkpoint.
+          arrays: A pytree of arrays that this process holds whole.
+          progress: What else is needed to continue, for JSON.
 
         Raises:
-            OSError: This checkpoint or the one before it cannot be written.
+          OSError: This checkpoint or the one before it cannot be written.
         """
         import orbax.checkpoint as ocp
 
@@ -118,7 +118,7 @@ class Checkpoints:
         """Returns once everything is on disk.
 
         Raises:
-            OSError: It cannot be written.
+          OSError: It cannot be written.
         """
         if self._lazy_manager is not None:
             with _as_os_error(f"cannot write a checkpoint in {self._folder}"):
@@ -128,13 +128,13 @@ class Checkpoints:
         """The newest whole checkpoint; damaged ones are named on stderr and deleted.
 
         Args:
-            arrays: A pytree of the structure, shapes and dtypes that were saved.
+          arrays: A pytree of the structure, shapes and dtypes that were saved.
 
         Returns:
-            The saved arrays and progress, or None if there is no checkpoint.
+          The saved arrays and progress, or None if there is no checkpoint.
 
         Raises:
-            OSError: There are checkpoints, but all are damaged.
+          OSError: There are checkpoints, but all are damaged.
         """
         template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), arrays)
         found = None if self._folder is None else self._newest_whole(template)

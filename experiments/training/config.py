@@ -35,7 +35,7 @@ class RunConfig:
     Where the data lies and where results go is not part of it.
 
     Raises:
-        ValueError: A value is out of range, or two contradict each other.
+      ValueError: A value is out of range, or two contradict each other.
     """
 
     dataset: str = option(

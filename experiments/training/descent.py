@@ -18,9 +18,9 @@ class Progress(NamedTuple):
     """What a learning rate may depend on.
 
     Attributes:
-        examples: seen before this step, int32 scalar.
-        count: examples of this step's batch, int32 scalar.
-        adapted: state of `adapt_batch_size` after this step.
+      examples: seen before this step, int32 scalar.
+      count: examples of this step's batch, int32 scalar.
+      adapted: state of `adapt_batch_size` after this step.
     """
 
     examples: jax.Array
@@ -84,10 +84,10 @@ class DescentState(NamedTuple):
     """State of `descend`.
 
     Attributes:
-        examples: seen so far, int32 scalar.
-        learning_rate: of the last update, float32 scalar.
-        adapt: state of `adapt_batch_size`.
-        direction: state of what turns the mean gradient into a direction.
+      examples: seen so far, int32 scalar.
+      learning_rate: of the last update, float32 scalar.
+      adapt: state of `adapt_batch_size`.
+      direction: state of what turns the mean gradient into a direction.
     """
 
     examples: jax.Array

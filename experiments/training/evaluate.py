@@ -22,8 +22,8 @@ def make_evaluate(
     """`evaluate(params, split) -> Evaluation`, the split's last batch padded and masked.
 
     Args:
-        predict: Maps (params, images (m, h, w, c)) to logits (m, classes).
-        batch_size: Examples in one compiled call.
+      predict: Maps (params, images (m, h, w, c)) to logits (m, classes).
+      batch_size: Examples in one compiled call.
     """
 
     @jax.jit

@@ -33,7 +33,7 @@ def build(config: RunConfig) -> Optimizer:
     update (`learning_rate`).
 
     Raises:
-        ValueError: `config.method` is unknown.
+      ValueError: `config.method` is unknown.
     """
     if config.method not in METHODS:
         raise ValueError(

@@ -42,15 +42,15 @@ class Lines:
     """A file of JSON objects, one a line, each on disk or gone whole once `write` returns.
 
     Args:
-        path: The file; None writes nothing.
-        keep: How many bytes of it to keep; what follows them is cut off.
+      path: The file; None writes nothing.
+      keep: How many bytes of it to keep; what follows them is cut off.
 
     Raises:
-        OSError: The file cannot be opened.
-        ResumeError: It is shorter than `keep`.
+      OSError: The file cannot be opened.
+      ResumeError: It is shorter than `keep`.
 
     Attributes:
-        size: Bytes of the file, all of them whole lines.
+      size: Bytes of the file, all of them whole lines.
     """
 
     def __init__(self, path: Path | None, keep: int = 0):
@@ -67,7 +67,7 @@ class Lines:
         """Appends a line.
 
         Raises:
-            OSError: It cannot be written; the lines before it stay.
+          OSError: It cannot be written; the lines before it stay.
         """
         if self._file is None:
             return
@@ -112,8 +112,8 @@ def check_resumable(folder: Path, config: Mapping[str, Any]) -> None:
     """Checks that `folder` is missing, empty, or holds a run of this configuration.
 
     Raises:
-        FileExistsError: It holds something else than a run.
-        ResumeError: The run has another configuration; the message shows the difference.
+      FileExistsError: It holds something else than a run.
+      ResumeError: The run has another configuration; the message shows the difference.
     """
     stored = read_config(folder)
     if stored is not None:
@@ -139,7 +139,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """The configuration of the run in `folder`, or None where there is none.
 
     Raises:
-        ResumeError: The file is damaged.
+      ResumeError: The file is damaged.
     """
     path = folder / CONFIG
     try:
@@ -185,7 +185,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Gives a path to write to, which takes the place of `path` once all is written.
 
     Raises:
-        OSError: It cannot be written; what `path` held before stays.
+      OSError: It cannot be written; what `path` held before stays.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:

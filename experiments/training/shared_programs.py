@@ -29,7 +29,7 @@ class Programs:
     its steps is that of plain SGD.
 
     Args:
-        model: Any initialisation of the net.
+      model: Any initialisation of the net.
     """
 
     def __init__(self, model: models.Model):

@@ -27,10 +27,10 @@ def make_train_step(
     """`train_step(params, opt_state, batch, mask=None) -> (params, opt_state, StepInfo)`.
 
     Args:
-        loss: Maps (params, example) to a scalar.
-        optimizer: As `methods.build` makes them.
-        variance: What the optimizer needs to know, as `methods.variance` says. The metrics
-            get the trace in either case.
+      loss: Maps (params, example) to a scalar.
+      optimizer: As `methods.build` makes them.
+      variance: What the optimizer needs to know, as `methods.variance` says. The metrics
+        get the trace in either case.
     """
     moments_of = cabs_jax.gradient_moments(loss, variance=variance)
     update = make_update(optimizer)

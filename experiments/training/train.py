@@ -44,13 +44,13 @@ def set_up(
     """Builds the optimizer, loads the data and initialises the model.
 
     Args:
-        config: The run.
-        data_dir: Holds the data sets.
-        dataset: That of the run, if it was loaded before.
+      config: The run.
+      data_dir: Holds the data sets.
+      dataset: That of the run, if it was loaded before.
 
     Raises:
-        ValueError: The method, data set or model is unknown, or the model does not fit the data.
-        OSError: The data is missing, damaged or cannot be downloaded.
+      ValueError: The method, data set or model is unknown, or the model does not fit the data.
+      OSError: The data is missing, damaged or cannot be downloaded.
     """
     optimizer = methods.build(config)
     if dataset is None:
@@ -84,22 +84,22 @@ def train(
     lines as one that was not, but for `seconds` and `compile_seconds`, which go on from there.
 
     Args:
-        experiment: As `set_up` makes it. The model's parameters are left intact.
-        out: A folder that is missing or empty; None writes nothing, as all processes but one do.
-        observe: Called with each line of the metrics after it was written.
-        mesh: Splits batches over all its devices, which may belong to several processes.
-        checkpoints: Writes one whenever it says so, and one at the end.
-        resume: Continues the run in `out` from its newest checkpoint, or from the first step if
-            there is none.
-        programs: What runs of the same net and data share, compiled; None compiles anew.
+      experiment: As `set_up` makes it. The model's parameters are left intact.
+      out: A folder that is missing or empty; None writes nothing, as all processes but one do.
+      observe: Called with each line of the metrics after it was written.
+      mesh: Splits batches over all its devices, which may belong to several processes.
+      checkpoints: Writes one whenever it says so, and one at the end.
+      resume: Continues the run in `out` from its newest checkpoint, or from the first step if
+        there is none.
+      programs: What runs of the same net and data share, compiled; None compiles anew.
 
     Returns:
-        The summary, as written.
+      The summary, as written.
 
     Raises:
-        OSError: `out` is not empty or cannot be written; lines already written stay.
-        ResumeError: The run to resume had another configuration or other data.
-        Interrupted: A signal came; a checkpoint was written.
+      OSError: `out` is not empty or cannot be written; lines already written stay.
+      ResumeError: The run to resume had another configuration or other data.
+      Interrupted: A signal came; a checkpoint was written.
     """
     config, dataset, model, optimizer = experiment
     identity: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
