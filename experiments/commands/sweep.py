@@ -11,7 +11,8 @@ from rich.console import Console
 
 from experiments.errors import UserError, user_errors
 from experiments.sweeps import plan as plans
-from experiments.sweeps.sweep import ERROR, sweep
+from experiments.sweeps.sweep import sweep
+from experiments.sweeps.worker import ERROR
 
 
 def main(

@@ -14,7 +14,7 @@ MILESTONES = (0.5, 0.75)  # fractions of the examples of a run
 STEP_DECAY = 0.1
 
 
-class Progress(NamedTuple):
+class Observed(NamedTuple):
     """What a learning rate may depend on.
 
     Attributes:
@@ -28,20 +28,20 @@ class Progress(NamedTuple):
     adapted: AdaptBatchSizeState
 
 
-Rate = Callable[[Progress], jax.Array]
+Rate = Callable[[Observed], jax.Array]
 
 
 def constant(learning_rate: float) -> Rate:
     """The same learning rate at every step."""
-    return lambda progress: jnp.float32(learning_rate)
+    return lambda observed: jnp.float32(learning_rate)
 
 
 def step_decay(learning_rate: float, examples: int) -> Rate:
     """A tenth of the learning rate from half of the run's examples on, a hundredth from 3/4 on."""
     starts = jnp.array(milestones(examples), jnp.int32)
 
-    def rate(progress: Progress) -> jax.Array:
-        passed = jnp.sum(progress.examples >= starts, dtype=jnp.float32)
+    def rate(observed: Observed) -> jax.Array:
+        passed = jnp.sum(observed.examples >= starts, dtype=jnp.float32)
         decayed: jax.Array = learning_rate * jnp.float32(STEP_DECAY) ** passed
         return decayed
 
@@ -51,8 +51,8 @@ def step_decay(learning_rate: float, examples: int) -> Rate:
 def cosine(learning_rate: float, examples: int) -> Rate:
     """Half a period of a cosine, from the learning rate to 0 over the run's examples."""
 
-    def rate(progress: Progress) -> jax.Array:
-        fraction = jnp.minimum(progress.examples.astype(jnp.float32) / examples, 1.0)
+    def rate(observed: Observed) -> jax.Array:
+        fraction = jnp.minimum(observed.examples.astype(jnp.float32) / examples, 1.0)
         decayed: jax.Array = learning_rate / 2 * (1 + jnp.cos(math.pi * fraction))
         return decayed
 
@@ -66,9 +66,9 @@ def noise_scaled(largest: float) -> Rate:
     the noise, the step is 0.
     """
 
-    def rate(progress: Progress) -> jax.Array:
-        noise_scale = progress.adapted.info.raw_batch_size
-        count = jnp.maximum(progress.count, 1).astype(jnp.float32)
+    def rate(observed: Observed) -> jax.Array:
+        noise_scale = observed.adapted.info.raw_batch_size
+        count = jnp.maximum(observed.count, 1).astype(jnp.float32)
         scaled: jax.Array = largest / (1 + noise_scale / count)
         return scaled
 
@@ -106,7 +106,7 @@ def descend(
     def init(params: Any) -> DescentState:
         zero = jnp.zeros((), jnp.int32)
         adapted = adapt.init(params)
-        start = jnp.asarray(rate(Progress(zero, zero, adapted)), jnp.float32)
+        start = jnp.asarray(rate(Observed(zero, zero, adapted)), jnp.float32)
         return DescentState(zero, start, adapted, direction.init(params))
 
     def update(
@@ -119,7 +119,7 @@ def descend(
     ) -> tuple[Any, DescentState]:
         mean, adapted = adapt.update(updates, state.adapt, params, count=count, **extra_args)
         directed, direction_state = direction.update(mean, state.direction, params)
-        learning_rate = rate(Progress(state.examples, count, adapted))
+        learning_rate = rate(Observed(state.examples, count, adapted))
         steps = jax.tree.map(lambda d: -learning_rate.astype(d.dtype) * d, directed)
         return steps, DescentState(state.examples + count, learning_rate, adapted, direction_state)
 

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -90,14 +89,24 @@ class Lines:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def begin(folder: Path, config: Mapping[str, Any], resume: bool) -> None:
+    """Makes `folder` that of a run of this configuration.
+
+    Raises:
+      OSError: It holds something else, or cannot be written.
+      ResumeError: It holds a run of another configuration.
+    """
+    if resume:
+        check_resumable(folder, config)
+    else:
+        check_unused(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, config)
 
 
 def check_unused(folder: Path) -> None:

@@ -5,8 +5,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from experiments.training.step import StepInfo, make_update
 PyTree = Any
 
 
-class Programs:
+class SharedPrograms:
     """What is compiled once for a net, however many runs there are.
 
     A train step is here two programs: the gradient and its moments, one for each batch size, which
@@ -75,7 +74,7 @@ def measured_variance(config: RunConfig) -> Literal["none", "trace", "diagonal"]
 
 
 class SharedStep:
-    """Called, entered and left like the `cabs_jax.CompiledStep` of a whole train step."""
+    """Called like the `cabs_jax.CompiledStep` of a whole train step, for one run of many."""
 
     def __init__(
         self,
@@ -113,17 +112,6 @@ class SharedStep:
     def _totals(self) -> tuple[int, float]:
         parts = self._gradient, self._update
         return sum(p.compilations for p in parts), sum(p.seconds_waited for p in parts)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Leaves the executables to the runs that follow."""
 
 
 def _update_at_any_rate(config: RunConfig) -> Callable[..., tuple[PyTree, PyTree, StepInfo]]:

@@ -1,11 +1,9 @@
 """One training run: set-up, loop, evaluation, files."""
 
+import contextlib
 import dataclasses
 import json
-import math
-import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +18,12 @@ from experiments import datasets
 from experiments.training import methods, models, run_folder
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.config import BUCKETS, RunConfig
-from experiments.training.evaluate import Evaluation, make_evaluate
-from experiments.training.shared_programs import Programs, SharedStep
-from experiments.training.step import StepInfo, make_train_step
+from experiments.training.evaluate import make_evaluate
+from experiments.training.loop import Loop
+from experiments.training.shared_programs import SharedPrograms
+from experiments.training.step import make_train_step
+
+PyTree = Any
 
 TRAIN_EXAMPLES_EVALUATED = 2_000
 
@@ -72,7 +73,7 @@ def train(
     mesh: jax.sharding.Mesh | None = None,
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
-    programs: Programs | None = None,
+    shared: SharedPrograms | None = None,
 ) -> dict[str, Any]:
     """Runs the experiment and writes config, metrics, evaluations and summary into `out`.
 
@@ -91,7 +92,7 @@ def train(
       checkpoints: Writes one whenever it says so, and one at the end.
       resume: Continues the run in `out` from its newest checkpoint, or from the first step if
         there is none.
-      programs: What runs of the same net and data share, compiled; None compiles anew.
+      shared: What runs of the same net and data share, compiled; None compiles anew.
 
     Returns:
       The summary, as written.
@@ -101,36 +102,70 @@ def train(
       ResumeError: The run to resume had another configuration or other data.
       Interrupted: A signal came; a checkpoint was written.
     """
-    config, dataset, model, optimizer = experiment
+    config = experiment.config
     identity: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     if out is not None:
-        if resume:
-            run_folder.check_resumable(out, identity)
-        else:
-            run_folder.check_unused(out)
-        out.mkdir(parents=True, exist_ok=True)
-        run_folder.write_json(out / run_folder.CONFIG, identity)
-
-    # The step donates both, so each leaf needs a buffer of its own, and the model keeps its.
-    arrays = jax.tree.map(jnp.copy, (model.params, optimizer.init(model.params)))
-    saved: dict[str, Any] | None = None
+        run_folder.begin(out, identity, resume)
     if checkpoints is not None:
-        identity["fingerprint of the data set"] = datasets.fingerprint(dataset)
-        if resume and (restored := checkpoints.restore(arrays)):
-            arrays, saved = restored
-            run_folder.check_equal("the run to resume", saved["identity"], identity)
-            arrays = jax.tree.map(jnp.array, arrays)
+        identity["fingerprint of the data set"] = datasets.fingerprint(experiment.dataset)
+    arrays, saved = _beginning(experiment, checkpoints if resume else None, identity)
+    with _under_way(experiment, arrays, saved, out, observe, mesh, shared) as loop:
+        if saved is None:
+            loop.evaluate()
+        while not loop.finished:
+            loop.dispatch_step()
+            loop.write_metrics()
+            loop.evaluate_if_due()
+            if checkpoints is not None and not loop.finished and checkpoints.due(loop.step):
+                loop.save(checkpoints, identity)
+                checkpoints.stop_if_asked(loop.step)
+        if checkpoints is not None and not loop.diverged:
+            loop.save(checkpoints, identity)
+            checkpoints.wait()
+        summary = loop.summary()
+    if out is not None:
+        run_folder.write_json(out / run_folder.SUMMARY, summary)
+    return summary
+
+
+def _beginning(
+    experiment: Experiment, checkpoints: Checkpoints | None, identity: Mapping[str, Any]
+) -> tuple[tuple[PyTree, PyTree], dict[str, Any] | None]:
+    """Parameters and optimizer state, and how far they have come if they are a checkpoint's."""
+    params = experiment.model.params
+    # The step donates both, so each leaf needs a buffer of its own, and the model keeps its.
+    arrays = jax.tree.map(jnp.copy, (params, experiment.optimizer.init(params)))
+    restored = None if checkpoints is None else checkpoints.restore(arrays)
+    if restored is None:
+        return arrays, None
+    arrays, saved = restored
+    run_folder.check_equal("the run to resume", saved["identity"], identity)
+    return jax.tree.map(jnp.array, arrays), saved
+
+
+@contextlib.contextmanager
+def _under_way(
+    experiment: Experiment,
+    arrays: tuple[PyTree, PyTree],
+    saved: dict[str, Any] | None,
+    out: Path | None,
+    observe: Callable[[dict[str, Any]], None],
+    mesh: jax.sharding.Mesh | None,
+    shared: SharedPrograms | None,
+) -> Iterator[Loop]:
+    """The run where it was `saved`, its files and its loader open."""
+    config, dataset, model, optimizer = experiment
     first_size, sharding = int(cabs_jax.batch_size(arrays[1])), None
     if mesh is not None:
         sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
-    params, opt_state = arrays
-
     sizes, padded = _shapes(config, 1 if mesh is None else mesh.size)
-    written = saved["written"] if saved else [0, 0]
+    metrics_bytes, evaluations_bytes = saved["written"] if saved else (0, 0)
     with (
-        run_folder.Lines(out and out / run_folder.METRICS, written[0]) as metrics_file,
-        run_folder.Lines(out and out / run_folder.EVALUATIONS, written[1]) as evaluations_file,
+        run_folder.Lines(out and out / run_folder.METRICS, metrics_bytes) as metrics_file,
+        run_folder.Lines(
+            out and out / run_folder.EVALUATIONS, evaluations_bytes
+        ) as evaluations_file,
         cabs_jax.BatchLoader(
             dataset.train,
             first_size,
@@ -145,186 +180,29 @@ def train(
             batch_argnums=(2, 3),
             donate_argnums=(0, 1),
         )
-        if programs is None
-        else programs.train_step(config) as train_step,
+        if shared is None
+        else contextlib.nullcontext(shared.train_step(config)) as train_step,
     ):
-        run = _Run(
-            config,
-            params,
-            opt_state,
-            loader,
-            padded,
-            train_step,
-            make_evaluate(model.predict) if programs is None else programs.evaluate,
-            _subset(dataset.train, config.evaluation_examples or TRAIN_EXAMPLES_EVALUATED),
-            _subset(dataset.test, config.evaluation_examples),
-            len(dataset.train["label"]),
-            metrics_file,
-            evaluations_file,
-            observe,
+        loop = Loop(
+            config=config,
+            params=arrays[0],
+            opt_state=arrays[1],
+            loader=loader,
+            padded=padded,
+            train_step=train_step,
+            evaluate_on=make_evaluate(model.predict) if shared is None else shared.evaluate,
+            train_subset=_subset(
+                dataset.train, config.evaluation_examples or TRAIN_EXAMPLES_EVALUATED
+            ),
+            test_subset=_subset(dataset.test, config.evaluation_examples),
+            train_size=len(dataset.train["label"]),
+            metrics_file=metrics_file,
+            evaluations_file=evaluations_file,
+            observe=observe,
         )
-        if saved is None:
-            run.evaluate()
-        else:
-            run.set_state(saved)
-        while not run.finished:
-            run.dispatch_step()
-            run.write_metrics()
-            run.evaluate_if_due()
-            if checkpoints is not None and not run.finished and checkpoints.due(run.step):
-                run.save(checkpoints, identity)
-                checkpoints.stop_if_asked(run.step)
-        if checkpoints is not None and not run.diverged:
-            run.save(checkpoints, identity)
-            checkpoints.wait()
-
-    summary = run.summary()
-    if out is not None:
-        run_folder.write_json(out / run_folder.SUMMARY, summary)
-    return summary
-
-
-@dataclasses.dataclass
-class _Run:
-    """A run under way: what it works with, and below `started` how far it has come."""
-
-    config: RunConfig
-    params: Any
-    opt_state: Any
-    loader: cabs_jax.BatchLoader
-    padded: bool
-    train_step: cabs_jax.CompiledStep | SharedStep
-    evaluate_on: Callable[[Any, dict[str, np.ndarray]], Evaluation]
-    train_subset: dict[str, np.ndarray]
-    test_subset: dict[str, np.ndarray]
-    train_size: int
-    metrics_file: run_folder.Lines
-    evaluations_file: run_folder.Lines
-    observe: Callable[[dict[str, Any]], None]
-
-    started: float = dataclasses.field(default_factory=time.perf_counter)
-    step: int = 0
-    examples: int = 0
-    seconds: float = 0.0  # when the last line of the metrics was written
-    compile_seconds: float = 0.0  # of the processes before this one, as are the compilations
-    compilations: int = 0
-    evaluated: int = 0  # after the first evaluation, that of the initial parameters
-    evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)  # the last one
-    dispatched: deque[tuple[int, int, int, StepInfo]] = dataclasses.field(default_factory=deque)
-    diverged: bool = False
-
-    @property
-    def done(self) -> int:
-        """Steps or examples, whichever limits the run."""
-        return self.step if self.config.limit[0] == "step" else self.examples
-
-    @property
-    def evaluations_due(self) -> int:
-        return self.done * self.config.evaluations // self.config.limit[1]
-
-    @property
-    def finished(self) -> bool:
-        return self.diverged or self.done >= self.config.limit[1]
-
-    def dispatch_step(self) -> None:
-        """Starts the next step; its numbers are futures."""
-        batch, mask = next(self.loader) if self.padded else (next(self.loader), None)
-        self.params, self.opt_state, info = self.train_step(
-            self.params, self.opt_state, batch, mask
-        )
-        self.loader.batch_size = info.next_batch_size
-        size = len(batch["label"]) if mask is None else int(mask.sum())
-        self.step += 1
-        self.examples += size
-        self.dispatched.append((self.step, size, self.examples, info))
-
-    def write_metrics(self) -> None:
-        """Writes the lines of the steps dispatched, but for the last `lag` of them."""
-        all_of_them = self.finished or self.evaluations_due > self.evaluated
-        while self.dispatched and not self.diverged:
-            if len(self.dispatched) <= self.config.lag and not all_of_them:
-                break  # reading its numbers would wait for it
-            step, size, examples, info = self.dispatched.popleft()
-            info = jax.device_get(info)
-            metrics: dict[str, Any] = {
-                "step": step,
-                "batch_size": size,
-                "loss": _decimal(info.loss),
-                "gradient_variance": _decimal(info.gradient_variance),
-                "learning_rate": _decimal(info.learning_rate),
-                "examples": examples,
-                "epoch": examples / self.train_size,
-                "seconds": time.perf_counter() - self.started,
-            }
-            self.metrics_file.write(metrics)
-            self.observe(metrics)
-            self.seconds, self.diverged = metrics["seconds"], not math.isfinite(metrics["loss"])
-
-    def evaluate_if_due(self) -> None:
-        if self.diverged or self.evaluations_due > self.evaluated:
-            self.evaluate()
-
-    def evaluate(self) -> None:
-        """Evaluates the parameters as they are, with the clock stopped."""
-        on_train = self.evaluate_on(self.params, self.train_subset)
-        on_test = self.evaluate_on(self.params, self.test_subset)
-        self.evaluation = {
-            "step": self.step,
-            "examples": self.examples,
-            "epoch": self.examples / self.train_size,
-            "seconds": self.seconds,
-            "compile_seconds": self.compile_seconds + self.train_step.seconds_waited,
-            "train_loss": on_train.loss,
-            "train_accuracy": on_train.accuracy,
-            "test_loss": on_test.loss,
-            "test_accuracy": on_test.accuracy,
-        }
-        self.evaluations_file.write(self.evaluation)
-        self.evaluated = self.evaluations_due
-        self.started = time.perf_counter() - self.seconds
-
-    def save(self, checkpoints: Checkpoints, identity: dict[str, Any]) -> None:
-        """Writes a checkpoint of this moment, from which `set_state` continues."""
-        self.metrics_file.sync()
-        self.evaluations_file.sync()
-        progress = {
-            "identity": identity,
-            "written": [self.metrics_file.size, self.evaluations_file.size],
-            "step": self.step,
-            "examples": self.examples,
-            "seconds": time.perf_counter() - self.started,
-            "compile_seconds": self.compile_seconds + self.train_step.seconds_waited,
-            "compilations": self.compilations + self.train_step.compilations,
-            "evaluation": self.evaluation,
-            "evaluated": self.evaluated,
-            "dispatched": [
-                (*counts, [_decimal(x) for x in jax.device_get(info)])
-                for *counts, info in self.dispatched
-            ],
-            "loader": self.loader.get_state(),
-        }
-        checkpoints.save(self.step, (self.params, self.opt_state), progress)
-
-    def set_state(self, saved: dict[str, Any]) -> None:
-        """Goes back to where `save` was called."""
-        self.step, self.examples, self.seconds = saved["step"], saved["examples"], saved["seconds"]
-        self.compile_seconds, self.compilations = saved["compile_seconds"], saved["compilations"]
-        self.evaluation, self.evaluated = saved["evaluation"], saved["evaluated"]
-        self.dispatched.extend((*counts, StepInfo(*info)) for *counts, info in saved["dispatched"])
-        self.loader.set_state(saved["loader"])
-        self.started = time.perf_counter() - self.seconds
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "train_loss": self.evaluation["train_loss"],
-            "test_accuracy": self.evaluation["test_accuracy"],
-            "steps": self.step,
-            "examples": self.examples,
-            "seconds": self.seconds,
-            "compile_seconds": self.compile_seconds + self.train_step.seconds_waited,
-            "compilations": self.compilations + self.train_step.compilations,
-            "diverged": self.diverged,
-        }
+        if saved is not None:
+            loop.set_state(saved)
+        yield loop
 
 
 def _shapes(config: RunConfig, shards: int) -> tuple[tuple[int, ...], bool]:
@@ -336,11 +214,6 @@ def _shapes(config: RunConfig, shards: int) -> tuple[tuple[int, ...], bool]:
     if config.round_to == BUCKETS:
         return methods.legal_sizes(config), False
     return cabs_jax.buckets(*methods.bounds(config)), True
-
-
-def _decimal(value: np.ndarray | jax.Array) -> float:
-    """The shortest decimal that is this float32: 0.1 rather than 0.10000000149011612."""
-    return float(str(value))
 
 
 def _subset(split: dict[str, np.ndarray], count: int | None) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import pytest
 
 from experiments import cli, report
 from experiments.report import analysis, results
-from experiments.sweeps import plan, sweep
+from experiments.sweeps import plan, pool, sweep, worker
 from experiments.training import run_folder
 
 PLAN = """
@@ -61,8 +61,8 @@ def folder(tmp_path_factory):
     assert not all((out / name).exists() for name in DIGITS)
     kept = out / DIGITS[0] / run_folder.SUMMARY
     before = kept.stat().st_mtime_ns
-    remains = out / f"{DIGITS[-1]}{sweep.PARTIAL}1"
-    under_way_elsewhere = out / "digits" / "cabs" / f"lr-0.2-seed-7{sweep.PARTIAL}1"
+    remains = out / f"{DIGITS[-1]}{worker.PARTIAL}1"
+    under_way_elsewhere = out / "digits" / "cabs" / f"lr-0.2-seed-7{worker.PARTIAL}1"
     remains.mkdir(parents=True)
     under_way_elsewhere.mkdir(parents=True)
 
@@ -76,12 +76,12 @@ def folder(tmp_path_factory):
 def test_a_killed_sweep_goes_on_to_the_end(folder):
     for name in DIGITS:
         assert run_folder.read_summary(folder / name)["examples"] > 0
-    assert not list(folder.glob(f"*/*/*{sweep.PARTIAL}*"))
+    assert not list(folder.glob(f"*/*/*{worker.PARTIAL}*"))
 
 
 def test_a_failed_run_leaves_its_error_and_stops_no_other(folder):
-    (error,) = folder.glob(f"**/*{sweep.ERROR}")
-    assert error.relative_to(folder) == Path(f"lost/constant-16/lr-0.2-seed-0{sweep.ERROR}")
+    (error,) = folder.glob(f"**/*{worker.ERROR}")
+    assert error.relative_to(folder) == Path(f"lost/constant-16/lr-0.2-seed-0{worker.ERROR}")
     assert "unknown data set 'no/such/folder'" in error.read_text()
 
 
@@ -109,13 +109,13 @@ def test_a_finished_sweep_makes_nothing_again_and_refuses_another_plan(folder, t
 
 
 def test_a_run_whose_process_dies_is_told_and_the_next_gets_a_new_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_work", os._exit)  # called with the arguments of `_work`, it dies
+    monkeypatch.setattr(pool, "work", os._exit)  # called with the arguments of `work`, it dies
     runs = plan.parse(PLAN).runs[:3]
     outcome = sweep.sweep(PLAN, runs, tmp_path, jobs=2)
     assert outcome.failed.keys() == {run.name for run in runs}
     assert outcome.finished == 0
     for run in runs:
-        assert "its process died" in (tmp_path / (run.name + sweep.ERROR)).read_text()
+        assert "its process died" in (tmp_path / (run.name + worker.ERROR)).read_text()
 
 
 @pytest.mark.parametrize(

@@ -5,18 +5,18 @@ import pytest
 
 from experiments.training import run_folder
 from experiments.training.config import RunConfig
-from experiments.training.shared_programs import Programs
+from experiments.training.shared_programs import SharedPrograms
 from experiments.training.train import set_up, train
 
 
-def run(config, folder, programs=None):
-    train(set_up(config), folder, programs=programs)
+def run(config, folder, shared=None):
+    train(set_up(config), folder, shared=shared)
     return run_folder.read(folder)
 
 
 @pytest.fixture(scope="module")
 def programs():
-    return Programs(set_up(RunConfig()).model)
+    return SharedPrograms(set_up(RunConfig()).model)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_another_learning_rate_or_seed_compiles_nothing(programs, tmp_path):
             evaluation_examples=20,
         )
         folder = tmp_path / f"{learning_rate}-{seed}"
-        train(set_up(config), folder, programs=programs)
+        train(set_up(config), folder, shared=programs)
         return json.loads((folder / run_folder.SUMMARY).read_text())["compilations"]
 
     assert compilations(0.1, 0) == 2  # a gradient and an update
