@@ -46,7 +46,8 @@ def main(
         outcome = sweep(text, runs, out, jobs=jobs, data_dir=data_dir, console=console)
     console.print(
         f"{outcome.finished} runs finished, {outcome.diverged} of which diverged; "
-        f"{outcome.kept} were there already; {len(outcome.failed)} failed"
+        f"{outcome.kept} were there already; {len(outcome.elsewhere)} are left to "
+        f"other processes; {len(outcome.failed)} failed"
     )
     for name in outcome.failed:
         console.print(f"  {name}: see {out / name}{ERROR}", markup=False, soft_wrap=True)

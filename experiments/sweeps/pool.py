@@ -43,8 +43,8 @@ class Pool:
         self._shares = [set(cores[i::jobs]) or set(cores) for i in range(jobs)]
         self._workers: list[_Worker] = []
 
-    def results(self, overall: TaskID) -> Iterator[tuple[Run, dict[str, Any], str]]:
-        """Each run as it ends, with its summary or else its error."""
+    def results(self, overall: TaskID) -> Iterator[tuple[Run, str, Any]]:
+        """Each run as it ends: done with its summary, failed or made elsewhere with the reason."""
         for share in self._shares:
             bar = self._bars.add_task("", total=1, note="starting")
             self._start(share, bar)
@@ -67,7 +67,7 @@ class Pool:
                     self._bars.update(worker.bar, completed=fraction, note=note)
                 else:
                     fraction = 1.0
-                    yield (run, content, "") if kind == "done" else (run, {}, content)
+                    yield run, kind, content
                     if worker in self._workers:
                         self._give(worker)
                 fractions[run.name] = fraction

@@ -1,7 +1,6 @@
 """Runs a plan: many short runs in a few processes, each on its own cores, all of them resumable."""
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,6 @@ from rich.progress import (
 from experiments.sweeps.plan import Run
 from experiments.sweeps.pool import Pool
 from experiments.sweeps.worker import ENVIRONMENT as ENVIRONMENT
-from experiments.sweeps.worker import PARTIAL
 from experiments.training import run_folder
 from experiments.training.config import RunConfig
 
@@ -31,12 +29,21 @@ class SweepError(ValueError):
 
 
 class Outcome(NamedTuple):
-    """How the runs of a sweep ended: numbers, and the failed runs with their errors."""
+    """How the runs of a sweep ended.
+
+    Attributes:
+      kept: How many were there already.
+      finished: How many this call made.
+      diverged: How many of these diverged.
+      failed: Those that failed, with their errors.
+      elsewhere: Those that other processes are making, with what is known of these.
+    """
 
     kept: int
     finished: int
     diverged: int
     failed: dict[str, str]
+    elsewhere: dict[str, str]
 
 
 def sweep(
@@ -52,8 +59,8 @@ def sweep(
 
     A run is written beside its place and moved there when it is finished, so that a kill at any
     moment leaves whole runs, which the next call keeps, and remains, which it removes. Calls at
-    the same time may share `out` if no run is in both. Runs of one seed draw the same parameters
-    and the same order of examples, whatever the method.
+    the same time may share `out`: each leaves to the others what they are making. Runs of one seed
+    draw the same parameters and the same order of examples, whatever the method.
 
     Args:
       plan_text: The plan in TOML, which is kept beside the results.
@@ -74,24 +81,24 @@ def sweep(
     out.mkdir(parents=True, exist_ok=True)
     with run_folder.replacing(out / PLAN) as partial:
         partial.write_text(plan_text, encoding="utf-8")
-    for run in todo:  # others may be under way, in another shard
-        for remains in out.glob(f"{run.name}{PARTIAL}*"):
-            shutil.rmtree(remains)
     kept = len(runs) - len(todo)
     if kept:
         console.print(f"{kept} of {len(runs)} runs are finished already")
-    diverged, failed = 0, {}
+    diverged = 0
+    failed: dict[str, str] = {}
+    elsewhere: dict[str, str] = {}
     with _bars(console) as bars, Pool(out, jobs, data_dir, todo, bars) as pool:
         overall = bars.add_task("all runs", total=len(todo), note="")
-        for run, summary, error in pool.results(overall):
-            if error:
-                failed[run.name] = error
-                console.print(f"failed: {run.name}: {error.splitlines()[-1]}", markup=False)
-            else:
-                diverged += bool(summary["diverged"])
+        for run, how, told in pool.results(overall):
+            if how == "done":
+                diverged += bool(told["diverged"])
                 if not console.is_terminal:
-                    console.print(_line(run, summary), markup=False, soft_wrap=True)
-    return Outcome(kept, len(todo) - len(failed), diverged, failed)
+                    console.print(_line(run, told), markup=False, soft_wrap=True)
+                continue
+            (failed if how == "failed" else elsewhere)[run.name] = told
+            console.print(f"{how}: {run.name}: {told.splitlines()[-1]}", markup=False)
+    finished = len(todo) - len(failed) - len(elsewhere)
+    return Outcome(kept, finished, diverged, failed, elsewhere)
 
 
 def is_finished(folder: Path, config: RunConfig) -> bool:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import jax
 from experiments import datasets, environment
 from experiments.sweeps.plan import Run
 from experiments.training import run_folder
+from experiments.training.lock import InUseError, locked
 from experiments.training.shared_programs import SharedPrograms, cache_settings
 from experiments.training.train import set_up, train
 
@@ -33,15 +35,30 @@ def work(connection: Connection, out: Path, data_dir: str | None) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
         while (run := connection.recv()) is not None:
             try:
-                summary = _make(run, connection, out, data_dir, loaded, shared)
+                with _claimed(out / run.name):
+                    summary = _make(run, connection, out, data_dir, loaded, shared)
             except BrokenPipeError:
                 raise
+            except InUseError as error:
+                connection.send(("elsewhere", str(error)))
             except Exception:
-                error = traceback.format_exc().strip()
-                write_error(out, run, error)
-                connection.send(("failed", error))
+                told = traceback.format_exc().strip()
+                write_error(out, run, told)
+                connection.send(("failed", told))
             else:
                 connection.send(("done", summary))
+
+
+@contextlib.contextmanager
+def _claimed(final: Path) -> Iterator[None]:
+    """Makes a run ours alone, and removes what one that was killed left of it."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with locked(final.with_name(final.name + run_folder.LOCK)):
+        if run_folder.read_summary(final) is not None:
+            raise InUseError("another process has just finished it.")
+        for remains in final.parent.glob(f"{final.name}{PARTIAL}*"):
+            shutil.rmtree(remains)
+        yield
 
 
 def _make(

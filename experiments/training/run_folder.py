@@ -5,11 +5,13 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+
+from experiments.training.lock import locked
 
 CONFIG, METRICS, EVALUATIONS, SUMMARY, FIGURE = (
     "config.json",
@@ -18,7 +20,7 @@ CONFIG, METRICS, EVALUATIONS, SUMMARY, FIGURE = (
     "summary.json",
     "figure.png",
 )
-PARTIAL = ".partial"
+LOCK, PARTIAL = ".lock", ".partial"
 
 
 class Record(NamedTuple):
@@ -94,24 +96,40 @@ class Lines:
             self._file.close()
 
 
-def begin(folder: Path, config: Mapping[str, Any], resume: bool) -> None:
-    """Makes `folder` that of a run of this configuration.
+@contextlib.contextmanager
+def held(
+    folder: Path | None, config: Mapping[str, Any], resume: bool
+) -> Iterator[Callable[[], None]]:
+    """Makes `folder` that of a run of this configuration, which no other process may write.
+
+    Args:
+      folder: It is made where it is missing; None is no folder.
+      config: The run's.
+      resume: Whether a run of this configuration may be in it already.
+
+    Returns:
+      A check that it is still there, and still ours, which raises OSError.
 
     Raises:
+      InUseError: Another process writes it.
       OSError: It holds something else, or cannot be written.
       ResumeError: It holds a run of another configuration.
     """
-    if resume:
-        check_resumable(folder, config)
-    else:
-        check_unused(folder)
+    if folder is None:
+        yield lambda: None
+        return
+    check_usable = check_resumable if resume else lambda folder, config: check_unused(folder)
+    check_usable(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG, config)
+    with locked(folder / LOCK) as check:
+        check_usable(folder, config)  # another process may have begun and ended in between
+        write_json(folder / CONFIG, config)
+        yield check
 
 
 def check_unused(folder: Path) -> None:
     """Raises FileExistsError unless `folder` is missing or empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or _names(folder) - {LOCK}):
         raise FileExistsError(
             f"{folder} is not empty; name a new folder, results are never mixed, or --resume"
         )
@@ -127,10 +145,12 @@ def check_resumable(folder: Path, config: Mapping[str, Any]) -> None:
     stored = read_config(folder)
     if stored is not None:
         check_equal(f"the run in {folder}", stored, config)
-    elif folder.exists() and (
-        not folder.is_dir() or {path.name for path in folder.iterdir()} - {CONFIG + PARTIAL}
-    ):
+    elif folder.exists() and (not folder.is_dir() or _names(folder) - {LOCK, CONFIG + PARTIAL}):
         raise FileExistsError(f"{folder} holds no {CONFIG}, so there is no run in it to resume")
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def check_equal(owner: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -98,33 +98,35 @@ def train(
       The summary, as written.
 
     Raises:
-      OSError: `out` is not empty or cannot be written; lines already written stay.
+      OSError: `out` is not empty, in use, removed or cannot be written; lines already written stay.
       ResumeError: The run to resume had another configuration or other data.
       Interrupted: A signal came; a checkpoint was written.
     """
     config = experiment.config
     identity: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    if out is not None:
-        run_folder.begin(out, identity, resume)
-    if checkpoints is not None:
-        identity["fingerprint of the data set"] = datasets.fingerprint(experiment.dataset)
-    arrays, saved = _beginning(experiment, checkpoints if resume else None, identity)
-    with _under_way(experiment, arrays, saved, out, observe, mesh, shared) as loop:
-        if saved is None:
-            loop.evaluate()
-        while not loop.finished:
-            loop.dispatch_step()
-            loop.write_metrics()
-            loop.evaluate_if_due()
-            if checkpoints is not None and not loop.finished and checkpoints.due(loop.step):
+    with run_folder.held(out, identity, resume) as check_folder:
+        if checkpoints is not None:
+            identity["fingerprint of the data set"] = datasets.fingerprint(experiment.dataset)
+        arrays, saved = _beginning(experiment, checkpoints if resume else None, identity)
+        with _under_way(experiment, arrays, saved, out, observe, mesh, shared) as loop:
+            if saved is None:
+                loop.evaluate()
+            while not loop.finished:
+                check_folder()
+                loop.dispatch_step()
+                loop.write_metrics()
+                loop.evaluate_if_due()
+                if checkpoints is not None and not loop.finished and checkpoints.due(loop.step):
+                    loop.save(checkpoints, identity)
+                    checkpoints.stop_if_asked(loop.step)
+            check_folder()
+            if checkpoints is not None and not loop.diverged:
                 loop.save(checkpoints, identity)
-                checkpoints.stop_if_asked(loop.step)
-        if checkpoints is not None and not loop.diverged:
-            loop.save(checkpoints, identity)
-            checkpoints.wait()
-        summary = loop.summary()
-    if out is not None:
-        run_folder.write_json(out / run_folder.SUMMARY, summary)
+                checkpoints.wait()
+            summary = loop.summary()
+        check_folder()
+        if out is not None:
+            run_folder.write_json(out / run_folder.SUMMARY, summary)
     return summary
 
 

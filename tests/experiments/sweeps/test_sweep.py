@@ -14,7 +14,7 @@ import pytest
 from experiments import cli, report
 from experiments.report import analysis, results
 from experiments.sweeps import plan, pool, sweep, worker
-from experiments.training import run_folder
+from experiments.training import lock, run_folder
 
 PLAN = """
 title = "Tiny"
@@ -102,7 +102,7 @@ def test_methods_of_a_seed_start_alike_and_see_the_same_examples(folder):
 def test_a_finished_sweep_makes_nothing_again_and_refuses_another_plan(folder, tmp_path, capsys):
     copy = shutil.copytree(folder, tmp_path / "copy")
     runs = [run for run in plan.parse(PLAN).runs if run.dataset == "digits"]
-    assert sweep.sweep(PLAN, runs, copy) == sweep.Outcome(len(runs), 0, 0, {})
+    assert sweep.sweep(PLAN, runs, copy) == sweep.Outcome(len(runs), 0, 0, {}, {})
     longer = PLAN.replace("examples = 600", "examples = 700")
     with pytest.raises(sweep.SweepError, match="has examples 600, now 700"):
         sweep.sweep(longer, plan.parse(longer).runs, copy)
@@ -116,6 +116,20 @@ def test_a_run_whose_process_dies_is_told_and_the_next_gets_a_new_one(tmp_path, 
     assert outcome.finished == 0
     for run in runs:
         assert "its process died" in (tmp_path / (run.name + worker.ERROR)).read_text()
+
+
+def test_a_run_that_another_process_makes_is_left_to_it(tmp_path):
+    runs = [run for run in plan.parse(PLAN).runs if run.name == DIGITS[0]]
+    final = tmp_path / DIGITS[0]
+    theirs = final.with_name(f"{final.name}{worker.PARTIAL}1") / run_folder.METRICS
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("")
+    with lock.locked(final.with_name(final.name + run_folder.LOCK)):
+        outcome = sweep.sweep(PLAN, runs, tmp_path)
+        assert theirs.exists()
+    assert outcome.finished == 0
+    assert f"process {os.getpid()} on " in outcome.elsewhere[DIGITS[0]]
+    assert not (tmp_path / (DIGITS[0] + worker.ERROR)).exists()
 
 
 @pytest.mark.parametrize(
