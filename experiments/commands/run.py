@@ -116,6 +116,7 @@ def run(
         if resume and out is not None and mesh is None:
             options = stored_options(out, options)
         config = RunConfig(**options)
+        checkpoint.check_path(RUNS if out is None else out)
         if out is not None and writes and not resume:
             run_folder.check_unused(out)
         if resume and out is not None and is_finished(out, mesh):

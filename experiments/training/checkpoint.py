@@ -21,6 +21,8 @@ from experiments.errors import Interrupted
 FOLDER = "checkpoints"
 ARRAYS, PROGRESS, DIGEST = "arrays", "progress", "digest"
 
+UNREADABLE = "[\\"  # Orbax writes below folders whose names hold these, but cannot read there
+
 PyTree = Any
 
 
@@ -39,6 +41,16 @@ class Schedule(NamedTuple):
         return self
 
 
+def check_path(folder: Path) -> None:
+    """Raises ValueError if checkpoints could be written below `folder`, but not read."""
+    for character in UNREADABLE:
+        if character in str(folder.absolute()):
+            raise ValueError(
+                f"checkpoints below {folder} could not be read again, for {character!r} is in its "
+                "path; name another folder."
+            )
+
+
 class Checkpoints:
     """The checkpoints of one run, as a context within which signals wait for one.
 
@@ -50,10 +62,16 @@ class Checkpoints:
     Args:
       folder: Where they lie; made when needed. None on all processes but the first.
       schedule: When they are due.
+
+    Raises:
+      ValueError: What is written below `folder` could not be read.
     """
 
     def __init__(self, folder: Path | None, schedule: Schedule = Schedule()):  # noqa: B008
+        if folder is not None:
+            check_path(folder)
         self._folder = folder
+        self._was_read_back = False
         self._schedule = schedule.checked()
         self._signals: list[int] = []
         self._lazy_manager: Any = None
@@ -79,7 +97,8 @@ class Checkpoints:
           progress: What else is needed to continue, for JSON.
 
         Raises:
-          OSError: This checkpoint or the one before it cannot be written.
+          OSError: This checkpoint or the one before it cannot be written, or the first that this
+        process writes, which it waits for, cannot be read back.
         """
         import orbax.checkpoint as ocp
 
@@ -98,6 +117,11 @@ class Checkpoints:
                     }
                 ),
             )
+        if not self._was_read_back:
+            self.wait()
+            with _as_os_error(f"cannot read back the checkpoint of step {step} in {self._folder}"):
+                self._read(step, copies)
+            self._was_read_back = True
         self._last_time = time.perf_counter()
 
     def steps(self) -> list[int]:
@@ -185,27 +209,32 @@ class Checkpoints:
                 )
         return self._lazy_manager
 
-    def _newest_whole(self, template: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+    def _read(self, step: int, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """The checkpoint of `step`; raises anything if it is damaged."""
         import orbax.checkpoint as ocp
 
+        saved = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    ARRAYS: ocp.args.StandardRestore(template),
+                    PROGRESS: ocp.args.JsonRestore(),
+                }
+            ),
+        )
+        progress, arrays = saved[PROGRESS], saved[ARRAYS]
+        if progress.pop(DIGEST) != _digest(arrays, progress):
+            raise ValueError("its digest does not match")
+        return arrays, progress
+
+    def _newest_whole(self, template: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
         assert self._folder is not None
         if not self._folder.exists():
             return None
         steps = sorted(self.steps(), reverse=True)
         for number, step in enumerate(steps):
             try:
-                saved = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        **{
-                            ARRAYS: ocp.args.StandardRestore(template),
-                            PROGRESS: ocp.args.JsonRestore(),
-                        }
-                    ),
-                )
-                progress, arrays = saved[PROGRESS], saved[ARRAYS]
-                if progress.pop(DIGEST) != _digest(arrays, progress):
-                    raise ValueError("its digest does not match")
+                arrays, progress = self._read(step, template)
             except Exception as error:  # whatever the readers of damaged files raise
                 reason = " ".join(str(error).split())[:200]
                 damaged = self._folder / str(step)

@@ -70,6 +70,7 @@ def test_without_arguments_three_runs_share_a_figure(tmp_path, monkeypatch, caps
         (["run", "--step", "3"], "Unknown option: --step. Did you mean --steps?"),
         (["run", "--no-resume"], "Unknown option: --no-resume"),
         (["run", "--resume"], "--resume needs --out"),
+        (["run", "--out", "o[lr=0.1]"], "could not be read again, for '[' is in its path"),
         (["run", "--process-id", "0"], "--process-id goes with --distributed"),
         (["run", "3"], "Unused Tokens: ['3']"),
         (["report", "there"], "parameter --out requires an argument"),

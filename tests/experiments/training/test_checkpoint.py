@@ -9,7 +9,7 @@ import pytest
 
 from experiments.errors import Interrupted
 from experiments.soak.kills import untimed
-from experiments.training import run_folder
+from experiments.training import checkpoint, run_folder
 from experiments.training.checkpoint import FOLDER, Checkpoints, Schedule
 from experiments.training.config import RunConfig
 from experiments.training.train import set_up, train
@@ -251,3 +251,15 @@ def test_checkpoints_are_due_by_steps_or_minutes(tmp_path):
     assert not Checkpoints(None, EVERY_STEP).due(1)
     with pytest.raises(ValueError, match="every_minutes must be positive, got 0"):
         Checkpoints(tmp_path, Schedule(every_minutes=0))
+
+
+@pytest.mark.parametrize("name", ["o[lr=0.1]", "a\\b"])
+def test_a_folder_that_could_be_written_but_not_read_is_refused(tmp_path, monkeypatch, name):
+    with pytest.raises(ValueError, match="could not be read again"):
+        Checkpoints(tmp_path / name)
+    monkeypatch.setattr(checkpoint, "UNREADABLE", "")  # as if this were not known of the name
+    with (
+        pytest.raises(OSError, match="cannot read back the checkpoint of step 1 in"),
+        Checkpoints(tmp_path / name) as checkpoints,
+    ):
+        checkpoints.save(1, some_arrays(0), {})
