@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self
 from cyclopts import Parameter
 
 from experiments import environment
+from experiments.training.run_folder import replacing
 
 Flag = Annotated[bool, Parameter(show_default=False)]
 
@@ -92,4 +93,5 @@ def write_json(path: Path | None, content: dict[str, Any]) -> None:
     """Writes all numbers, if a path was given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,7 +120,8 @@ def run(
         checkpoint.check_path(RUNS if out is None else out)
         if out is not None and writes and not resume:
             run_folder.check_unused(out)
-        if resume and out is not None and is_finished(out, mesh):
+        finished = resume and out is not None and is_finished(out, mesh)
+        if finished and (not writes or (out / run_folder.FIGURE).exists()):  # type: ignore[operator]
             print(f"{out} holds a finished run; there is nothing to resume")
             return
         experiment = set_up(config, data_dir)
@@ -129,10 +131,14 @@ def run(
         train(experiment, None, mesh=mesh, checkpoints=Checkpoints(None), resume=resume)
         return
     label = f"{config.method} {config.batch_size}" if config.fixed_size else config.method
+    figure_path = out / run_folder.FIGURE
+    if finished:
+        with user_errors(ValueError, OSError):
+            draw({label: out}, figure_path, title_of(experiment))
+        print(f"{out} holds a finished run, whose figure was missing: {figure_path}")
+        return
     with user_errors(OSError), Checkpoints(out / checkpoint.FOLDER, schedule) as checkpoints:
-        train_and_plot(
-            {label: experiment}, {label: out}, out / run_folder.FIGURE, mesh, checkpoints, resume
-        )
+        train_and_plot({label: experiment}, {label: out}, figure_path, mesh, checkpoints, resume)
 
 
 def stored_options(out: Path, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -193,27 +199,31 @@ def train_and_plot(
 ) -> None:
     """Trains each experiment into its folder, draws them in one figure and prints a table."""
     console = Console()
-    config, dataset, _, _ = next(iter(experiments.values()))
-    title = f"{dataset.name}, {config.model}, learning rate {config.learning_rate:g}"
-
-    def draw() -> None:
-        """The runs that have begun."""
-        begun = [label for label in folders if (folders[label] / run_folder.METRICS).exists()]
-        results = {label: run_folder.read(folders[label]) for label in begun}
-        shown = {label: result for label, result in results.items() if result.metrics}
-        if shown:
-            figure.plot(shown, figure_path, title)
-
+    title = title_of(next(iter(experiments.values())))
     summaries = {}
     with (
         user_errors(OSError, run_folder.ResumeError),
         display.progress_bars(console) as bars,
-        display.refreshed(draw, console),
+        display.refreshed(partial(draw, folders, figure_path, title), console),
     ):
         for label, experiment in experiments.items():
             observe = display.observer(bars, label, experiment.config)
             summaries[label] = train(experiment, folders[label], observe, mesh, checkpoints, resume)
     with user_errors(OSError):
-        draw()
+        draw(folders, figure_path, title)
     console.print(display.summary_table(summaries))
     console.print(f"figure: {figure_path}", soft_wrap=True)
+
+
+def draw(folders: Mapping[str, Path], figure_path: Path, title: str) -> None:
+    """Draws the runs that have begun, by their labels, if there are any."""
+    begun = {label: out for label, out in folders.items() if (out / run_folder.METRICS).exists()}
+    records = {label: run_folder.read(out) for label, out in begun.items()}
+    if shown := {label: record for label, record in records.items() if record.metrics}:
+        figure.plot(shown, figure_path, title)
+
+
+def title_of(experiment: Experiment) -> str:
+    """What a figure of runs is headed."""
+    config, dataset, _, _ = experiment
+    return f"{dataset.name}, {config.model}, learning rate {config.learning_rate:g}"

@@ -20,6 +20,16 @@ CONFIG, METRICS, EVALUATIONS, SUMMARY, FIGURE = (
     "summary.json",
     "figure.png",
 )
+SUMMARY_KEYS = (
+    "train_loss",
+    "test_accuracy",
+    "steps",
+    "examples",
+    "seconds",
+    "compile_seconds",
+    "compilations",
+    "diverged",
+)
 LOCK, PARTIAL = ".lock", ".partial"
 
 
@@ -170,16 +180,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     Raises:
       ResumeError: The file is damaged.
     """
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise ResumeError(f"{path} is damaged: {error}") from error
-    if not isinstance(config, dict):
-        raise ResumeError(f"{path} is damaged: it holds no JSON object")
-    return config
+    return _read_object(folder / CONFIG)
 
 
 def fresh_folder(parent: Path, name: str) -> Path:
@@ -211,7 +212,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, which takes the place of `path` once all is written.
+    """Gives a path to write to, which takes the place of `path` once all is on disk.
 
     Raises:
       OSError: It cannot be written; what `path` held before stays.
@@ -219,11 +220,22 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + PARTIAL)
     try:
         yield partial
+        _sync(partial)
         os.replace(partial, path)
+        _sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _sync(path: Path) -> None:
+    """Returns once a file, or the names in a folder, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read(folder: Path) -> Record:
@@ -244,9 +256,27 @@ def read(folder: Path) -> Record:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary of the run in `folder`, or None while it is unfinished."""
+    """The summary of the run in `folder`, or None while it is unfinished.
+
+    Raises:
+      ResumeError: The file is damaged, or is not that of a run.
+    """
+    summary = _read_object(folder / SUMMARY)
+    if summary is not None and (missing := [key for key in SUMMARY_KEYS if key not in summary]):
+        raise ResumeError(
+            f"{folder / SUMMARY} is no summary of a run, for it lacks {', '.join(missing)}."
+        )
+    return summary
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or None where there is no file; ResumeError if it is damaged."""
     try:
-        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return summary
+    except (ValueError, RecursionError) as error:
+        raise ResumeError(f"{path} is damaged: {error}.") from error
+    if not isinstance(content, dict):
+        raise ResumeError(f"{path} is damaged: it holds no JSON object.")
+    return content

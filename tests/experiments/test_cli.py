@@ -30,6 +30,29 @@ def test_run_writes_its_files_and_prints_where_the_figure_is(tmp_path, capsys):
     assert str(out / "figure.png") in capsys.readouterr().out
 
 
+def test_a_finished_run_without_its_figure_is_resumed_to_the_figure(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["run", "--steps", "5", "--out", str(out)]) == 0
+    written = {
+        path.name: path.read_bytes() for path in out.iterdir() if path.suffix.startswith(".json")
+    }
+    (out / "figure.png").unlink()
+    assert cli.main(["run", "--resume", "--out", str(out)]) == 0
+    assert "whose figure was missing" in capsys.readouterr().out
+    assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    assert {name: (out / name).read_bytes() for name in written} == written
+    assert cli.main(["run", "--resume", "--out", str(out)]) == 0
+    assert "there is nothing to resume" in capsys.readouterr().out
+
+
+def test_a_summary_that_is_none_does_not_pass_for_a_finished_run(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["run", "--steps", "2", "--out", str(out)]) == 0
+    (out / "summary.json").write_text("")
+    assert cli.main(["run", "--resume", "--out", str(out)]) == 2
+    assert "summary.json is damaged" in capsys.readouterr().err
+
+
 def test_without_out_each_run_gets_a_new_folder(tmp_path):
     for _ in range(2):
         assert cli.main(["run", "--method", "constant", "--steps", "2"]) == 0

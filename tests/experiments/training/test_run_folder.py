@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -31,8 +32,9 @@ def test_numbers_that_are_not_finite_become_null_and_come_back_as_nan(tmp_path):
     (tmp_path / run_folder.METRICS).write_text("".join(map(run_folder.to_json, rows)))
     (tmp_path / run_folder.EVALUATIONS).write_text("")
     run_folder.write_json(tmp_path / run_folder.CONFIG, {"method": "cabs"})
-    run_folder.write_json(tmp_path / run_folder.SUMMARY, {"train_loss": float("nan")})
-    assert json.loads((tmp_path / run_folder.SUMMARY).read_text()) == {"train_loss": None}
+    summary = {**dict.fromkeys(run_folder.SUMMARY_KEYS, 1), "train_loss": float("nan")}
+    run_folder.write_json(tmp_path / run_folder.SUMMARY, summary)
+    assert json.loads((tmp_path / run_folder.SUMMARY).read_text())["train_loss"] is None
 
     run = run_folder.read(tmp_path)
     np.testing.assert_array_equal(run.metrics["loss"], [0.5, np.nan])
@@ -45,3 +47,27 @@ def test_write_json_replaces_a_file_whole_and_leaves_no_other(tmp_path):
     run_folder.write_json(path, {"steps": 2})
     assert json.loads(path.read_text()) == {"steps": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    done = []
+    sync, replace = run_folder._sync, os.replace
+    monkeypatch.setattr(run_folder, "_sync", lambda p: (done.append(p.name), sync(p)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("renamed"), replace(a, b)))
+    run_folder.write_json(tmp_path / "summary.json", {"steps": 1})
+    assert done == ["summary.json.partial", "renamed", tmp_path.name]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "summary.json is damaged: Expecting value"),
+        ("[" * 100_000, "summary.json is damaged: "),
+        ("3", "summary.json is damaged: it holds no JSON object"),
+        ('{"accuracy": 1}', "summary.json is no summary of a run, for it lacks train_loss, "),
+    ],
+)
+def test_a_summary_that_is_none_is_named(tmp_path, text, message):
+    (tmp_path / run_folder.SUMMARY).write_text(text)
+    with pytest.raises(run_folder.ResumeError, match=message):
+        run_folder.read_summary(tmp_path)
