@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 from cyclopts import Parameter
 
 from experiments import environment
+from experiments.commands import Flag
 from experiments.training.run_folder import replacing
-
-Flag = Annotated[bool, Parameter(show_default=False)]
 
 
 def machine(*packages: str) -> str:

@@ -31,6 +31,7 @@ from experiments.benchmarks._loops import (
     tiny,
     train,
 )
+from experiments.commands import Flag
 
 FIXED = (16, 64, 256, 1024)
 SEEDS = 5
@@ -257,7 +258,7 @@ def main(
     *,
     parts: Annotated[tuple[str, ...], _report.choice(PARTS)] = tuple(PARTS),
     options: Annotated[Options, Parameter(name="*")] = Options(),
-    quick: _report.Flag = False,
+    quick: Flag = False,
     out: Path | None = None,
 ) -> None:
     """Prints one table for each question.

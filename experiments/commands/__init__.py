@@ -4,8 +4,11 @@ import ast
 import pkgutil
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated
 
-from cyclopts import App
+from cyclopts import App, Parameter
+
+Flag = Annotated[bool, Parameter(show_default=False)]
 
 
 def add_modules(app: App, package: ModuleType) -> None:

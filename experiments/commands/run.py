@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from experiments import datasets
+from experiments.commands import Flag
 from experiments.commands import _display as display
 from experiments.errors import UserError, user_errors
 from experiments.training import checkpoint, figure, methods, models, run_folder
@@ -22,8 +23,6 @@ from experiments.training.train import Experiment, set_up, train
 
 RUNS = Path("runs")
 KNOWN = {"dataset": datasets.NAMES, "method": methods.METHODS, "model": models.NAMES}
-
-Flag = Annotated[bool, Parameter(show_default=False)]
 
 
 def _option(field: dataclasses.Field[Any]) -> tuple[str, Any, Any]:
@@ -83,10 +82,8 @@ def main(
         schedule.checked()
     if resume and out is None:
         raise UserError("--resume needs --out, the folder of the run to continue.")
-    where = {
-        "coordinator": coordinator, "num_processes": num_processes, "process_id": process_id
-    }  # fmt: skip
-    run(given, data_dir, out, resume, schedule, mesh_of_processes(distributed, where))
+    mesh = mesh_of_processes(distributed, coordinator, num_processes, process_id)
+    run(given, data_dir, out, resume, schedule, mesh)
 
 
 def run(
@@ -168,24 +165,28 @@ def is_finished(out: Path, mesh: jax.sharding.Mesh | None) -> bool:
 
 
 def mesh_of_processes(
-    distributed: bool, where: Mapping[str, str | int | None]
+    distributed: bool,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
 ) -> jax.sharding.Mesh | None:
-    """Joins the other processes, if there are any.
-
-    Args:
-      distributed: Whether this is one of several.
-      where: Arguments of `jax.distributed.initialize`; None is found out.
+    """Joins the other processes, if this is one of several; what is None is found out.
 
     Returns:
       One axis over all devices of all processes, or None.
     """
+    where = {
+        "coordinator": coordinator,
+        "num-processes": num_processes,
+        "process-id": process_id,
+    }
     if not distributed:
         for name, value in where.items():
             if value is not None:
-                raise UserError(f"--{name.replace('_', '-')} goes with --distributed.")
+                raise UserError(f"--{name} goes with --distributed.")
         return None
     with user_errors(ValueError, RuntimeError):
-        jax.distributed.initialize(**where)  # type: ignore[arg-type]
+        jax.distributed.initialize(coordinator, num_processes, process_id)
     return jax.make_mesh((jax.device_count(),), ("data",))
 
 

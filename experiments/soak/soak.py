@@ -126,7 +126,7 @@ def kill_and_resume(
         kept = shutil.copytree(
             folder, tempfile.mkdtemp(prefix="cabs_jax-soak-"), dirs_exist_ok=True
         )
-        raise SoakError(f"a run that was killed differs from one that was not: see {kept}")
+        raise SoakError(f"a run that was killed differs from one that was not: see {kept}.")
     shutil.rmtree(folder)
     counts["lines compared"] += STEPS
 
@@ -145,7 +145,7 @@ class FaultySource:
         chance = self._dice.random()
         if chance < FAULT_RATE:
             self.raised += 1
-            raise OSError("injected fault of the source")
+            raise OSError("injected fault of the source.")
         if chance < 2 * FAULT_RATE:
             self.ragged += 1
             return {"x": np.zeros(FEATURES + 1, np.float32), "index": index}
@@ -201,23 +201,23 @@ def read_and_train(step: TrainStep, dice: random.Random, counts: Counter[str]) -
         indices = batch["index"][mask]
         np.add.at(seen, indices, 1)
         if seen.max() - seen.min() > 1:
-            raise SoakError("an example came twice before another came once")
+            raise SoakError("an example came twice before another came once.")
         if dice.random() < NAN_RATE:
             batch["x"][dice.randrange(len(indices)), dice.randrange(FEATURES)] = np.nan
             poisoned += 1
         params, state = step(params, state, batch["x"], mask)
         chosen = int(cabs_jax.batch_size(state))
         if not (16 <= chosen <= LARGEST and np.isfinite(params).all()):
-            raise SoakError(f"batch size {chosen}, parameters {params}")
+            raise SoakError(f"batch size {chosen}, parameters {params}.")
         loader.batch_size = dice.choice((chosen, dice.randrange(1, LARGEST + 1)))
         counts["batches"] += 1
         counts["examples"] += len(indices)
     position = loader.get_state()["position"]
     loader.close()
     if seen.sum() != position:
-        raise SoakError(f"the loader gave {seen.sum()} examples and counted {position}")
+        raise SoakError(f"the loader gave {seen.sum()} examples and counted {position}.")
     if int(state.total_notfinite) != poisoned:
-        raise SoakError(f"{poisoned} batches held NaN, {state.total_notfinite} were passed over")
+        raise SoakError(f"{poisoned} batches held NaN, {state.total_notfinite} were passed over.")
     counts["batches with NaN"] += poisoned
     counts["records that raised"] += source.raised
     counts["records of another shape"] += source.ragged
@@ -268,7 +268,7 @@ def check_for_leaks(history: list[Resources]) -> str:
         return f"leaks: not judged, for the first {WARM_ROUNDS} rounds warm up; give more minutes"
     warm, last = history[WARM_ROUNDS - 1], history[-1]
     if last.memory > warm.memory * (1 + MEMORY_LEAK):
-        raise SoakError(f"memory grew from {warm.memory:,.0f} to {last.memory:,.0f} MiB")
+        raise SoakError(f"memory grew from {warm.memory:,.0f} to {last.memory:,.0f} MiB.")
     if last.threads > warm.threads or last.files > warm.files:
-        raise SoakError(f"threads or files leak: {warm} when warm, {last} at the end")
+        raise SoakError(f"threads or files leak: {warm} when warm, {last} at the end.")
     return f"leaks: none in the {len(history) - WARM_ROUNDS} rounds after {WARM_ROUNDS} to warm up"

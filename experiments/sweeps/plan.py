@@ -93,7 +93,7 @@ def parse(text: str) -> Plan:
     try:
         top = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise PlanError(f"no TOML: {error}") from error
+        raise PlanError(f"no TOML: {error}.") from error
     _check_keys(top, "the sweep", "the sweep")
     notes = top.get("notes", [])
     datasets, methods = _tables(top, "datasets"), _tables(top, "methods")
@@ -129,7 +129,7 @@ def on_datasets(plan: Plan, labels: Sequence[str] | None) -> tuple[Run, ...]:
     for label in labels or ():
         if label not in plan.datasets:
             raise PlanError(
-                f"the plan has no data set {label!r}; it has {', '.join(plan.datasets)}"
+                f"the plan has no data set {label!r}; it has {', '.join(plan.datasets)}."
             )
     return tuple(run for run in plan.runs if labels is None or run.dataset in labels)
 
@@ -137,7 +137,7 @@ def on_datasets(plan: Plan, labels: Sequence[str] | None) -> tuple[Run, ...]:
 def shard(runs: Sequence[Run], index: int, count: int) -> tuple[Run, ...]:
     """Part `index`, from 1, of `count`; each run is in exactly one of them."""
     if not 1 <= index <= count:
-        raise PlanError(f"a shard is I/N with 1 <= I <= N, got {index}/{count}")
+        raise PlanError(f"a shard is I/N with 1 <= I <= N, got {index}/{count}.")
     return tuple(runs[index - 1 :: count])
 
 
@@ -151,11 +151,11 @@ def _grid(dataset: str, method: str, options: dict[str, Any]) -> list[Run]:
     if options["method"] not in known_methods.METHODS:
         raise PlanError(
             f"{where}: unknown method {options['method']!r}; "
-            f"known methods: {', '.join(known_methods.METHODS)}"
+            f"known methods: {', '.join(known_methods.METHODS)}."
         )
     if options.get("model", models.NAMES[0]) not in models.NAMES:
         raise PlanError(
-            f"{where}: unknown model {options['model']!r}; known models: {', '.join(models.NAMES)}"
+            f"{where}: unknown model {options['model']!r}; known models: {', '.join(models.NAMES)}."
         )
     try:
         return [
@@ -175,11 +175,11 @@ def _grid(dataset: str, method: str, options: dict[str, Any]) -> list[Run]:
 def _tables(top: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
     tables: dict[str, dict[str, Any]] = _of_type(top.get(kind, {}), dict, kind)
     if not tables:
-        raise PlanError(f"there is no [{kind}.NAME]: a sweep needs at least one")
+        raise PlanError(f"there is no [{kind}.NAME]: a sweep needs at least one.")
     for label, table in tables.items():
         if not _LABEL.fullmatch(label):
             raise PlanError(
-                f"{kind}.{label!r} names a folder: use letters, digits, '.', '_', '-', and a title"
+                f"{kind}.{label!r} names a folder: use letters, digits, '.', '_', '-', and a title."
             )
         _check_keys(_of_type(table, dict, f"{kind}.{label}"), kind, f"{kind}.{label}")
         _of_type(table.get("title", ""), str, f"title of {kind}.{label}")
@@ -192,7 +192,7 @@ def _methods_of(
     chosen = _of_type(table.get("methods", list(methods)), list, f"methods of datasets.{dataset}")
     for label in chosen:
         if label not in methods:
-            raise PlanError(f"datasets.{dataset} asks for {label!r}, but there is no such method")
+            raise PlanError(f"datasets.{dataset} asks for {label!r}, but there is no such method.")
     return tuple(dict.fromkeys(chosen))
 
 
@@ -200,7 +200,7 @@ def _check_keys(table: Mapping[str, Any], kind: str, where: str) -> None:
     for key in table.keys() - _KEYS[kind]:
         hint = f"; give {_SWEPT[key]}, a list" if key in _SWEPT else ""
         raise PlanError(
-            f"unknown key {key!r} in {where}{hint}; known keys: {', '.join(sorted(_KEYS[kind]))}"
+            f"unknown key {key!r} in {where}{hint}; known keys: {', '.join(sorted(_KEYS[kind]))}."
         )
 
 
@@ -212,11 +212,11 @@ def _numbers(values: Any, kind: type, where: str) -> list[Any]:
         or not all(isinstance(v, kinds) and not isinstance(v, bool) for v in values)
         or len(set(values)) < len(values)
     ):
-        raise PlanError(f"{where} must be a list of different numbers, got {values!r}")
+        raise PlanError(f"{where} must be a list of different numbers, got {values!r}.")
     return [kind(value) for value in values]
 
 
 def _of_type(value: Any, kind: type, where: str) -> Any:
     if not isinstance(value, kind):
-        raise PlanError(f"{where} must be a {kind.__name__}, got {value!r}")
+        raise PlanError(f"{where} must be a {kind.__name__}, got {value!r}.")
     return value

@@ -75,7 +75,7 @@ def sweep(
       OSError: `out` cannot be written.
     """
     if jobs < 1:
-        raise SweepError(f"jobs must be at least 1, got {jobs}")
+        raise SweepError(f"jobs must be at least 1, got {jobs}.")
     console = console or Console()
     todo = [run for run in runs if not is_finished(out / run.name, run.config)]
     out.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def is_finished(folder: Path, config: RunConfig) -> bool:
         return False
     stored = run_folder.read_config(folder) or {}
     if unknown := stored.keys() - {field.name for field in dataclasses.fields(RunConfig)}:
-        raise SweepError(f"{folder} has unknown keys: {', '.join(sorted(unknown))}")
+        raise SweepError(f"{folder} has unknown keys: {', '.join(sorted(unknown))}.")
     try:
         run_folder.check_equal(
             f"the run in {folder}",
@@ -119,7 +119,7 @@ def is_finished(folder: Path, config: RunConfig) -> bool:
             dataclasses.asdict(config),
         )
     except run_folder.ResumeError as error:
-        raise SweepError(f"{error}: delete that folder or use another --out") from error
+        raise SweepError(f"{error} Delete that folder or use another --out.") from error
     return True
 
 

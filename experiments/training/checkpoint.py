@@ -37,7 +37,7 @@ class Schedule(NamedTuple):
         """Itself; raises ValueError unless all are positive."""
         for name, value in self._asdict().items():
             if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+                raise ValueError(f"{name} must be positive, got {value}.")
         return self
 
 
@@ -135,7 +135,7 @@ class Checkpoints:
             self.wait()
             raise Interrupted(
                 self._signals[0],
-                f"after step {step}, whose checkpoint is in {self._folder}; --resume continues",
+                f"after step {step}, whose checkpoint is in {self._folder}; --resume continues.",
             )
 
     def wait(self) -> None:
@@ -224,7 +224,7 @@ class Checkpoints:
         )
         progress, arrays = saved[PROGRESS], saved[ARRAYS]
         if progress.pop(DIGEST) != _digest(arrays, progress):
-            raise ValueError("its digest does not match")
+            raise ValueError("its digest does not match.")
         return arrays, progress
 
     def _newest_whole(self, template: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
@@ -246,7 +246,7 @@ class Checkpoints:
         if steps:
             raise OSError(
                 f"none of the checkpoints in {self._folder} can be read; "
-                "remove that folder to start from the first step"
+                "remove that folder to start from the first step."
             )
         return None
 

@@ -89,7 +89,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.examples is not None:
-            raise ValueError("give steps or examples, not both")
+            raise ValueError("give steps or examples, not both.")
         if self.steps is None and self.examples is None:
             self._resolve("examples", DEFAULT_EXAMPLES)
         if not self.model:
@@ -98,7 +98,7 @@ class RunConfig:
         for name in ("learning_rate", "width", "theta", "lipschitz"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number, got {value}")
+                raise ValueError(f"{name} must be a positive number, got {value}.")
         for name in (
             "batch_size",
             "min_batch_size",
@@ -110,21 +110,22 @@ class RunConfig:
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         if self.examples is not None and self.examples > LARGEST_COUNT:
-            raise ValueError(f"examples must be at most 2**31 - 1, got {self.examples}")
+            raise ValueError(f"examples must be at most 2**31 - 1, got {self.examples}.")
         if not 0 < self.momentum < 1:
-            raise ValueError(f"momentum must lie between 0 and 1, got {self.momentum}")
+            raise ValueError(f"momentum must lie between 0 and 1, got {self.momentum}.")
         for name in ("seed", "lag"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.round_to != BUCKETS and not (isinstance(self.round_to, int) and self.round_to > 0):
             raise ValueError(
-                f"round_to must be a positive integer or {BUCKETS!r}, got {self.round_to!r}"
+                f"round_to must be a positive integer or {BUCKETS!r}, got {self.round_to!r}."
             )
         if self.min_batch_size > self.max_batch_size:
             raise ValueError(
-                f"min_batch_size {self.min_batch_size} exceeds max_batch_size {self.max_batch_size}"
+                f"min_batch_size {self.min_batch_size} exceeds max_batch_size "
+                f"{self.max_batch_size}."
             )
         self._check_schedule()
         if not self.fixed_size and not (
@@ -133,24 +134,24 @@ class RunConfig:
             raise ValueError(
                 f"batch_size {self.batch_size}, where {self.method} starts, lies outside "
                 f"[{self.min_batch_size}, {self.max_batch_size}]; "
-                "change it, min_batch_size or max_batch_size"
+                "change it, min_batch_size or max_batch_size."
             )
 
     def _check_schedule(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(
-                f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
+                f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}."
             )
         scheduled = self.schedule != "constant"
         if scheduled and not self.fixed_size:
             raise ValueError(
                 f"schedule {self.schedule!r} goes with {', '.join(FIXED_SIZE_METHODS)}, "
-                f"not with {self.method!r}"
+                f"not with {self.method!r}."
             )
         if self.examples is None and (scheduled or self.method == "geometric_growth"):
             what = f"schedule {self.schedule!r}" if scheduled else self.method
             raise ValueError(
-                f"{what} changes at fractions of the run's examples: give examples, not steps"
+                f"{what} changes at fractions of the run's examples: give examples, not steps."
             )
 
     @property

@@ -37,7 +37,7 @@ def build(config: RunConfig) -> Optimizer:
     """
     if config.method not in METHODS:
         raise ValueError(
-            f"unknown method {config.method!r}; known methods: {', '.join(sorted(METHODS))}"
+            f"unknown method {config.method!r}; known methods: {', '.join(sorted(METHODS))}."
         )
     return METHODS[config.method](config)
 

@@ -58,17 +58,17 @@ def build(
         images are too small for the net.
     """
     if name not in _NETS:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(NAMES)}")
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(NAMES)}.")
     if len(image_shape) != 3 or min(image_shape) < 1:
-        raise ValueError(f"image_shape must be (height, width, channels), got {image_shape}")
+        raise ValueError(f"image_shape must be (height, width, channels), got {image_shape}.")
     if num_classes < 1:
-        raise ValueError(f"num_classes must be positive, got {num_classes}")
+        raise ValueError(f"num_classes must be positive, got {num_classes}.")
     if not 0 < width < math.inf:
-        raise ValueError(f"width must be positive and finite, got {width}")
+        raise ValueError(f"width must be positive and finite, got {width}.")
     net, smallest = _NETS[name]
     if min(image_shape[:2]) < smallest:
         raise ValueError(
-            f"{name} needs images of at least {smallest}x{smallest} pixels, got {image_shape}"
+            f"{name} needs images of at least {smallest}x{smallest} pixels, got {image_shape}."
         )
 
     def scaled(units: int) -> int:

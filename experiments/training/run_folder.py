@@ -71,7 +71,7 @@ class Lines:
             found = self._file.seek(0, os.SEEK_END)
             if found < keep:
                 self._file.close()
-                raise ResumeError(f"{path} was cut to {found} bytes, {keep} were written")
+                raise ResumeError(f"{path} was cut to {found} bytes, {keep} were written.")
             self._file.truncate(keep)
 
     def write(self, value: Mapping[str, Any]) -> None:
@@ -141,7 +141,7 @@ def check_unused(folder: Path) -> None:
     """Raises FileExistsError unless `folder` is missing or empty."""
     if folder.exists() and (not folder.is_dir() or _names(folder) - {LOCK}):
         raise FileExistsError(
-            f"{folder} is not empty; name a new folder, results are never mixed, or --resume"
+            f"{folder} is not empty; name a new folder, results are never mixed, or --resume."
         )
 
 
@@ -156,7 +156,7 @@ def check_resumable(folder: Path, config: Mapping[str, Any]) -> None:
     if stored is not None:
         check_equal(f"the run in {folder}", stored, config)
     elif folder.exists() and (not folder.is_dir() or _names(folder) - {LOCK, CONFIG + PARTIAL}):
-        raise FileExistsError(f"{folder} holds no {CONFIG}, so there is no run in it to resume")
+        raise FileExistsError(f"{folder} holds no {CONFIG}, so there is no run in it to resume.")
 
 
 def _names(folder: Path) -> set[str]:
@@ -171,7 +171,7 @@ def check_equal(owner: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> 
         if then.get(key) != now.get(key)
     ]
     if differences:
-        raise ResumeError(f"{owner} has {'; '.join(differences)}")
+        raise ResumeError(f"{owner} has {'; '.join(differences)}.")
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:

@@ -132,7 +132,7 @@ def test_another_configuration_or_data_set_is_refused_and_shown(tmp_path):
     before = untimed(tmp_path)
     assert len(before[run_folder.METRICS]) == 12
     with pytest.raises(
-        run_folder.ResumeError, match=r"learning_rate 1\.0, now 0\.5; seed 0, now 7$"
+        run_folder.ResumeError, match=r"learning_rate 1\.0, now 0\.5; seed 0, now 7\.$"
     ):
         resume(experiment(learning_rate=0.5, seed=7), tmp_path)
     (tmp_path / run_folder.CONFIG).unlink()
