@@ -22,9 +22,9 @@ SCHEDULES = ("constant", "step", "cosine")
 LARGEST_COUNT = 2**31 - 1  # of examples, which are counted in int32
 
 
-def option(default: Any, help: str) -> Any:  # noqa: A002 (argparse's word for it)
+def option(default: Any, text: str) -> Any:
     """A dataclass field that carries the help text of its command-line option."""
-    return dataclasses.field(default=default, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclasses.dataclass(frozen=True)
