@@ -1,11 +1,28 @@
-"""Errors that the command line tells in one line."""
+"""How a command ends when it cannot go on: the command line tells these in one line."""
 
 import contextlib
+import signal
 from collections.abc import Iterator
 
 
 class UserError(Exception):
     """Something that the user can put right, said in one line."""
+
+
+class Interrupted(Exception):  # noqa: N818 (like KeyboardInterrupt, it is no error)
+    """A signal asked a command to end, and it did so in good order.
+
+    Args:
+      number: The signal's.
+      where: How far the command had come, and how it goes on.
+
+    Attributes:
+      signal: The signal's number.
+    """
+
+    def __init__(self, number: int, where: str):
+        super().__init__(f"{signal.Signals(number).name} {where}")
+        self.signal = number
 
 
 @contextlib.contextmanager

@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 
 import cabs_jax
 from cabs_jax import BatchLoader
-from experiments import cli, datasets, records
-from experiments.config import RunConfig
+from experiments import cli, datasets
+from experiments.commands import run
+from experiments.training import run_folder as records
+from experiments.training.config import RunConfig
 
 PARAMS = jnp.zeros(3)
 BATCH = {"x": jnp.ones((4, 3)), "y": jnp.ones(4)}
@@ -329,7 +331,7 @@ def test_a_configuration_of_any_values_is_a_run_or_a_clear_error(tmp_path_factor
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / records.CONFIG).write_text(json.dumps({**CONFIG, **changes}))
     try:
-        config = RunConfig(**cli.stored_options(folder, {}))
+        config = RunConfig(**run.stored_options(folder, {}))
     except ValueError:
         return
     assert config.limit[1] >= 1

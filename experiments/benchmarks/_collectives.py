@@ -21,9 +21,9 @@ class Collective(NamedTuple):
     """One collective operation.
 
     Attributes:
-        operation: Its name in HLO, such as "all-reduce".
-        arrays: Bytes of each array that a device holds after it (before it for "reduce-scatter",
-            whose results are shards).
+      operation: Its name in HLO, such as "all-reduce".
+      arrays: Bytes of each array that a device holds after it (before it for "reduce-scatter",
+        whose results are shards).
     """
 
     operation: str

@@ -11,8 +11,9 @@ import numpy as np
 import optax
 
 import cabs_jax
-from experiments import datasets, models
-from experiments.step import make_train_step
+from experiments import datasets
+from experiments.training import models
+from experiments.training.step import make_train_step
 
 PyTree = Any
 SIZES = cabs_jax.buckets(16, 2048)
@@ -27,7 +28,7 @@ class Problem(NamedTuple):
     data: PyTree
 
 
-class Run(NamedTuple):
+class TimedRun(NamedTuple):
     """A finished run: its batch sizes and losses, one a step, and its seconds."""
 
     sizes: list[int]
@@ -156,7 +157,7 @@ def replay(problem: Problem, sizes: Sequence[int]) -> float:
 
 def train(
     problem: Problem, step: cabs_jax.CompiledStep, steps: int, late: int = 0, seed: int = 0
-) -> Run:
+) -> TimedRun:
     """A CABS run with padded batches; its numbers are read when it is over."""
     params, state = start_of(problem, 16, 2048)
     loader = cabs_jax.BatchLoader(problem.data, 16, seed, pad_to=SIZES, lag=late)
@@ -170,4 +171,4 @@ def train(
         infos.append(info.loss)
     jax.block_until_ready(params)
     seconds = time.perf_counter() - started
-    return Run(sizes, [float(loss) for loss in jax.device_get(infos)], seconds)
+    return TimedRun(sizes, [float(loss) for loss in jax.device_get(infos)], seconds)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from experiments import models
+from experiments.training import models
 
 PyTree = Any
 

@@ -1,28 +1,24 @@
 """What a benchmark writes: a Markdown table, and all its numbers as JSON."""
 
-import argparse
+import dataclasses
 import json
 import math
-import os
-import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from cyclopts import Parameter
+
+from experiments import environment
+from experiments.commands import Flag
+from experiments.training.run_folder import replacing
 
 
 def machine(*packages: str) -> str:
     """Names the processor, the cores in use and the versions of packages."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [
-        line.partition(":")[2].strip()
-        for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else [])
-        if line.startswith("model name")
-    ]
-    processor = names[0] if names else platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    return f"{processor}, {cores} cores, {versions}"
+    return f"{environment.processor()}, {len(environment.cores())} cores, {versions}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -54,23 +50,47 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f} ms"
 
 
-def add_options(parser: argparse.ArgumentParser, models: Sequence[str]) -> None:
-    """Adds the options that benchmarks of nets share."""
-    parser.add_argument("--models", nargs="+", choices=models, default=models, metavar="NET")
-    parser.add_argument(
-        "--batches", nargs="+", type=int, metavar="M", help="batch sizes (default: the net's own)"
-    )
-    parser.add_argument("--repeats", type=int, default=25, help="pairs of each cell, at most")
-    parser.add_argument("--seconds", type=float, default=3.0, help="spent on each cell, about")
-    parser.add_argument(
-        "--memory", type=float, default=4, metavar="GIB", help="what a program may need to be run"
-    )
-    parser.add_argument("--quick", action="store_true", help="few repeats")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="writes all numbers as JSON")
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What benchmarks of nets share.
+
+    Attributes:
+      batches: Batch sizes (default: the net's own).
+      repeats: Pairs of each cell, at most.
+      seconds: Spent on each cell, about.
+      memory: What a program may need to be run, in GiB.
+      quick: Few repeats.
+      out: Writes all numbers as JSON.
+    """
+
+    batches: tuple[int, ...] = ()
+    repeats: int = 25
+    seconds: float = 3.0
+    memory: float = 4.0
+    quick: Flag = False
+    out: Path | None = None
+
+    def resolved(self) -> Self:
+        """With few repeats, if it is to be quick."""
+        if not self.quick:
+            return self
+        return dataclasses.replace(self, repeats=min(self.repeats, 3), seconds=0.2)
+
+
+def choice(known: Iterable[str]) -> Parameter:
+    """Lets only these names pass."""
+
+    def check(type_: Any, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in known:
+                raise ValueError(f"choose from {', '.join(known)}.")
+
+    return Parameter(validator=check)
 
 
 def write_json(path: Path | None, content: dict[str, Any]) -> None:
     """Writes all numbers, if a path was given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,10 +1,9 @@
 """Examples per second of `BatchLoader`, plain numpy indexing and Grain, on the same arrays."""
 
-import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import grain
@@ -15,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from cabs_jax import BatchLoader
+from experiments.benchmarks import _timing
 
 BATCH_SIZES = (16, 128, 2048)
 OURS = "cabs_jax"
@@ -27,7 +27,7 @@ class Examples(NamedTuple):
     label: np.ndarray
 
 
-class Result(NamedTuple):
+class Rates(NamedTuple):
     """Median examples per second of each contender, and medians of paired ratios."""
 
     examples_per_second: dict[str, float]
@@ -35,19 +35,19 @@ class Result(NamedTuple):
     over_grain: float
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m experiments bench loader", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="paired measurements of each cell")
-    parser.add_argument("--seconds", type=float, default=0.1, help="length of a measurement")
-    arguments = parser.parse_args(argv)
+def main(*, rounds: int = 15, seconds: float = 0.1) -> None:
+    """Prints the table.
 
+    Args:
+      rounds: Paired measurements of each cell.
+      seconds: Length of a measurement.
+    """
     table = Table(box=SIMPLE_HEAD, title="examples per second")
     for column in ("data", "m", *contenders(data_sets()["MNIST"], 16), "/ numpy", "/ Grain"):
         table.add_column(column, justify="left" if column == "data" else "right")
     cells = list(itertools.product(data_sets().items(), BATCH_SIZES))
     for (name, examples), batch_size in track(cells, "bench loader", transient=True):
-        result = measure(examples, batch_size, arguments.rounds, arguments.seconds)
+        result = measure(examples, batch_size, rounds, seconds)
         table.add_row(
             name,
             str(batch_size),
@@ -108,7 +108,7 @@ class Rows:
         return Examples(self._examples.image[index], self._examples.label[index])
 
 
-def measure(examples: Examples, batch_size: int, rounds: int, seconds: float) -> Result:
+def measure(examples: Examples, batch_size: int, rounds: int, seconds: float) -> Rates:
     """Times all contenders in turn, `rounds` times, after one untimed turn."""
     iterators = contenders(examples, batch_size)
     rates: dict[str, list[float]] = {name: [] for name in iterators}
@@ -117,10 +117,10 @@ def measure(examples: Examples, batch_size: int, rounds: int, seconds: float) ->
             batches_per_second = rate(iterator, seconds)
             if turn:
                 rates[name].append(batches_per_second * batch_size)
-    return Result(
+    return Rates(
         {name: statistics.median(values) for name, values in rates.items()},
-        median_ratio(rates[OURS], rates["numpy"]),
-        median_ratio(rates[OURS], rates["Grain"]),
+        _timing.median_ratio(rates[OURS], rates["numpy"]),
+        _timing.median_ratio(rates[OURS], rates["Grain"]),
     )
 
 
@@ -133,12 +133,3 @@ def rate(iterator: Iterator[Any], seconds: float) -> float:
         count += 1
         elapsed = time.perf_counter() - started
     return count / elapsed
-
-
-def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """The median of pairwise quotients."""
-    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,14 @@
 """Price of the gradient variance: ratios to the plain gradient of the mean loss."""
 
-import argparse
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import track
 
@@ -29,7 +29,7 @@ subsample: the variance of {SUBSAMPLE} examples. ξ, ḡ, diag: error relative t
 –: not run, for it needs more memory than --memory, or the batch is no larger than {SUBSAMPLE}."""
 
 
-class Program(NamedTuple):
+class Executable(NamedTuple):
     """A compiled function of (params, batch) and what the compiler says it needs."""
 
     run: Callable[[PyTree, PyTree], Any]
@@ -72,13 +72,22 @@ class Cell(NamedTuple):
     mean_error: float | None
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table."""
-    arguments = parser().parse_args(argv)
-    if arguments.quick:
-        arguments.repeats, arguments.seconds = min(arguments.repeats, 3), 0.2
-    nets = {name: _nets.build(name) for name in arguments.models}
-    sizes = {name: arguments.batches or net.batch_sizes for name, net in nets.items()}
+def main(
+    *,
+    models: Annotated[tuple[str, ...], _report.choice(_nets.NAMES)] = tuple(_nets.NAMES),
+    columns: Annotated[tuple[str, ...], _report.choice(COLUMNS)] = tuple(COLUMNS),
+    options: Annotated[_report.Options, Parameter(name="*")] = _report.Options(),  # noqa: B008
+) -> None:
+    """Prints the table.
+
+    Args:
+      models: Nets.
+      columns: Ways to compute the moments.
+      options: How much to measure.
+    """
+    options = options.resolved()
+    nets = {name: _nets.build(name) for name in models}
+    sizes = {name: options.batches or net.batch_sizes for name, net in nets.items()}
     progress, cells = Console(stderr=True), []
     machine = _report.machine("jax", "jaxlib")
     exact = {
@@ -87,21 +96,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     pairs = [(name, size) for name in nets for size in sizes[name]]
     for name, size in track(pairs, "bench moments", console=progress, transient=True):
-        cells += measure(name, nets[name], size, exact[name][size], arguments)
+        cells += measure(name, nets[name], size, exact[name][size], columns, options)
         _report.write_json(
-            arguments.out, {"machine": machine, "cells": [cell._asdict() for cell in cells]}
+            options.out, {"machine": machine, "cells": [cell._asdict() for cell in cells]}
         )
-    print(f"{table(cells, arguments.columns)}\n\n{CAPTION}\n{machine}\n\n{summary(cells)}")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The parser of the options."""
-    result = argparse.ArgumentParser(
-        prog="python -m experiments bench moments", description=__doc__, allow_abbrev=False
-    )
-    _report.add_options(result, models=_nets.NAMES)
-    result.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
-    return result
+    print(f"{table(cells, columns)}\n\n{CAPTION}\n{machine}\n\n{summary(cells)}")
 
 
 def measure(
@@ -109,7 +108,8 @@ def measure(
     net: _nets.Net,
     batch_size: int,
     exact: _exact.Exact,
-    options: argparse.Namespace,
+    columns: Sequence[str],
+    options: _report.Options,
 ) -> list[Cell]:
     """Measures the plain gradient and every column."""
     batch = jax.tree.map(jnp.asarray, net.examples(batch_size))
@@ -117,7 +117,7 @@ def measure(
     plain = compiled(plain_gradient(net.loss), operands)
     plain_seconds: list[float] = []
     cells: list[Cell] = []
-    for column in options.columns:
+    for column in columns:
         if column == "subsample" and batch_size <= SUBSAMPLE:
             continue
         program = compiled(cabs_jax.gradient_moments(net.loss, **COLUMNS[column]), operands)
@@ -142,16 +142,16 @@ def plain_gradient(loss_fn: Callable[..., Any]) -> Callable[[PyTree, PyTree], An
     return jax.value_and_grad(mean_loss)
 
 
-def compiled(function: Callable[..., Any], operands: tuple[PyTree, PyTree]) -> Program:
+def compiled(function: Callable[..., Any], operands: tuple[PyTree, PyTree]) -> Executable:
     """Compiles `function(*operands)`."""
     started = time.perf_counter()
     run = jax.jit(function).lower(*operands).compile()
     seconds = time.perf_counter() - started
     memory: Any = run.memory_analysis()
-    return Program(run, memory.temp_size_in_bytes, _flops.flops(function, *operands), seconds)
+    return Executable(run, memory.temp_size_in_bytes, _flops.flops(function, *operands), seconds)
 
 
-def on(program: Program, operands: tuple[PyTree, PyTree]) -> Callable[[], Any]:
+def on(program: Executable, operands: tuple[PyTree, PyTree]) -> Callable[[], Any]:
     """A call of a program that waits for its result."""
     return lambda: jax.block_until_ready(program.run(*operands))
 
@@ -168,8 +168,8 @@ def _errors(
 
 def _cell(
     place: tuple[str, int, str],
-    program: Program,
-    plain: Program,
+    program: Executable,
+    plain: Executable,
     seconds: Mapping[str, list[float]],
     errors: tuple[float | None, float | None],
 ) -> Cell:
@@ -235,7 +235,3 @@ def _ratios(cell: Cell | None) -> str:
 
 def _error(error: float | None) -> str:
     return "–" if error is None else f"{error:.0e}"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,20 +1,21 @@
 """Time of the gradient variance in cabs_jax, BackPACK and Opacus, on the same nets and batches."""
 
-import argparse
 import importlib.util
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import track
 
 import cabs_jax
 from experiments.benchmarks import _exact, _nets, _report, _timing
 from experiments.benchmarks.moments import compiled, on, plain_gradient
+from experiments.errors import UserError
 
 PyTree = Any
 NETS = ("mnist_2c2d", "cifar10_2c3d", "mlp")
@@ -47,40 +48,37 @@ class Cell(NamedTuple):
     variance_error: float | None
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table."""
-    options = parser()
-    arguments = options.parse_args(argv)
+def main(
+    *,
+    models: Annotated[tuple[str, ...], _report.choice(NETS)] = NETS,
+    options: Annotated[_report.Options, Parameter(name="*")] = _report.Options(),  # noqa: B008
+) -> None:
+    """Prints the table.
+
+    Args:
+      models: Nets.
+      options: How much to measure.
+    """
+    options = options.resolved()
     missing = [n for n in ("torch", "backpack", "opacus") if not importlib.util.find_spec(n)]
     if missing:
-        options.error(f"{', '.join(missing)} not installed: pip install 'cabs_jax[peers]'")
-    if arguments.quick:
-        arguments.repeats, arguments.seconds = min(arguments.repeats, 3), 0.2
+        raise UserError(f"{', '.join(missing)} not installed: pip install 'cabs_jax[peers]'.")
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)
     machine = _report.machine("jax", "torch", "backpack-for-pytorch", "opacus")
     progress, cells = Console(stderr=True), []
-    sizes = arguments.batches or (16, 128, 512)
-    pairs = [(name, size) for name in arguments.models for size in sizes]
+    sizes = options.batches or (16, 128, 512)
+    pairs = [(name, size) for name in models for size in sizes]
     for name, size in track(pairs, "bench peers", console=progress, transient=True):
-        cells += measure(name, size, arguments)
+        cells += measure(name, size, options)
         _report.write_json(
-            arguments.out, {"machine": machine, "cells": [cell._asdict() for cell in cells]}
+            options.out, {"machine": machine, "cells": [cell._asdict() for cell in cells]}
         )
     print(f"{table(cells)}\n\n{CAPTION}\n{machine}")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of the options."""
-    result = argparse.ArgumentParser(
-        prog="python -m experiments bench peers", description=__doc__, allow_abbrev=False
-    )
-    _report.add_options(result, models=NETS)
-    return result
-
-
-def measure(model: str, batch_size: int, options: argparse.Namespace) -> list[Cell]:
+def measure(model: str, batch_size: int, options: _report.Options) -> list[Cell]:
     """Measures all contenders in turn."""
     from experiments.benchmarks import _torch
 
@@ -151,7 +149,3 @@ def _text(cell: Cell) -> str:
         return "–"
     time = _report.milliseconds(cell.seconds)
     return time if cell.contender in PLAIN.values() else f"{time} ({cell.time_ratio:.2f})"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,16 @@
 """What a step sends between devices, against the size of the parameters, as devices are added."""
 
-import argparse
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import optax
+from cyclopts import Parameter
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.progress import track
@@ -24,38 +24,40 @@ METHODS = ("factored", "between")
 DEVICES = (1, 2, 4, 8)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Compiles the step for each number of virtual devices, and prints what it would send."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments bench scaling", description=__doc__
-    )
-    parser.add_argument("--models", nargs="+", choices=_nets.NAMES, default=NETS, metavar="NET")
-    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD")
-    parser.add_argument("--devices", nargs="+", type=int, default=DEVICES, metavar="N")
-    parser.add_argument("--batch", type=int, default=128, metavar="M")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="writes all numbers as JSON")
-    parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    if arguments.in_this_process:
+def main(
+    *,
+    models: Annotated[tuple[str, ...], _report.choice(_nets.NAMES)] = NETS,
+    methods: tuple[str, ...] = METHODS,
+    devices: tuple[int, ...] = DEVICES,
+    batch: int = 128,
+    out: Path | None = None,
+    in_this_process: Annotated[bool, Parameter(show=False)] = False,
+) -> None:
+    """Compiles the step for each number of virtual devices, and prints what it would send.
+
+    Args:
+      models: Nets.
+      methods: Of `gradient_moments`.
+      devices: Numbers of devices.
+      batch: Batch size.
+      out: Writes all numbers as JSON.
+      in_this_process: Prints only JSON, for the largest number of devices.
+    """
+    if in_this_process:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", max(arguments.devices))
-        found = [
-            measure(model, method, arguments.batch)
-            for model in arguments.models
-            for method in arguments.methods
-        ]
-        print(json.dumps(found))
+        jax.config.update("jax_num_cpu_devices", max(devices))
+        print(json.dumps([measure(m, method, batch) for m in models for method in methods]))
         return
     results = []
-    for devices in track(arguments.devices, "bench scaling", transient=True):
-        command = [sys.executable, "-m", "experiments.benchmarks.scaling", "--in-this-process"]
-        command += ["--models", *arguments.models, "--methods", *arguments.methods]
-        command += ["--devices", str(devices), "--batch", str(arguments.batch)]
+    for count in track(devices, "bench scaling", transient=True):
+        command = [sys.executable, "-m", "experiments", "bench", "scaling", "--in-this-process"]
+        command += ["--models", *models, "--methods", *methods]
+        command += ["--devices", str(count), "--batch", str(batch)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         results += json.loads(output.splitlines()[-1])
     results.sort(key=lambda result: (result["net"], result["method"], result["devices"]))
     print(table(results))
-    _report.write_json(arguments.out, {"batch": arguments.batch, "results": results})
+    _report.write_json(out, {"batch": batch, "results": results})
 
 
 def measure(name: str, method: Any, batch_size: int) -> dict[str, Any]:
@@ -116,7 +118,3 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             ]
         )
     return _report.markdown(header, rows)
-
-
-if __name__ == "__main__":
-    main()

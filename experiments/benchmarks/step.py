@@ -1,16 +1,17 @@
 """The whole CABS step, loader and transfer included, against plain SGD on the same examples."""
 
-import argparse
+import dataclasses
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cyclopts import Parameter
 from rich.console import Console
 
 import cabs_jax
@@ -18,7 +19,7 @@ from experiments.benchmarks import _nets, _report, _timing
 from experiments.benchmarks._loops import (
     SIZES,
     Problem,
-    Run,
+    TimedRun,
     bare_call,
     cabs_loop,
     compiled_step,
@@ -30,36 +31,28 @@ from experiments.benchmarks._loops import (
     tiny,
     train,
 )
+from experiments.commands import Flag
 
 FIXED = (16, 64, 256, 1024)
 SEEDS = 5
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prints one table for each question."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments bench step", description=__doc__, allow_abbrev=False
-    )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
-    parser.add_argument("--steps", type=int, default=2000, help="of a CABS run on a small net")
-    parser.add_argument("--batches", nargs="+", type=int, default=(128, 512), metavar="M")
-    parser.add_argument("--seconds", type=float, default=20.0, help="spent on each cell, about")
-    parser.add_argument("--quick", action="store_true", help="few repeats and short runs")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="writes all numbers as JSON")
-    options = parser.parse_args(argv)
-    if options.quick:
-        options.steps, options.seconds, options.batches = 100, 0.5, (16,)
-    machine = _report.machine("jax", "jaxlib")
-    results: dict[str, Any] = {"machine": machine}
-    print(machine)
-    for part in options.parts:
-        with Console(stderr=True).status(f"bench step: {part}"):
-            table, results[part] = PARTS[part](options)
-        print(f"\n{table}", flush=True)
-        _report.write_json(options.out, results)
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How much to measure.
+
+    Attributes:
+      steps: Of a CABS run on a small net.
+      batches: Batch sizes.
+      seconds: Spent on each cell, about.
+    """
+
+    steps: int = 2000
+    batches: tuple[int, ...] = (128, 512)
+    seconds: float = 20.0
 
 
-def against_sgd(options: argparse.Namespace) -> tuple[str, Any]:
+def against_sgd(options: Options) -> tuple[str, Any]:
     """At a size that CABS may not leave, so that both loops work through the same batches."""
     net = _nets.build("mnist_2c2d")
     problem = Problem(net.loss, net.params, net.examples(2048))
@@ -89,7 +82,7 @@ def against_sgd(options: argparse.Namespace) -> tuple[str, Any]:
     return _report.markdown(header, rows), cells
 
 
-def overhead(options: argparse.Namespace) -> tuple[str, Any]:
+def overhead(options: Options) -> tuple[str, Any]:
     """Host time of a step beyond the compiled call, on a net of eight weights and on one of 100."""
     rows, cells = [], []
     for tensors in (1, 100):
@@ -112,7 +105,7 @@ def overhead(options: argparse.Namespace) -> tuple[str, Any]:
     return _report.markdown(header, rows), cells
 
 
-def compilation(options: argparse.Namespace) -> tuple[str, Any]:
+def compilation(options: Options) -> tuple[str, Any]:
     """Time that a CABS run on digits waits for compilation."""
     rows, cells = [], []
     problem = digits(0)
@@ -143,7 +136,7 @@ def compilation(options: argparse.Namespace) -> tuple[str, Any]:
     return _report.markdown(header, rows), cells
 
 
-def sequence(options: argparse.Namespace) -> tuple[str, Any]:
+def sequence(options: Options) -> tuple[str, Any]:
     """A CABS run, SGD fed the same sizes, and SGD of a fixed size over as many examples."""
     problem = digits(0)
     step = compiled_step(problem)
@@ -162,7 +155,7 @@ def sequence(options: argparse.Namespace) -> tuple[str, Any]:
     return _report.markdown(header, rows), {"examples": examples, "seconds": seconds}
 
 
-def lag(options: argparse.Namespace) -> tuple[str, Any]:
+def lag(options: Options) -> tuple[str, Any]:
     """What a lag of one step does to speed, sizes and final loss, over seeds."""
     step = compiled_step(digits(0))
     train(digits(0), step, options.steps)  # compiles
@@ -209,7 +202,7 @@ def lag(options: argparse.Namespace) -> tuple[str, Any]:
     return _report.markdown(header, rows), cells
 
 
-def on_device(options: argparse.Namespace) -> tuple[str, Any]:
+def on_device(options: Options) -> tuple[str, Any]:
     """The loop on the device against the host's, steps per second, at two fixed sizes."""
     rows, cells = [], []
     for name, problem in {"eight weights": tiny(1), "digits_mlp": digits(0)}.items():
@@ -248,7 +241,7 @@ def on_device(options: argparse.Namespace) -> tuple[str, Any]:
     return _report.markdown(header, rows), cells
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], tuple[str, Any]]] = {
+PARTS: dict[str, Callable[[Options], tuple[str, Any]]] = {
     "against_sgd": against_sgd,
     "overhead": overhead,
     "compilation": compilation,
@@ -258,11 +251,39 @@ PARTS: dict[str, Callable[[argparse.Namespace], tuple[str, Any]]] = {
 }
 
 
+QUICK = Options(100, (16,), 0.5)
+
+
+def main(
+    *,
+    parts: Annotated[tuple[str, ...], _report.choice(PARTS)] = tuple(PARTS),
+    options: Annotated[Options, Parameter(name="*")] = Options(),
+    quick: Flag = False,
+    out: Path | None = None,
+) -> None:
+    """Prints one table for each question.
+
+    Args:
+      parts: The questions.
+      options: How much to measure.
+      quick: Few repeats and short runs.
+      out: Writes all numbers as JSON.
+    """
+    machine = _report.machine("jax", "jaxlib")
+    results: dict[str, Any] = {"machine": machine}
+    print(machine)
+    for part in parts:
+        with Console(stderr=True).status(f"bench step: {part}"):
+            table, results[part] = PARTS[part](QUICK if quick else options)
+        print(f"\n{table}", flush=True)
+        _report.write_json(out, results)
+
+
 def completed(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
     """A call that returns when its result is there."""
     return lambda: jax.block_until_ready(function(*args))
 
 
-def _distance(a: Run, b: Run) -> float:
+def _distance(a: TimedRun, b: TimedRun) -> float:
     """Mean absolute difference of the logarithms of two runs' sizes, step by step."""
     return float(np.mean(np.abs(np.log(a.sizes) - np.log(b.sizes))))

@@ -51,7 +51,7 @@ def train(folder: Path, steps: int) -> list[float]:
     """Trains up to step `steps`, from the last checkpoint in `folder` on if there is one.
 
     Returns:
-        The loss of each step that was made.
+      The loss of each step that was made.
     """
     images, labels = load_digits(return_X_y=True)
     source = {"image": (images / 16).astype("float32"), "label": labels.astype("int32")}

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.programs import measured_variance
 from experiments.report.results import Result, Results
+from experiments.training.shared_programs import measured_variance
 
 INFINITY = float("inf")
 FEWEST_RATES = 3

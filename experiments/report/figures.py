@@ -15,9 +15,9 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
-from experiments.figure import COLOURS
 from experiments.report import analysis
 from experiments.report.analysis import DataSet, Method
+from experiments.training.figure import COLOURS
 
 # With the colour, each method has a marker and a dash of its own: grey print keeps them apart.
 _MARKERS = "osD^vPX*<>hp"

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from markdown_it import MarkdownIt
 
-from experiments.plan import Run
 from experiments.report import analysis, figures, verdicts
 from experiments.report.analysis import DataSet, Method, Spread
 from experiments.report.results import Results
+from experiments.sweeps.plan import Run
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }

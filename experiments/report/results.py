@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import plan as plans
-from experiments import records, sweep
-from experiments.config import RunConfig
+from experiments.sweeps import plan as plans
+from experiments.sweeps import sweep
+from experiments.training import run_folder as records
+from experiments.training.config import RunConfig
 
 FILE = "results.jsonl"
 CURVE_POINTS = 40

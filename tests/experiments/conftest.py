@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as cache
 
-from experiments.programs import cache_settings
+from experiments.training.shared_programs import cache_settings
 
 
 @pytest.fixture(scope="session")

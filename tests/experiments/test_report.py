@@ -3,11 +3,11 @@ import itertools
 import numpy as np
 import pytest
 
-from experiments import plan
-from experiments.config import RunConfig
-from experiments.plan import Run
 from experiments.report import analysis, figures, verdicts
 from experiments.report.results import Result, Results
+from experiments.sweeps import plan
+from experiments.sweeps.plan import Run
+from experiments.training.config import RunConfig
 
 INFINITY = float("inf")
 

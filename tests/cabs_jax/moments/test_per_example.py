@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from cabs_jax import per_example_value_and_grad
 from cabs_jax.moments.per_example import batch_size_of
-from experiments import models
+from experiments.training import models
 from tests.cabs_jax.moments.oracle import assert_close, per_example, quick_jit
 from tests.cabs_jax.moments.zoo import ZOO
 

@@ -1,0 +1,1 @@
+"""What goes wrong in weeks, in minutes: kills, faults, NaN and restarts."""

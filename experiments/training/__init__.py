@@ -1,0 +1,1 @@
+"""One training run: its configuration, method, net, loop, checkpoints and folder."""

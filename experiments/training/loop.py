@@ -1,0 +1,173 @@
+"""The loop of a run: steps, lines, evaluations and checkpoints, and how far it has come."""
+
+import dataclasses
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+import cabs_jax
+from experiments.training import run_folder
+from experiments.training.checkpoint import Checkpoints
+from experiments.training.config import RunConfig
+from experiments.training.evaluate import Evaluation
+from experiments.training.shared_programs import SharedStep
+from experiments.training.step import StepInfo
+
+PyTree = Any
+
+
+@dataclasses.dataclass
+class Loop:
+    """A run under way: what it works with, and from `started` on how far it has come."""
+
+    config: RunConfig
+    params: PyTree
+    opt_state: PyTree
+    loader: cabs_jax.BatchLoader
+    padded: bool
+    train_step: cabs_jax.CompiledStep | SharedStep
+    evaluate_on: Callable[[Any, dict[str, np.ndarray]], Evaluation]
+    train_subset: dict[str, np.ndarray]
+    test_subset: dict[str, np.ndarray]
+    train_size: int
+    metrics_file: run_folder.Lines
+    evaluations_file: run_folder.Lines
+    observe: Callable[[dict[str, Any]], None]
+
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+    step: int = 0
+    examples: int = 0
+    seconds: float = 0.0  # when the last line of the metrics was written
+    compile_seconds: float = 0.0  # of the processes before this one, as are the compilations
+    compilations: int = 0
+    evaluated: int = 0  # after the first evaluation, that of the initial parameters
+    evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)  # the last one
+    dispatched: deque[tuple[int, int, int, StepInfo]] = dataclasses.field(default_factory=deque)
+    diverged: bool = False
+
+    @property
+    def done(self) -> int:
+        """Steps or examples, whichever limits the run."""
+        return self.step if self.config.limit[0] == "step" else self.examples
+
+    @property
+    def evaluations_due(self) -> int:
+        """How many evaluations the steps so far ask for."""
+        return self.done * self.config.evaluations // self.config.limit[1]
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left to make."""
+        return self.diverged or self.done >= self.config.limit[1]
+
+    def dispatch_step(self) -> None:
+        """Starts the next step; its numbers are futures."""
+        batch, mask = next(self.loader) if self.padded else (next(self.loader), None)
+        self.params, self.opt_state, info = self.train_step(
+            self.params, self.opt_state, batch, mask
+        )
+        self.loader.batch_size = info.next_batch_size
+        size = len(batch["label"]) if mask is None else int(mask.sum())
+        self.step += 1
+        self.examples += size
+        self.dispatched.append((self.step, size, self.examples, info))
+
+    def write_metrics(self) -> None:
+        """Writes the lines of the steps dispatched, but for the last `lag` of them."""
+        all_of_them = self.finished or self.evaluations_due > self.evaluated
+        while self.dispatched and not self.diverged:
+            if len(self.dispatched) <= self.config.lag and not all_of_them:
+                break  # reading its numbers would wait for it
+            step, size, examples, info = self.dispatched.popleft()
+            info = jax.device_get(info)
+            metrics: dict[str, Any] = {
+                "step": step,
+                "batch_size": size,
+                "loss": _decimal(info.loss),
+                "gradient_variance": _decimal(info.gradient_variance),
+                "learning_rate": _decimal(info.learning_rate),
+                "examples": examples,
+                "epoch": examples / self.train_size,
+                "seconds": time.perf_counter() - self.started,
+            }
+            self.metrics_file.write(metrics)
+            self.observe(metrics)
+            self.seconds, self.diverged = metrics["seconds"], not math.isfinite(metrics["loss"])
+
+    def evaluate_if_due(self) -> None:
+        """Evaluates if the steps so far ask for it, or if these are the last."""
+        if self.diverged or self.evaluations_due > self.evaluated:
+            self.evaluate()
+
+    def evaluate(self) -> None:
+        """Evaluates the parameters as they are, with the clock stopped."""
+        on_train = self.evaluate_on(self.params, self.train_subset)
+        on_test = self.evaluate_on(self.params, self.test_subset)
+        self.evaluation = {
+            "step": self.step,
+            "examples": self.examples,
+            "epoch": self.examples / self.train_size,
+            "seconds": self.seconds,
+            "compile_seconds": self.compile_seconds + self.train_step.seconds_waited,
+            "train_loss": on_train.loss,
+            "train_accuracy": on_train.accuracy,
+            "test_loss": on_test.loss,
+            "test_accuracy": on_test.accuracy,
+        }
+        self.evaluations_file.write(self.evaluation)
+        self.evaluated = self.evaluations_due
+        self.started = time.perf_counter() - self.seconds
+
+    def save(self, checkpoints: Checkpoints, identity: dict[str, Any]) -> None:
+        """Writes a checkpoint of this moment, from which `set_state` continues."""
+        self.metrics_file.sync()
+        self.evaluations_file.sync()
+        progress = {
+            "identity": identity,
+            "written": [self.metrics_file.size, self.evaluations_file.size],
+            "step": self.step,
+            "examples": self.examples,
+            "seconds": time.perf_counter() - self.started,
+            "compile_seconds": self.compile_seconds + self.train_step.seconds_waited,
+            "compilations": self.compilations + self.train_step.compilations,
+            "evaluation": self.evaluation,
+            "evaluated": self.evaluated,
+            "dispatched": [
+                (*counts, [_decimal(x) for x in jax.device_get(info)])
+                for *counts, info in self.dispatched
+            ],
+            "loader": self.loader.get_state(),
+        }
+        checkpoints.save(self.step, (self.params, self.opt_state), progress)
+
+    def set_state(self, saved: dict[str, Any]) -> None:
+        """Goes back to where `save` was called."""
+        self.step, self.examples, self.seconds = saved["step"], saved["examples"], saved["seconds"]
+        self.compile_seconds, self.compilations = saved["compile_seconds"], saved["compilations"]
+        self.evaluation, self.evaluated = saved["evaluation"], saved["evaluated"]
+        self.dispatched.extend((*counts, StepInfo(*info)) for *counts, info in saved["dispatched"])
+        self.loader.set_state(saved["loader"])
+        self.started = time.perf_counter() - self.seconds
+
+    def summary(self) -> dict[str, Any]:
+        """What the run came to, as `summary.json` holds it."""
+        return {
+            "train_loss": self.evaluation["train_loss"],
+            "test_accuracy": self.evaluation["test_accuracy"],
+            "steps": self.step,
+            "examples": self.examples,
+            "seconds": self.seconds,
+            "compile_seconds": self.compile_seconds + self.train_step.seconds_waited,
+            "compilations": self.compilations + self.train_step.compilations,
+            "diverged": self.diverged,
+        }
+
+
+def _decimal(value: np.ndarray | jax.Array) -> float:
+    """The shortest decimal that is this float32: 0.1 rather than 0.10000000149011612."""
+    return float(str(value))

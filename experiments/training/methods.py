@@ -1,0 +1,139 @@
+"""The ways to choose a batch size: each is a rule of `cabs_jax.rules` in front of an optimizer."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import jax
+import optax
+
+import cabs_jax
+from cabs_jax import rules
+from experiments.training import descent
+from experiments.training.config import BUCKETS, RunConfig
+
+Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
+
+
+def bounds(config: RunConfig) -> tuple[int, int]:
+    """The smallest and the largest batch size that the run may use."""
+    if config.fixed_size:
+        return config.batch_size, config.batch_size
+    return config.min_batch_size, config.max_batch_size
+
+
+def legal_sizes(config: RunConfig) -> tuple[int, ...]:
+    """The sizes that `--round-to buckets` allows."""
+    return cabs_jax.buckets(*bounds(config), multiple_of=1)
+
+
+def build(config: RunConfig) -> Optimizer:
+    """The optimizer that `config` asks for.
+
+    Its state holds the next batch size (`cabs_jax.batch_size`) and the learning rate of the last
+    update (`learning_rate`).
+
+    Raises:
+      ValueError: `config.method` is unknown.
+    """
+    if config.method not in METHODS:
+        raise ValueError(
+            f"unknown method {config.method!r}; known methods: {', '.join(sorted(METHODS))}."
+        )
+    return METHODS[config.method](config)
+
+
+def variance(config: RunConfig) -> Literal["trace", "diagonal"]:
+    """What the optimizer needs to know of the gradient's covariance."""
+    return "diagonal" if config.method == "cabs_adam" else "trace"
+
+
+def learning_rate(state: optax.OptState) -> jax.Array:
+    """The learning rate of the last update, found in the state of an optimizer built here."""
+    found: jax.Array = optax.tree.get(
+        state, "learning_rate", filtering=lambda path, value: isinstance(value, jax.Array)
+    )
+    return found
+
+
+def _descend(
+    config: RunConfig,
+    rule: rules.Rule,
+    *,
+    decay: float = 0.95,
+    direction: optax.GradientTransformation | None = None,
+    rate: descent.Rate | None = None,
+) -> Optimizer:
+    adapt = cabs_jax.adapt_batch_size(rule, decay=decay, **_sizes(config))
+    if rate is None:
+        rate = descent.constant(config.learning_rate)
+    return descent.descend(adapt, optax.identity() if direction is None else direction, rate)
+
+
+def _sizes(config: RunConfig) -> dict[str, Any]:
+    smallest, largest = bounds(config)
+    if config.fixed_size:
+        round_to: int | tuple[int, ...] = 1
+    elif config.round_to == BUCKETS:
+        round_to = legal_sizes(config)
+    else:
+        round_to = int(config.round_to)
+    return {
+        "min_batch_size": smallest,
+        "max_batch_size": largest,
+        "initial_batch_size": config.batch_size,
+        "round_to": round_to,
+    }
+
+
+def _big_batch(config: RunConfig) -> Optimizer:
+    # The published 10 %, or as much as it takes to reach the next bucket; each batch is judged
+    # alone, as published.
+    growth = 0.4 if config.round_to == BUCKETS else 0.1
+    return _descend(config, rules.big_batch(config.theta, growth=growth), decay=0.0)
+
+
+def _constant(
+    config: RunConfig, direction: optax.GradientTransformation | None = None
+) -> Optimizer:
+    schedules = {"step": descent.step_decay, "cosine": descent.cosine}
+    rate = None
+    if config.schedule in schedules:
+        assert config.examples is not None
+        rate = schedules[config.schedule](config.learning_rate, config.examples)
+    return _descend(config, rules.constant(config.batch_size), direction=direction, rate=rate)
+
+
+def _geometric_growth(config: RunConfig) -> Optimizer:
+    assert config.examples is not None
+    milestones = descent.milestones(config.examples)
+    rule = rules.geometric_growth(config.batch_size, 1 / descent.STEP_DECAY, milestones)
+    return _descend(config, rule)
+
+
+def _coupled(config: RunConfig, optimizer: Callable[..., Optimizer], **options: float) -> Optimizer:
+    """A complete optimizer of `cabs_jax`, its learning rate shown in the state."""
+    injected: Callable[..., Optimizer] = optax.inject_hyperparams(
+        optimizer, static_args=tuple(_sizes(config))
+    )
+    return injected(config.learning_rate, **options, **_sizes(config))
+
+
+METHODS: dict[str, Callable[[RunConfig], Optimizer]] = {
+    "biased_norm_test": lambda config: _descend(config, rules.biased_norm_test(config.theta)),
+    "big_batch": _big_batch,
+    "cabs": lambda config: _descend(config, rules.cabs(config.learning_rate)),
+    "cabs_adam": lambda config: _coupled(config, cabs_jax.cabs_adam),
+    "cabs_momentum": lambda config: _coupled(config, cabs_jax.cabs, momentum=config.momentum),
+    "constant": _constant,
+    "constant_adam": lambda config: _constant(config, optax.scale_by_adam()),
+    "constant_momentum": lambda config: _constant(config, optax.trace(config.momentum)),
+    "expected_progress": lambda config: _descend(
+        config,
+        rules.expected_progress(config.learning_rate, config.lipschitz or 1 / config.learning_rate),
+    ),
+    "geometric_growth": _geometric_growth,
+    "noise_scale": lambda config: _descend(
+        config, rules.noise_scale(), rate=descent.noise_scaled(config.learning_rate)
+    ),
+    "norm_test": lambda config: _descend(config, rules.norm_test(config.theta)),
+}
