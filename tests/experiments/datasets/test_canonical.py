@@ -1,4 +1,4 @@
-"""Data sets by name: found, verified, downloaded, or explained."""
+"""The named data sets: found, verified, downloaded, or explained."""
 
 import gzip
 import hashlib
@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from experiments import datasets
 from experiments.datasets import canonical
 from experiments.datasets.canonical import RemoteFile
-from experiments.datasets.dataset import make_dataset
-from tests.experiments.data_files import (
+from tests.experiments.datasets.data_files import (
     FUZZ,
     cifar_bytes,
     idx_bytes,
@@ -271,30 +270,6 @@ def test_a_data_set_out_of_reach_says_exactly_what_to_get(load, tmp_path, monkey
     for file in files:
         assert file.remote.url in str(info.value)
     assert "put them into DATA_DIR/mnist/ and pass --data-dir" in str(info.value)
-
-
-@pytest.mark.parametrize("name", ["mnits", "no/such/folder"])
-def test_an_unknown_name_lists_the_known_ones(load, name):
-    with pytest.raises(ValueError, match=f"unknown data set '{name}': choose one of digits, mnist"):
-        load(name)
-
-
-@pytest.mark.parametrize(
-    ("train", "message"),
-    [
-        ((np.zeros((2, 4, 4, 1)), np.zeros(2, int)), "must be uint8"),
-        ((np.zeros((2, 4, 4), np.uint8), np.zeros(2, int)), "must be uint8"),
-        ((np.zeros((0, 4, 4, 1), np.uint8), np.zeros(0, int)), "holds no pixels"),
-        ((np.zeros((2, 4, 4, 1), np.uint8), np.zeros(3, int)), "2 images but labels of shape"),
-        ((np.zeros((2, 4, 4, 1), np.uint8), np.array([0, -1])), "label -1 is outside"),
-        ((np.zeros((2, 4, 4, 1), np.uint8), np.array([3, 0])), "label 3 is outside"),
-        ((np.zeros((2, 5, 4, 1), np.uint8), np.zeros(2, int)), "training images are"),
-    ],
-)
-def test_arrays_that_do_not_make_a_data_set_are_refused(train, message):
-    test = np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, int)
-    with pytest.raises(ValueError, match=message):
-        make_dataset("toy", train, test, ("a", "b", "c"))
 
 
 @pytest.mark.slow

@@ -12,7 +12,13 @@ from PIL import Image
 
 from experiments import datasets
 from experiments.datasets import images as images_module
-from tests.experiments.data_files import FUZZ, mutations, result_or_error, some_images, tar_bytes
+from tests.experiments.datasets.data_files import (
+    FUZZ,
+    mutations,
+    result_or_error,
+    some_images,
+    tar_bytes,
+)
 
 
 def encode(pixels: np.ndarray, file_format: str = "PNG") -> bytes:
