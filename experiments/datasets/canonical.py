@@ -13,6 +13,8 @@ from experiments.datasets.dataset import Dataset, make_dataset
 from experiments.datasets.formats import parse_cifar, parse_idx, read_svhn
 
 _DIGITS = tuple("0123456789")
+_NOISE_SHARE = 0.2
+_NOISE_SEED = 0
 _CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 _CIFAR100_CLASSES = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
@@ -131,6 +133,23 @@ def load_digits(data_dir: Path | None, cache_dir: Path) -> Dataset:
         images, bunch.target, test_size=360, random_state=0, stratify=bunch.target
     )
     return make_dataset("digits", (train_images, train_labels), (test_images, test_labels), _DIGITS)
+
+
+def load_digits_noisy(data_dir: Path | None, cache_dir: Path) -> Dataset:
+    """The digits with 20 % of the training labels wrong, so that no model can fit F* = 0.
+
+    287 of the 1,437 training examples, drawn without replacement, have their label replaced by one
+    of the other nine, each as likely. The draw is always the same: it takes the raw 64-bit numbers
+    of PCG64, which NumPy keeps the same in all versions. Test labels are those of the digits.
+    """
+    digits = load_digits(data_dir, cache_dir)
+    labels = digits.train["label"].copy()
+    order, shifts = np.random.PCG64(_NOISE_SEED).random_raw((2, len(labels)))
+    wrong = np.argsort(order)[: round(_NOISE_SHARE * len(labels))]
+    others = digits.num_classes - 1
+    shift = 1 + (shifts[wrong] % others).astype(np.int32)
+    labels[wrong] = (labels[wrong] + shift) % digits.num_classes
+    return digits._replace(name="digits_noisy", train=digits.train | {"label": labels})
 
 
 def load_mnist(data_dir: Path | None, cache_dir: Path) -> Dataset:

@@ -105,6 +105,31 @@ def test_digits_have_their_real_values_and_a_fixed_split():
     assert datasets.fingerprint(dataset) == "7428e9812f64bcfb555130a71c9aa9c3"
 
 
+def test_noisy_digits_differ_from_the_digits_in_a_fifth_of_the_training_labels_alone():
+    clean, noisy = datasets.load("digits"), datasets.load("digits_noisy")
+    assert noisy.name == "digits_noisy"
+    for split in ("train", "test"):
+        np.testing.assert_array_equal(
+            getattr(noisy, split)["image"], getattr(clean, split)["image"]
+        )
+    np.testing.assert_array_equal(noisy.test["label"], clean.test["label"])
+    wrong = noisy.train["label"] != clean.train["label"]
+    assert wrong.sum() == round(0.2 * 1437)
+    shift = (noisy.train["label"] - clean.train["label"])[wrong] % 10
+    # Each of the other nine labels is as likely: 287/9 = 32 of each, with a deviation of 5.3.
+    assert np.abs(np.bincount(shift, minlength=10)[1:] - 287 / 9).max() < 3 * 5.3
+    # Neither the place nor the digit decides which labels are wrong.
+    assert abs(np.flatnonzero(wrong).mean() / 1437 - 0.5) < 3 * 0.29 / np.sqrt(287)
+    assert np.bincount(clean.train["label"][wrong]).min() > 287 / 10 / 2
+
+
+def test_noisy_digits_are_the_same_everywhere():
+    noisy = datasets.load("digits_noisy")
+    assert noisy.train["label"].dtype == np.int32
+    assert datasets.fingerprint(noisy) == "af73efe493e3694c74dbec127bcc1fbf"
+    assert datasets.fingerprint(datasets.load("digits")) == "7428e9812f64bcfb555130a71c9aa9c3"
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_mnist_loads_from_the_data_folder(load, tmp_path, tiny_mnist, compressed):
     for name, content in tiny_mnist.items():
