@@ -8,6 +8,7 @@ import lzma
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Self
 
@@ -84,23 +85,24 @@ def read_tar(path: Path) -> Iterator[tuple[str, bytes]]:
             raise ValueError(f"{path}: damaged, unsafe or not a tar archive: {error}") from error
 
 
-def check_file(path: Path, md5: str) -> None:
-    """Raises a ValueError unless the file's bytes have this MD5."""
+def check_file(path: Path, checksum: str) -> None:
+    """Raises a ValueError unless the file's bytes have this checksum, "md5:..." or "sha1:..."."""
     with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False))
-    _compare_md5(path, digest.hexdigest(), md5)
+        _check(stream, path, checksum)
 
 
-def check_content(content: bytes, path: Path, md5: str) -> None:
-    """Raises a ValueError unless the (uncompressed) content of the file has this MD5."""
-    _compare_md5(path, hashlib.md5(content, usedforsecurity=False).hexdigest(), md5)
+def check_content(content: bytes, path: Path, checksum: str) -> None:
+    """Raises a ValueError unless the (uncompressed) content of the file has this checksum."""
+    _check(io.BytesIO(content), path, checksum)
 
 
-def _compare_md5(path: Path, actual: str, published: str) -> None:
-    if actual != published:
+def _check(stream: io.BufferedIOBase, path: Path, checksum: str) -> None:
+    algorithm, published = checksum.split(":")
+    digest = hashlib.file_digest(stream, partial(hashlib.new, algorithm, usedforsecurity=False))
+    if digest.hexdigest() != published:
         raise ValueError(
-            f"{path}: MD5 {actual} where the published file has {published}: truncated, corrupted "
-            "or another file; fetch it again"
+            f"{path}: {algorithm.upper()} {digest.hexdigest()} where the published file has "
+            f"{published}: truncated, corrupted or another file; fetch it again."
         )
 
 

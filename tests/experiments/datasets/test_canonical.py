@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from experiments import datasets
 from experiments.datasets import canonical
-from experiments.datasets.canonical import RemoteFile
+from experiments.datasets.canonical import CifarFile, RemoteFile
 from tests.experiments.datasets.data_files import (
     FUZZ,
     cifar_bytes,
@@ -43,7 +43,16 @@ def load(tmp_path):
 
 
 def md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+    return "md5:" + hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def publish_cifar(files, train: dict[str, bytes], test: dict[str, bytes], num_records: int):
+    """CIFAR as if these were the contents of its files."""
+    parts = (
+        {name: CifarFile(num_records, md5(content)) for name, content in split.items()}
+        for split in (train, test)
+    )
+    return files._replace(**dict(zip(("train", "test"), parts, strict=True)))
 
 
 def put(path: Path, content: bytes) -> None:
@@ -65,7 +74,7 @@ def tiny_mnist(monkeypatch):
             remote=RemoteFile(
                 f"http://127.0.0.1:9/{name}.gz", md5(gzip.compress(content, mtime=0))
             ),
-            content_md5=md5(content),
+            content_checksum=md5(content),
         )
         for file, (name, content) in zip(canonical.MNIST, contents.items(), strict=True)
     ]
@@ -85,12 +94,14 @@ def tiny_cifar10(monkeypatch):
     }
     contents["cifar-10-batches-bin/batches.meta.txt"] = b"airplane\n"
     archive = tar_bytes(contents, mode="w:gz")
-    tiny = canonical.CIFAR10._replace(
-        archive=canonical.CIFAR10.archive._replace(md5=md5(archive)),
-        train=dict.fromkeys(canonical.CIFAR10.train, 2),
-        test=dict.fromkeys(canonical.CIFAR10.test, 2),
+    by_name = {Path(name).name: content for name, content in contents.items()}
+    train, test = (
+        {name: by_name[name] for name in names}
+        for names in (canonical.CIFAR10.train, canonical.CIFAR10.test)
     )
-    monkeypatch.setattr(canonical, "CIFAR10", tiny)
+    tiny = publish_cifar(canonical.CIFAR10, train, test, num_records=2)
+    remote = canonical.CIFAR10.archive._replace(checksum=md5(archive))
+    monkeypatch.setattr(canonical, "CIFAR10", tiny._replace(archive=remote))
     return contents, archive
 
 
@@ -186,16 +197,53 @@ def test_a_corrupted_cifar_archive_is_refused(load, tmp_path, tiny_cifar10):
         load("cifar10")
 
 
-def test_cifar100_has_a_hundred_classes(load, tmp_path, monkeypatch):
-    tiny = canonical.CIFAR100._replace(train={"train.bin": 3}, test={"test.bin": 1})
+def test_a_corrupted_cifar_file_found_unpacked_is_refused(load, tmp_path, tiny_cifar10):
+    contents, _ = tiny_cifar10
+    for name, content in contents.items():
+        put(tmp_path / "data/cifar10" / name, content)
+    changed = bytearray(contents["cifar-10-batches-bin/data_batch_3.bin"])
+    changed[0] = 7  # another class, as legal as the right one
+    put(tmp_path / "data/cifar10/cifar-10-batches-bin/data_batch_3.bin", bytes(changed))
+    with pytest.raises(ValueError, match=r"data_batch_3\.bin: MD5 .* where the published"):
+        load("cifar10")
+
+
+def test_swapped_cifar_batches_are_refused(load, tmp_path, tiny_cifar10):
+    contents, _ = tiny_cifar10
+    folder = "cifar-10-batches-bin"
+    first, test = f"{folder}/data_batch_1.bin", f"{folder}/test_batch.bin"
+    for name, content in (contents | {first: contents[test], test: contents[first]}).items():
+        put(tmp_path / "data/cifar10" / name, content)
+    with pytest.raises(ValueError, match=r"data_batch_1\.bin: MD5 .* where the published"):
+        load("cifar10")
+
+
+@pytest.mark.parametrize("files", [canonical.CIFAR10, canonical.CIFAR100])
+def test_the_files_of_cifar_are_published_with_sha1(files):
+    parts = files.train | files.test
+    assert sum(part.num_records for part in parts.values()) == 60_000
+    digests = {part.checksum.removeprefix("sha1:") for part in parts.values()}
+    assert len(digests) == len(parts)
+    assert all(len(bytes.fromhex(digest)) == 20 for digest in digests)
+
+
+def publish_cifar100(tmp_path, monkeypatch, train: bytes, test: bytes) -> None:
+    put(tmp_path / "data/cifar100/train.bin", train)
+    put(tmp_path / "data/cifar100/test.bin", test)
+    tiny = publish_cifar(canonical.CIFAR100, {"train.bin": train}, {"test.bin": test}, 3)
     monkeypatch.setattr(canonical, "CIFAR100", tiny)
-    folder = tmp_path / "data/cifar100"
+
+
+def test_cifar100_has_a_hundred_classes(load, tmp_path, monkeypatch):
     images, coarse = some_images(0, 3, 32, 32, 3), np.array([19, 0, 1])
-    put(folder / "train.bin", cifar_bytes(images, coarse, np.array([99, 0, 42])))
-    put(folder / "test.bin", cifar_bytes(images[:1], coarse[:1], np.array([100])))
+    train, test, wrong = (
+        cifar_bytes(images, coarse, np.array(fine))
+        for fine in ([99, 0, 42], [7, 8, 9], [7, 100, 9])
+    )
+    publish_cifar100(tmp_path, monkeypatch, train, wrong)
     with pytest.raises(ValueError, match=r"cifar100, test split: label 100 is outside \[0, 100\)"):
         load("cifar100")
-    put(folder / "test.bin", cifar_bytes(images[:1], coarse[:1], np.array([7])))
+    publish_cifar100(tmp_path, monkeypatch, train, test)
     dataset = load("cifar100")
     np.testing.assert_array_equal(dataset.train["label"], [99, 0, 42])
     assert (dataset.class_names[99], dataset.class_names[42]) == ("worm", "leopard")
@@ -212,7 +260,7 @@ def tiny_svhn(tmp_path, monkeypatch):
         variables = {"X": some_images(seed, 4, 32, 32, 3).transpose(1, 2, 3, 0)}
         variables["y"] = np.array([[10], [1], [2], [9]], np.uint8)
         scipy.io.savemat(folder / remote.name, variables, do_compression=True)
-        remotes.append(remote._replace(md5=md5((folder / remote.name).read_bytes())))
+        remotes.append(remote._replace(checksum=md5((folder / remote.name).read_bytes())))
     monkeypatch.setattr(canonical, "SVHN", tuple(remotes))
     return folder
 
@@ -284,7 +332,7 @@ def test_a_data_set_out_of_reach_says_exactly_what_to_get(load, tmp_path, monkey
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
     files = [
-        file._replace(remote=RemoteFile(f"{address}/{file.remote.name}", file.remote.md5))
+        file._replace(remote=RemoteFile(f"{address}/{file.remote.name}", file.remote.checksum))
         for file in canonical.MNIST
     ]
     monkeypatch.setattr(canonical, "MNIST", tuple(files))

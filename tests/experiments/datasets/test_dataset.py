@@ -9,7 +9,9 @@ from experiments.datasets.dataset import make_dataset
 
 @pytest.mark.parametrize("name", ["mnits", "no/such/folder"])
 def test_an_unknown_name_lists_the_known_ones(tmp_path, name):
-    with pytest.raises(ValueError, match=f"unknown data set '{name}': choose one of digits, digits_noisy"):
+    with pytest.raises(
+        ValueError, match=f"unknown data set '{name}': choose one of digits, digits_noisy"
+    ):
         datasets.load(name, data_dir=tmp_path)
 
 
