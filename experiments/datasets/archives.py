@@ -10,11 +10,19 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Self
+from typing import NoReturn, Self
 
 from experiments.datasets.dataset import MAX_DATASET_BYTES
 
 MAX_FILE_BYTES = 256 << 20
+_MAX_EXTENDED_HEADER_BYTES = 64 << 10  # long names and attributes, which tarfile parses whole
+_EXTENDED_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 _CHUNK_BYTES = 1 << 20
 _OPENERS: dict[bytes, Callable[[Path], io.BufferedIOBase]] = {
     b"\x1f\x8b": gzip.open,
@@ -67,22 +75,31 @@ def read_tar(path: Path) -> Iterator[tuple[str, bytes]]:
         bounded = _BoundedStream(stream, MAX_DATASET_BYTES)
         try:
             with tarfile.open(fileobj=bounded, mode="r|", tarinfo=_CheckedHeader) as archive:
-                for member in archive:
-                    name = PurePosixPath(member.name)
-                    if name.is_absolute() or ".." in name.parts:
-                        raise ValueError(f"member {member.name!r} points outside the archive")
-                    if member.isdir():
-                        continue
-                    if not member.isreg() or member.issparse():
-                        raise ValueError(f"member {member.name!r} is a link, device or sparse file")
-                    _check_size(member)
-                    content = archive.extractfile(member)
-                    assert content is not None  # it is None only for what was refused above
-                    yield str(name), content.read()
+                while (member := archive.next()) is not None:
+                    # It keeps all headers, of which there may be millions.
+                    archive.members.clear()  # type: ignore[attr-defined]
+                    if not member.isdir():
+                        yield _checked_name(member), _read_member(archive, member)
             while bounded.read(_CHUNK_BYTES):
                 pass
         except _DAMAGE as error:
             raise ValueError(f"{path}: damaged, unsafe or not a tar archive: {error}") from error
+
+
+def _checked_name(member: tarfile.TarInfo) -> str:
+    name = PurePosixPath(member.name)
+    if name.is_absolute() or ".." in name.parts:
+        raise ValueError(f"member {member.name!r} points outside the archive")
+    return str(name)
+
+
+def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if not member.isreg() or member.issparse():
+        raise ValueError(f"member {member.name!r} is a link, device or sparse file")
+    _check_size(member)
+    content = archive.extractfile(member)
+    assert content is not None  # it is None only for what was refused above
+    return content.read()
 
 
 def check_file(path: Path, checksum: str) -> None:
@@ -108,17 +125,27 @@ def _check(stream: io.BufferedIOBase, path: Path, checksum: str) -> None:
 
 def _open(path: Path) -> io.BufferedIOBase:
     with path.open("rb") as stream:
-        start = stream.read(6)
+        start = stream.read(tarfile.BLOCKSIZE)
     for magic, opener in _OPENERS.items():
-        if start.startswith(magic):
+        # A plain tar starts with the name of its first member, which may look like compression.
+        if start.startswith(magic) and not _is_tar_header(start):
             return opener(path)
     return path.open("rb")
 
 
+def _is_tar_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
 def _check_size(header: tarfile.TarInfo) -> None:
-    if not 0 <= header.size <= MAX_FILE_BYTES:
+    limit = _MAX_EXTENDED_HEADER_BYTES if header.type in _EXTENDED_HEADERS else MAX_FILE_BYTES
+    if not 0 <= header.size <= limit:
         raise ValueError(
-            f"member {header.name!r} claims {header.size:,} bytes (allowed: {MAX_FILE_BYTES:,})"
+            f"member {header.name!r} claims {header.size:,} bytes (allowed: {limit:,})"
         )
 
 
@@ -133,8 +160,16 @@ class _CheckedHeader(tarfile.TarInfo):
             if len(buf) == tarfile.BLOCKSIZE and not any(buf):
                 raise
             raise ValueError(f"bad or missing header ({error})") from error
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            header._refuse_sparse()
         _check_size(header)
         return header
+
+    def _refuse_sparse(self, *_: object) -> NoReturn:
+        raise ValueError(f"member {self.name!r} is a link, device or sparse file")
+
+    # What tarfile calls to read the map of a sparse file from the archive: it may be endless.
+    _proc_gnusparse_10 = _refuse_sparse
 
 
 class _BoundedStream(io.BufferedIOBase):

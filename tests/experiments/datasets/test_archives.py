@@ -1,7 +1,9 @@
 """Files and tars read within bounds: of any compression, damaged, hostile, or too large."""
 
 import gzip
+import itertools
 import tarfile
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -139,3 +141,81 @@ def test_a_mutated_archive_yields_files_or_a_named_error(tmp_path, data):
         assert sum(map(len, result.values())) <= len(content)
     else:
         assert result == FILES
+
+
+@pytest.mark.parametrize("name", ["BZh9 notes", "]\0\0", "\x1f\x8b", "\xfd7zXZ"])
+def test_a_plain_tar_whose_first_name_looks_like_compression_is_read(tmp_path, name):
+    content = bytearray(tar_bytes({"x" * 10: b"content"}, format=tarfile.USTAR_FORMAT))
+    content[:10] = name.encode("latin-1").ljust(10, b"\0")
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content[:512])
+    path = tmp_path / "plain.tar"
+    path.write_bytes(content)
+    (content,) = dict(read_tar(path)).values()
+    assert content == b"content"
+
+
+def test_the_headers_of_an_archive_are_not_kept(tmp_path):
+    path = tmp_path / "many.tar"
+    path.write_bytes(tar_bytes({f"{i:05}": b"" for i in range(4000)}))
+
+    def peak_bytes(num_members: int) -> int:
+        tracemalloc.start()
+        for _ in itertools.islice(read_tar(path), num_members):
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    assert peak_bytes(4000) < 1.2 * peak_bytes(400)
+
+
+def test_an_extended_header_larger_than_any_name_is_refused(tmp_path):
+    path = tmp_path / "attributes.tar"
+    member = tarfile.TarInfo("x")
+    member.pax_headers = {"comment": "x" * 100_000}
+    path.write_bytes(member.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    with pytest.raises(ValueError, match=r"attributes\.tar.*claims 100,0.. bytes .allowed: 65,536"):
+        list(read_tar(path))
+
+
+@pytest.mark.parametrize("size", [-1, -512, -1024, -(1 << 40)])
+def test_a_negative_size_in_an_extended_header_ends_at_once(tmp_path, size):
+    path = tmp_path / "backwards.tar"
+    member = tarfile.TarInfo("x")
+    member.pax_headers = {"size": str(size)}
+    path.write_bytes(member.tobuf(tarfile.PAX_FORMAT) + bytes(4096))
+    with pytest.raises(ValueError, match=r"backwards\.tar: damaged"):
+        list(read_tar(path))
+
+
+@pytest.mark.parametrize("version", ["old", "1.0"])
+def test_the_map_of_a_sparse_file_is_never_read(tmp_path, version):
+    member = tarfile.TarInfo("sparse")
+    if version == "old":
+        member.type = tarfile.GNUTYPE_SPARSE
+        head = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+        head[482] = 1  # the map goes on in the next block, and from there in the next
+        head[148:156] = b" " * 8
+        head[148:156] = b"%06o\0 " % sum(head)
+        body = (bytes(504) + b"\1" + bytes(7)) * 4096
+    else:
+        member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+        head = member.tobuf(tarfile.PAX_FORMAT)
+        body = b"9999999\n" + b"1\n" * (1 << 20)
+    path = tmp_path / "sparse.tar"
+    path.write_bytes(head + body)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"sparse\.tar.*sparse"):
+        list(read_tar(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(tmp_path):
+    path = tmp_path / "escape.tar"
+    path.write_bytes(tar_bytes({"../\x1b]0;owned\x07\n": b"x"}))
+    with pytest.raises(ValueError, match="points outside the archive") as info:
+        list(read_tar(path))
+    assert str(info.value).isprintable()
