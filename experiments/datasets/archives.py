@@ -57,7 +57,7 @@ def read_file(path: Path) -> bytes:
                     raise ValueError(f"holds more than {MAX_FILE_BYTES:,} bytes")
                 chunks.append(chunk)
         except _DAMAGE as error:
-            raise ValueError(f"{path}: truncated or corrupted: {error}") from error
+            raise ValueError(f"{path}: truncated or corrupted: {error}.") from error
     return b"".join(chunks)
 
 
@@ -83,7 +83,7 @@ def read_tar(path: Path) -> Iterator[tuple[str, bytes]]:
             while bounded.read(_CHUNK_BYTES):
                 pass
         except _DAMAGE as error:
-            raise ValueError(f"{path}: damaged, unsafe or not a tar archive: {error}") from error
+            raise ValueError(f"{path}: damaged, unsafe or not a tar archive: {error}.") from error
 
 
 def _checked_name(member: tarfile.TarInfo) -> str:

@@ -71,7 +71,7 @@ def _read(entry: Path, name: str) -> Dataset | None:
         if fingerprint(dataset) != manifest["fingerprint"]:
             raise ValueError("its content is not what was written")
     except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
-        warnings.warn(f"{entry}: damaged cache, decoded again: {error}.", stacklevel=3)
+        warnings.warn(f"{entry}: damaged cache, decoded again: {error!r}.", stacklevel=3)
         shutil.rmtree(entry, ignore_errors=True)
         return None
     with contextlib.suppress(OSError):  # a cache that others share may be read-only

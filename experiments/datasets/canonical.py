@@ -280,7 +280,7 @@ def _download(
         place = f"{data_dir}/{dataset}" if data_dir else "a data folder (none was given)"
         urls = "\n  ".join(remote.url for remote in files)
         raise FileNotFoundError(
-            f"{dataset} is not in {place} and could not be downloaded: {error}\n"
+            f"{dataset} is not in {place} and could not be downloaded: {error}.\n"
             f"Get these files:\n  {urls}\nput them into DATA_DIR/{dataset}/ and pass "
             "--data-dir DATA_DIR or set CABS_JAX_DATA=DATA_DIR."
         ) from error
