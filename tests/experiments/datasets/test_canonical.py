@@ -1,13 +1,7 @@
 """The named data sets: found, verified, downloaded, or explained."""
 
 import gzip
-import hashlib
-import http.server
 import os
-import socket
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,92 +12,18 @@ from hypothesis import strategies as st
 
 from experiments import datasets
 from experiments.datasets import canonical
-from experiments.datasets.canonical import CifarFile, RemoteFile
 from tests.experiments.datasets.data_files import (
     FUZZ,
     cifar_bytes,
-    idx_bytes,
+    md5,
     mutations,
+    publish_cifar,
+    put,
     some_images,
-    tar_bytes,
 )
 
 DATA_DIR = os.environ.get("CABS_JAX_DATA")
 """Folder with real data, for the tests that need it."""
-
-
-@pytest.fixture(autouse=True)
-def _no_data_folder(monkeypatch):
-    monkeypatch.delenv("CABS_JAX_DATA", raising=False)
-
-
-@pytest.fixture
-def load(tmp_path):
-    (tmp_path / "data").mkdir(exist_ok=True)
-    return partial(datasets.load, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
-
-
-def md5(content: bytes) -> str:
-    return "md5:" + hashlib.md5(content, usedforsecurity=False).hexdigest()
-
-
-def publish_cifar(files, train: dict[str, bytes], test: dict[str, bytes], num_records: int):
-    """CIFAR as if these were the contents of its files."""
-    parts = (
-        {name: CifarFile(num_records, md5(content)) for name, content in split.items()}
-        for split in (train, test)
-    )
-    return files._replace(**dict(zip(("train", "test"), parts, strict=True)))
-
-
-def put(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-
-
-@pytest.fixture
-def tiny_mnist(monkeypatch):
-    """Publishes an MNIST of five and three examples; returns its uncompressed files by name."""
-    contents = {
-        "train-images-idx3-ubyte": idx_bytes(some_images(0, 5, 28, 28)),
-        "train-labels-idx1-ubyte": idx_bytes(np.array([5, 0, 4, 1, 9])),
-        "t10k-images-idx3-ubyte": idx_bytes(some_images(1, 3, 28, 28)),
-        "t10k-labels-idx1-ubyte": idx_bytes(np.array([7, 2, 1])),
-    }
-    files = [
-        file._replace(
-            remote=RemoteFile(
-                f"http://127.0.0.1:9/{name}.gz", md5(gzip.compress(content, mtime=0))
-            ),
-            content_checksum=md5(content),
-        )
-        for file, (name, content) in zip(canonical.MNIST, contents.items(), strict=True)
-    ]
-    monkeypatch.setattr(canonical, "MNIST", tuple(files))
-    return contents
-
-
-@pytest.fixture
-def tiny_cifar10(monkeypatch):
-    """Publishes a CIFAR-10 of two examples a file; returns the archive's files by name."""
-    names = [*canonical.CIFAR10.train, *canonical.CIFAR10.test]
-    contents = {
-        f"cifar-10-batches-bin/{name}": cifar_bytes(
-            some_images(seed, 2, 32, 32, 3), np.array([seed, 9])
-        )
-        for seed, name in enumerate(names)
-    }
-    contents["cifar-10-batches-bin/batches.meta.txt"] = b"airplane\n"
-    archive = tar_bytes(contents, mode="w:gz")
-    by_name = {Path(name).name: content for name, content in contents.items()}
-    train, test = (
-        {name: by_name[name] for name in names}
-        for names in (canonical.CIFAR10.train, canonical.CIFAR10.test)
-    )
-    tiny = publish_cifar(canonical.CIFAR10, train, test, num_records=2)
-    remote = canonical.CIFAR10.archive._replace(checksum=md5(archive))
-    monkeypatch.setattr(canonical, "CIFAR10", tiny._replace(archive=remote))
-    return contents, archive
 
 
 def test_digits_have_their_real_values_and_a_fixed_split():
@@ -284,120 +204,6 @@ def test_a_mutated_svhn_file_is_refused_before_it_is_parsed(load, tiny_svhn, dat
             load("svhn")
     finally:
         path.write_bytes(content)
-
-
-@pytest.fixture
-def server(tmp_path):
-    """Serves tmp_path/web on this machine only; yields its address."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    (tmp_path / "web").mkdir()
-    handler = partial(Handler, directory=tmp_path / "web")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
-        thread.join()
-
-
-def test_a_missing_data_set_is_downloaded_once(load, tmp_path, server, monkeypatch, tiny_cifar10):
-    _, archive = tiny_cifar10
-    remote = RemoteFile(f"{server}/cifar-10-binary.tar.gz", md5(archive))
-    monkeypatch.setattr(canonical, "CIFAR10", canonical.CIFAR10._replace(archive=remote))
-    put(tmp_path / "web/cifar-10-binary.tar.gz", archive)
-    first = load("cifar10")
-    (tmp_path / "web/cifar-10-binary.tar.gz").unlink()
-    assert datasets.fingerprint(load("cifar10")) == datasets.fingerprint(first)
-
-
-def test_a_download_with_the_wrong_checksum_is_refused_and_not_kept(
-    load, tmp_path, server, monkeypatch, tiny_cifar10
-):
-    _, archive = tiny_cifar10
-    remote = RemoteFile(f"{server}/cifar-10-binary.tar.gz", md5(archive))
-    monkeypatch.setattr(canonical, "CIFAR10", canonical.CIFAR10._replace(archive=remote))
-    put(tmp_path / "web/cifar-10-binary.tar.gz", archive[:-1] + b"x")
-    with pytest.raises(
-        ValueError, match=r"cifar-10-binary\.tar\.gz.* does not match the known hash"
-    ):
-        load("cifar10")
-    assert list((tmp_path / "cache/cifar10").iterdir()) == []
-
-
-def serve_tiny_cifar10(monkeypatch, address, archive):
-    remote = RemoteFile(f"{address}/cifar-10-binary.tar.gz", md5(archive))
-    monkeypatch.setattr(canonical, "CIFAR10", canonical.CIFAR10._replace(archive=remote))
-
-
-def test_a_download_that_is_cut_off_is_refused_and_not_kept(
-    load, tmp_path, server, monkeypatch, tiny_cifar10
-):
-    _, archive = tiny_cifar10
-    serve_tiny_cifar10(monkeypatch, server, archive)
-    put(tmp_path / "web/cifar-10-binary.tar.gz", archive)
-    with monkeypatch.context() as patch:
-        patch.setattr(  # the length of the whole is announced, half of it is sent
-            http.server.SimpleHTTPRequestHandler,
-            "copyfile",
-            lambda self, source, target: target.write(source.read()[: len(archive) // 2]),
-        )
-        with pytest.raises(FileNotFoundError, match=r"cifar10 is not in .*could not be downloaded"):
-            load("cifar10")
-    assert list((tmp_path / "cache/cifar10").iterdir()) == []
-    assert len(load("cifar10").test["image"]) == 2
-
-
-def test_a_damaged_download_of_before_is_fetched_again(
-    load, tmp_path, server, monkeypatch, tiny_cifar10
-):
-    _, archive = tiny_cifar10
-    serve_tiny_cifar10(monkeypatch, server, archive)
-    put(tmp_path / "web/cifar-10-binary.tar.gz", archive)
-    put(tmp_path / "cache/cifar10/cifar-10-binary.tar.gz", archive[:100])
-    assert len(load("cifar10").test["image"]) == 2
-
-
-def test_downloads_at_the_same_time_do_not_disturb_each_other(
-    load, tmp_path, server, monkeypatch, tiny_cifar10
-):
-    _, archive = tiny_cifar10
-    serve_tiny_cifar10(monkeypatch, server, archive)
-    put(tmp_path / "web/cifar-10-binary.tar.gz", archive)
-    with ThreadPoolExecutor(4) as pool:
-        fingerprints = set(pool.map(lambda _: datasets.fingerprint(load("cifar10")), range(8)))
-    assert len(fingerprints) == 1
-    assert [path.name for path in (tmp_path / "cache/cifar10").iterdir()] == [
-        "cifar-10-binary.tar.gz"
-    ]
-
-
-def test_a_cache_that_cannot_be_written_says_what_to_get(load, tmp_path, monkeypatch, tiny_cifar10):
-    put(tmp_path / "cache", b"in the way")
-    serve_tiny_cifar10(monkeypatch, "http://127.0.0.1:9", b"")
-    with pytest.raises(FileNotFoundError, match=r"cifar10 is not in .*could not be downloaded"):
-        load("cifar10")
-
-
-def test_a_data_set_out_of_reach_says_exactly_what_to_get(load, tmp_path, monkeypatch, tiny_mnist):
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    files = [
-        file._replace(remote=RemoteFile(f"{address}/{file.remote.name}", file.remote.checksum))
-        for file in canonical.MNIST
-    ]
-    monkeypatch.setattr(canonical, "MNIST", tuple(files))
-    with pytest.raises(
-        FileNotFoundError, match=r"mnist is not in .*could not be downloaded"
-    ) as info:
-        load("mnist")
-    for file in files:
-        assert file.remote.url in str(info.value)
-    assert "put them into DATA_DIR/mnist/ and pass --data-dir" in str(info.value)
 
 
 @pytest.mark.slow
