@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from experiments.datasets.dataset import MAX_DATASET_BYTES
 
@@ -24,12 +24,9 @@ _EXTENDED_HEADERS = (
     tarfile.GNUTYPE_LONGLINK,
 )
 _CHUNK_BYTES = 1 << 20
-_OPENERS: dict[bytes, Callable[[Path], io.BufferedIOBase]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ\x00": lzma.open,
-    b"\x5d\x00\x00": lzma.open,
-}
+_MAX_XZ_MEMORY_BYTES = (
+    128 << 20
+)  # twice what the strongest preset asks for; a file may ask for 4 GiB
 # What the readers answer damaged input with.
 _DAMAGE = (
     tarfile.TarError,
@@ -172,6 +169,48 @@ class _CheckedHeader(tarfile.TarInfo):
     _proc_gnusparse_10 = _refuse_sparse
 
 
+class _XzReader(io.RawIOBase):
+    """Decompressed content of an xz file; `lzma.open` takes all the memory that it asks for."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("rb")
+        self._decompressor = self._next_stream()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer)
+        data = b""
+        while not data:
+            compressed = b""
+            if self._decompressor.eof:
+                # Zeros pad a stream; another one may follow.
+                rest = self._decompressor.unused_data.lstrip(b"\0")
+                compressed = rest or self._file.read(_CHUNK_BYTES).lstrip(b"\0")
+                if not compressed:
+                    return 0
+                self._decompressor = self._next_stream()
+            elif self._decompressor.needs_input:
+                compressed = self._file.read(_CHUNK_BYTES)
+                if not compressed:
+                    raise EOFError("the compressed data end too early")
+            data = self._decompressor.decompress(compressed, len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _next_stream(self) -> lzma.LZMADecompressor:
+        return lzma.LZMADecompressor(memlimit=_MAX_XZ_MEMORY_BYTES)
+
+
+def _open_xz(path: Path) -> io.BufferedIOBase:
+    return io.BufferedReader(_XzReader(path))
+
+
 class _BoundedStream(io.BufferedIOBase):
     """Passes on `stream` until `limit` bytes have been read: compressed data can hold anything."""
 
@@ -186,3 +225,11 @@ class _BoundedStream(io.BufferedIOBase):
         if self._remaining < 0:
             raise ValueError(f"holds more than {self._limit:,} bytes")
         return data
+
+
+_OPENERS: dict[bytes, Callable[[Path], io.BufferedIOBase]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": _open_xz,
+    b"\x5d\x00\x00": _open_xz,
+}

@@ -2,8 +2,10 @@
 
 import gzip
 import itertools
+import lzma
 import tarfile
 import tracemalloc
+import zlib
 
 import pytest
 from hypothesis import given
@@ -219,3 +221,36 @@ def test_control_characters_in_names_do_not_reach_the_terminal(tmp_path):
     with pytest.raises(ValueError, match="points outside the archive") as info:
         list(read_tar(path))
     assert str(info.value).isprintable()
+
+
+def test_an_xz_file_cannot_ask_for_more_memory_than_the_strongest_preset(tmp_path):
+    strongest = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
+    path = tmp_path / "large.tar.xz"
+    path.write_bytes(lzma.compress(tar_bytes(FILES), filters=[strongest]))
+    assert dict(read_tar(path)) == FILES
+    content = bytearray(path.read_bytes())
+    assert content[14:16] == bytes([lzma.FILTER_LZMA2, 1])
+    content[16] = 40  # the size of the dictionary: 4 GiB
+    header = 12 + 4 * (content[12] + 1)
+    content[header - 4 : header] = zlib.crc32(content[12 : header - 4]).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"large\.tar\.xz: damaged, .*[Mm]emory usage limit"):
+        list(read_tar(path))
+
+
+def test_xz_streams_one_after_the_other_with_padding_are_one_file(tmp_path):
+    content = tar_bytes(FILES)
+    path = tmp_path / "streams.tar.xz"
+    half = len(content) // 2
+    parts = [lzma.compress(content[:half]), lzma.compress(content[half:])]
+    path.write_bytes(parts[0] + bytes(8) + parts[1] + bytes(4))
+    assert dict(read_tar(path)) == FILES
+    path.write_bytes(parts[0] + parts[1] + b"trailing")
+    with pytest.raises(ValueError, match=r"streams\.tar\.xz: damaged"):
+        list(read_tar(path))
+
+
+def test_an_archive_of_the_old_lzma_format_is_read(tmp_path):
+    path = tmp_path / "old.tar.lzma"
+    path.write_bytes(lzma.compress(tar_bytes(FILES), format=lzma.FORMAT_ALONE))
+    assert dict(read_tar(path)) == FILES
