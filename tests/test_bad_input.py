@@ -2,7 +2,7 @@
 
 Data files have tables of their own, next to the tests of what they should hold: truncated, swapped
 and corrupted ones, lying headers, archives that point outside of themselves, checksums that differ
-and downloads without a network are in tests/experiments/test_datasets*.py; plans of sweeps in
+and downloads without a network are in tests/experiments/datasets/; plans of sweeps in
 test_plan.py; damaged checkpoints and other configurations in test_checkpoint.py; sizes that do not
 fit a mesh in tests/cabs_jax/loader/test_sharding.py.
 """

@@ -54,22 +54,22 @@ def make_dataset(
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(
                 f"{where}: images must be uint8 (n, height, width, channels), "
-                f"got {images.dtype} {images.shape}"
+                f"got {images.dtype} {images.shape}."
             )
         if images.size == 0:
-            raise ValueError(f"{where}: holds no pixels, its images have shape {images.shape}")
+            raise ValueError(f"{where}: holds no pixels, its images have shape {images.shape}.")
         if labels.shape != images.shape[:1]:
-            raise ValueError(f"{where}: {len(images)} images but labels of shape {labels.shape}")
+            raise ValueError(f"{where}: {len(images)} images but labels of shape {labels.shape}.")
         if labels.min() < 0 or labels.max() >= len(class_names):
             wrong = labels[(labels < 0) | (labels >= len(class_names))][0]
-            raise ValueError(f"{where}: label {wrong} is outside [0, {len(class_names)})")
+            raise ValueError(f"{where}: label {wrong} is outside [0, {len(class_names)}).")
         splits[split] = {
             "image": np.ascontiguousarray(images),
             "label": np.ascontiguousarray(labels, np.int32),
         }
     shapes = [splits[split]["image"].shape[1:] for split in ("train", "test")]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"{name}: training images are {shapes[0]}, test images {shapes[1]}")
+        raise ValueError(f"{name}: training images are {shapes[0]}, test images {shapes[1]}.")
     return Dataset(name, splits["train"], splits["test"], class_names)
 
 

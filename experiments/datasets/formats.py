@@ -31,17 +31,17 @@ def parse_idx(data: bytes, source: str, ndim: int) -> np.ndarray:
     if data[:4] != bytes([0, 0, _IDX_UINT8, ndim]):
         raise ValueError(
             f"{source}: not an IDX file of uint8 with {ndim} dimensions "
-            f"(it starts with {data[:4].hex(' ')})"
+            f"(it starts with {data[:4].hex(' ')})."
         )
     start = 4 + 4 * ndim
     if len(data) < start:
-        raise ValueError(f"{source}: truncated in its header")
+        raise ValueError(f"{source}: truncated in its header.")
     shape = tuple(int(size) for size in np.frombuffer(data, ">u4", ndim, offset=4))
     expected = start + math.prod(shape)
     if len(data) != expected:
         raise ValueError(
             f"{source}: truncated or corrupted: shape {shape} takes {expected:,} bytes, "
-            f"the file has {len(data):,}"
+            f"the file has {len(data):,}."
         )
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
@@ -68,7 +68,7 @@ def parse_cifar(
         raise ValueError(
             f"{source}: truncated, corrupted or another file: {num_records:,} records of "
             f"{record_bytes:,} bytes take {num_records * record_bytes:,} bytes, "
-            f"the file has {len(data):,}"
+            f"the file has {len(data):,}."
         )
     records = np.frombuffer(data, np.uint8).reshape(num_records, record_bytes)
     images = records[:, label_bytes:].reshape(-1, *_CIFAR_SHAPE)
