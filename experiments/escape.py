@@ -9,7 +9,7 @@ import re
 from matplotlib import font_manager
 from rich.text import Text
 
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>&|~$]|^[#+-]|(?<=^\d)[.)]|(?<=^\d\d)[.)]")
+_MARKDOWN = re.compile(r"(?=[\\`*_\[\]<>&|~$])|^(?=[#+-]+(?: |$))|(?<=^\d)(?=[.)](?: |$))")
 
 
 def printable(text: object) -> str:
@@ -55,7 +55,7 @@ def for_markdown(text: object) -> str:
     >>> for_markdown("<b> [x](y) | `z`")
     '\\<b\\> \\[x\\](y) \\| \\`z\\`'
     """
-    return _MARKDOWN.sub(lambda match: "\\" + match[0], printable(text))
+    return _MARKDOWN.sub(r"\\", printable(text))
 
 
 @functools.cache

@@ -13,7 +13,6 @@ from matplotlib.ticker import (
     LogLocator,
     NullFormatter,
     NullLocator,
-    PercentFormatter,
     StrMethodFormatter,
 )
 
@@ -84,7 +83,7 @@ def doubling(axes: Any, which: str) -> None:
 
 def percent(axes: Any) -> None:
     """Shows the accuracies on the y axis as percentages, with as many digits as its ticks need."""
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
 
 
 def finish(figure: Figure, title: str) -> None:
@@ -92,7 +91,7 @@ def finish(figure: Figure, title: str) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    letters_per_inch = 10
+    letters_per_inch = 11
     width = int(figure.get_figwidth() * letters_per_inch)
     heading = figure.suptitle(textwrap.fill(for_figure(title, 2 * width), width))
     figure.draw_without_rendering()  # places the axes
