@@ -2,6 +2,8 @@
 
 results     reads what the runs wrote, thinned
 statistics  numbers of curves and of seeds, from arrays alone
+intervals   what seeds decide: t-intervals, verdicts, how many more seeds it takes
+devices     from how many devices on a method is the quickest
 analysis    those numbers for each method and data set
 verdicts    the paper's claims, judged by them
 figures     drawn from them
