@@ -77,10 +77,6 @@ class Method:
         """All batch sizes that the runs used."""
         return {size for result in self.by_rate[rate] for steps in result.sizes for size in steps}
 
-    def diverged(self, rate: float) -> int:
-        """How many runs diverged."""
-        return sum(bool(result.summary["diverged"]) for result in self.by_rate[rate])
-
 
 class Costs:
     """Seconds of a step by its batch size, from the steps of many runs under varying load.
@@ -172,7 +168,7 @@ def _data_set(results: Results, label: str, title: str, runs: list[Result]) -> D
         title,
         methods,
         target=finals[len(finals) // 2],
-        shared_rate=_shared_rate([m for m in methods.values() if not is_variant(m)]),
+        shared_rate=_shared_rate(plain(methods.values())),
         seeds=len({result.run.config.seed for result in runs}),
     )
 
@@ -207,6 +203,12 @@ def is_variant(method: Method) -> bool:
     """Whether its learning rate decreases by plan, or it is not plain SGD."""
     name = method.config.method
     return is_scheduled(method) or name.endswith(("_momentum", "_adam"))
+
+
+def plain(methods: Iterable[Method]) -> list[Method]:
+    """Those of plain SGD at a constant learning rate, or all where there is none."""
+    everyone = list(methods)
+    return [method for method in everyone if not is_variant(method)] or everyone
 
 
 def is_cabs(method: Method) -> bool:

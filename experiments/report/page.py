@@ -98,7 +98,7 @@ def _data_set(data: DataSet) -> Section:
 
 def _methods(data: DataSet) -> Table:
     """One row for each method: at its best α, at its fastest, at the shared one, and decades."""
-    plain = [m for m in data.methods.values() if not analysis.is_variant(m)]
+    plain = analysis.plain(data.methods.values())
     header = (
         *("method", "best α", "loss", "test accuracy", "mean batch"),
         *("fastest α", "examples to target", "seconds"),

@@ -137,26 +137,23 @@ def _checked(result: Result) -> Result:
     Raises:
       ValueError: It cannot; the message says what is wrong.
     """
-    summary, curve = result.summary, (len(result.sizes),)
-    steps = [(s, n) for interval in result.sizes for s, n in interval.items()]
+    summary, evaluations = result.summary, len(result.sizes)
+    losses = np.nan_to_num(result.train_loss, posinf=0.0)
+    counts = [count for interval in result.sizes for pair in interval.items() for count in pair]
     checks = {
-        "its evaluations have no examples, or fewer than before": curve > (0,)
-        and result.examples.shape == curve
-        and bool(result.examples[-1] > 0 and np.all(np.diff(result.examples, prepend=0.0) >= 0)),
-        "a training loss is missing or below 0": result.train_loss.shape == curve
-        and not np.any(result.train_loss < 0),
-        "a test accuracy is missing or not in [0, 1]": result.test_accuracy.shape == curve
-        and bool(np.all((result.test_accuracy >= 0) & (result.test_accuracy <= 1))),
-        "its steps are not counted by batch sizes": all(
-            _is_count(s) and _is_count(n) for s, n in steps
-        ),
+        "its evaluations have no examples, or fewer than before": evaluations > 0
+        and _are(result.examples, evaluations)
+        and bool(result.examples[-1] > 0 and np.all(np.diff(result.examples) >= 0)),
+        "a training loss is missing or below 0": _are(losses, evaluations),
+        "a test accuracy is missing or not in [0, 1]": _are(result.test_accuracy, evaluations, 1.0),
+        "its steps are not counted by batch sizes": all(map(_is_count, counts)),
         "the seconds of its steps are not positive numbers": all(
-            _is_count(size) and 0 < seconds < np.inf
-            for size, seconds in result.step_seconds.items()
+            _is_count(size) and 0 < value < np.inf for size, value in result.step_seconds.items()
         ),
-        f"its batch sizes are not {CURVE_POINTS} positive numbers": result.batch_sizes.shape
-        == (CURVE_POINTS,)
-        and bool(np.all((result.batch_sizes > 0) & np.isfinite(result.batch_sizes))),
+        f"its batch sizes are not {CURVE_POINTS} positive numbers": _are(
+            result.batch_sizes, CURVE_POINTS
+        )
+        and bool(np.all(result.batch_sizes > 0)),
         "its summary lacks diverged, examples or steps": isinstance(summary["diverged"], bool)
         and _is_count(summary["examples"])
         and _is_count(summary["steps"]),
@@ -169,6 +166,11 @@ def _checked(result: Result) -> Result:
         if not is_right:
             raise ValueError(problem)
     return result
+
+
+def _are(values: np.ndarray, count: int, highest: float = np.finfo(float).max) -> bool:
+    """Whether these are so many numbers from 0 to the highest."""
+    return values.shape == (count,) and bool(np.all((values >= 0) & (values <= highest)))
 
 
 def _is_count(value: Any) -> bool:

@@ -282,7 +282,7 @@ def growth(data: DataSet) -> str | None:
 
 def _hardly_trained(data: DataSet) -> str:
     """Says so where the best loss of all is more than half of an untrained net's, else ""."""
-    plain = [m for m in data.methods.values() if not analysis.is_variant(m)]
+    plain = analysis.plain(data.methods.values())
     best = min(m.final_loss(m.best_rate).median for m in plain)
     start = float(plain[0].by_rate[plain[0].rates[0]][0].train_loss[0])
     if 2 * best < start:

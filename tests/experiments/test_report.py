@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from experiments import plan, report
-from experiments.report import analysis, figures, results, statistics, verdicts
+from experiments.report import analysis, figures, page, results, statistics, verdicts
 from experiments.report.results import Results
 from tests.experiments.measured import finished, method
 
@@ -156,3 +156,21 @@ def test_the_figures_come_before_the_criteria_and_the_page_is_one_file(tmp_path)
     }
     assert page_path.read_text().count('src="data:image/png;base64,') == 2
     assert 'src="figures' not in page_path.read_text()
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [method("cabs_momentum", GOOD), method("constant", GOOD, schedule="cosine")],
+        [method("cabs", dict.fromkeys(GOOD, INFINITY))],
+        [method("norm_test", dict.fromkeys(GOOD, 0.0))],
+    ],
+)
+def test_a_sweep_of_any_methods_has_a_report(methods):
+    loaded = finished()
+    runs = [r for m in methods for rate in m.rates for r in m.by_rate[rate]]
+    named = {r.run.name: r._replace(run=r.run._replace(dataset="digits")) for r in runs}
+    titles = {m.label: m.title for m in methods}
+    parsed = loaded.plan._replace(methods=titles, runs=tuple(r.run for r in named.values()))
+    sections = page.sections(Results("", parsed, named))
+    assert [len(section.figures) for section in sections if section.figures] == [2]
