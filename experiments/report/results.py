@@ -19,7 +19,7 @@ from experiments.config import RunConfig
 FILE = "results.jsonl"
 CURVE_POINTS = 40
 _DEFAULTS = dataclasses.asdict(RunConfig())
-_SMALLEST = float(np.finfo(np.float32).tiny)
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 # What reading JSON that is not ours ends in; Python's own messages say what is wrong with it.
 _DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -144,7 +144,7 @@ def _checked(result: Result) -> Result:
         "its evaluations have no examples, or fewer than before": evaluations > 0
         and _are(result.examples, evaluations)
         and bool(result.examples[-1] > 0 and np.all(np.diff(result.examples) >= 0)),
-        "a training loss is missing or below 0": _are(losses, evaluations),
+        "a training loss is missing or no float32 from 0 up": _are(losses, evaluations, _LARGEST),
         "a test accuracy is missing or not in [0, 1]": _are(result.test_accuracy, evaluations, 1.0),
         "its steps are not counted by batch sizes": all(map(_is_count, counts)),
         "the seconds of its steps are not positive numbers": all(

@@ -112,6 +112,23 @@ def time_to_target(position: np.ndarray, loss: np.ndarray, target: float) -> Rea
     return Reached(cost if reached else float(position[-1]), reached)
 
 
+def late_accuracy(accuracy: np.ndarray, examples: int) -> tuple[float, float]:
+    """The mean of the last three test accuracies and its standard error.
+
+    The three are of the same test examples, so that averaging them makes the error no smaller.
+
+    Args:
+      accuracy: At the evaluations, (e,).
+      examples: How many test examples each of them is over.
+
+    >>> mean, error = late_accuracy(np.array([0.1, 0.4, 0.5, 0.6]), 10_000)
+    >>> (round(mean, 6), round(error, 6))
+    (0.5, 0.005)
+    """
+    mean = float(np.mean(accuracy[-3:]))
+    return mean, (mean * (1 - mean) / examples) ** 0.5
+
+
 def log_excess(losses: np.ndarray, best: np.ndarray | float, untrained: float) -> np.ndarray:
     """How much a method loses by a bad α: the mean over the grid of ln(final loss / best of all).
 

@@ -7,10 +7,10 @@ import numpy as np
 
 from experiments.report import analysis
 from experiments.report.analysis import DataSet, Method
+from experiments.report.intervals import CONFIRMED, UNDECIDED
 from experiments.report.statistics import Spread
 
-CONFIRMED, PARTLY, NOT, UNDECIDED = "confirmed", "partly", "not confirmed", "undecided"
-NO_DATA = "no data"
+PARTLY, NOT, NO_DATA = "partly", "not confirmed", "no data"
 MARGIN = 1.05  # ratios within it count as equal
 POINTS = 0.01  # so do accuracies within it
 

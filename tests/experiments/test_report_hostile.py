@@ -134,8 +134,9 @@ def test_a_truncated_compact_file_is_told_or_harmless(compact, data):
     [
         ("examples", [], "its evaluations have no examples"),
         ("examples", [0, 800, 400], "its evaluations have no examples"),
-        ("train_loss", [1.0, -1.0, 0.5], "a training loss is missing or below 0"),
-        ("train_loss", [1.0], "a training loss is missing or below 0"),
+        ("train_loss", [1.0, -1.0, 0.5], "a training loss is missing or no float32 from 0 up"),
+        ("train_loss", [1.0, 1.0, 1e300], "a training loss is missing or no float32 from 0 up"),
+        ("train_loss", [1.0], "a training loss is missing or no float32 from 0 up"),
         ("test_accuracy", [0.1, 0.2, None], "a test accuracy is missing or not in [0, 1]"),
         ("sizes", [[], [[16.5, 1]], []], "its steps are not counted by batch sizes"),
         ("step_seconds", [[16, None]], "TypeError"),
