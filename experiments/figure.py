@@ -105,7 +105,7 @@ def binned_mean(
     """The weighted mean of `value` in each of `POINTS` equal stretches of `position`.
 
     Returns:
-        The last position and the mean of every stretch that holds anything.
+      The last position and the mean of every stretch that holds anything.
     """
     stretch = np.minimum((position / position[-1] * POINTS).astype(int), POINTS - 1)
     starts = np.flatnonzero(np.diff(stretch, prepend=-1))
