@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from experiments.escape import for_terminal
 from experiments.training.config import RunConfig
 
 REFRESH_SECONDS = 0.1
@@ -21,7 +22,7 @@ FIGURE_SHARE = 0.01  # of the time, at most, goes into figures of a run that goe
 def progress_bars(console: Console) -> Progress:
     """A live display for any number of runs, each drawn by an `observer`."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("loss {task.fields[loss]:.4f}"),
@@ -33,9 +34,11 @@ def progress_bars(console: Console) -> Progress:
 
 
 def observer(bars: Progress, label: str, config: RunConfig) -> Callable[[dict[str, Any]], None]:
-    """Adds a bar to `bars` and returns what moves it: `observe` of `train`."""
+    """Adds a bar to `bars` and returns what moves it: `observe` of `experiments.train.train`."""
     unit, total = config.limit
-    task = bars.add_task(label, total=total, loss=float("nan"), batch_size=0, rate=0.0)
+    task = bars.add_task(
+        for_terminal(label).plain, total=total, loss=float("nan"), batch_size=0, rate=0.0
+    )
     drawn, examples, seconds = 0.0, 0, 0.0
 
     def observe(metrics: dict[str, Any]) -> None:
@@ -75,7 +78,8 @@ def refreshed(
             try:
                 draw()
             except (OSError, ValueError) as error:
-                console.print(f"the figure is not refreshed: {error}", soft_wrap=True)
+                message = f"the figure is not refreshed: {error}"
+                console.print(for_terminal(message), soft_wrap=True)
                 return
             wait = max(interval, (time.perf_counter() - started) / FIGURE_SHARE)
 
@@ -104,7 +108,7 @@ def summary_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_column(heading, justify="right")
     for label, summary in summaries.items():
         table.add_row(
-            f"{label} (diverged)" if summary["diverged"] else label,
+            for_terminal(f"{label} (diverged)" if summary["diverged"] else label),
             f"{summary['train_loss']:.4f}",
             f"{summary['test_accuracy']:.2%}",
             f"{summary['steps']:,}",

@@ -1,4 +1,4 @@
-"""From finished runs to numbers: medians over seeds, targets, sensitivity."""
+"""The runs of each method on each data set, and their numbers over seeds."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -7,28 +7,20 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.report.results import Result, Results
+from experiments.report.statistics import INFINITY, Spread, crossing, decades_within, spread
 from experiments.training.shared_programs import measured_variance
 
-INFINITY = float("inf")
 FEWEST_RATES = 3
-
-
-class Spread(NamedTuple):
-    """The median over seeds and the extremes."""
-
-    median: float
-    low: float
-    high: float
 
 
 class Method:
     """All runs of one method on one data set.
 
     Args:
-        label: Its label in the plan.
-        title: Its name in reports.
-        runs: Its finished runs.
-        costs: Seconds of a step by the batch size, for steps of this kind on this data set.
+      label: Its label in the plan.
+      title: Its name in reports.
+      runs: Its finished runs.
+      costs: Seconds of a step by the batch size, for steps of this kind on this data set.
     """
 
     def __init__(self, label: str, title: str, runs: Sequence[Result], costs: "Costs"):
@@ -85,16 +77,12 @@ class Method:
         """All batch sizes that the runs used."""
         return {size for result in self.by_rate[rate] for steps in result.sizes for size in steps}
 
-    def diverged(self, rate: float) -> int:
-        """How many runs diverged."""
-        return sum(bool(result.summary["diverged"]) for result in self.by_rate[rate])
-
 
 class Costs:
     """Seconds of a step by its batch size, from the steps of many runs under varying load.
 
     Args:
-        runs: All runs whose steps compute the same.
+      runs: All runs whose steps compute the same.
     """
 
     def __init__(self, runs: Iterable[Result]):
@@ -121,13 +109,13 @@ class DataSet(NamedTuple):
     """All that was measured on one data set, with the same seeds for every method.
 
     Attributes:
-        label: Its label in the plan.
-        title: Its name in reports.
-        methods: By label, in the order of the plan; those with finished runs.
-        target: The training loss that the methods race to: the (higher) median, over CABS and the
-            constant sizes, of the final loss at the best learning rate. Half of them get there.
-        shared_rate: The learning rate that suits the methods of plain SGD best together.
-        seeds: How many seeds the runs have.
+      label: Its label in the plan.
+      title: Its name in reports.
+      methods: By label, in the order of the plan; those with finished runs.
+      target: The training loss that the methods race to: the (higher) median, over CABS and the
+        constant sizes, of the final loss at the best learning rate. Half of them get there.
+      shared_rate: The learning rate that suits the methods of plain SGD best together.
+      seeds: How many seeds the runs have.
     """
 
     label: str
@@ -164,16 +152,15 @@ def _comparable(results: Results, label: str) -> list[Result]:
 
 
 def _data_set(results: Results, label: str, title: str, runs: list[Result]) -> DataSet:
-    costs: dict[str, Costs] = {}
-    for kind in {measured_variance(r.run.config) for r in runs}:
-        costs[kind] = Costs(r for r in runs if measured_variance(r.run.config) == kind)
+    by_kind: dict[str, list[Result]] = {}
+    for result in runs:
+        by_kind.setdefault(measured_variance(result.run.config), []).append(result)
+    costs = {kind: Costs(alike) for kind, alike in by_kind.items()}
     methods = {}
     for name, method_title in results.plan.methods.items():
         if own := [result for result in runs if result.run.method == name]:
-            methods[name] = Method(
-                name, method_title, own, costs[measured_variance(own[0].run.config)]
-            )
-
+            kind = measured_variance(own[0].run.config)
+            methods[name] = Method(name, method_title, own, costs[kind])
     racing = [m for m in methods.values() if is_cabs(m) or is_constant(m)] or methods.values()
     finals = sorted(m.final_loss(m.best_rate).median for m in racing)
     return DataSet(
@@ -181,7 +168,7 @@ def _data_set(results: Results, label: str, title: str, runs: list[Result]) -> D
         title,
         methods,
         target=finals[len(finals) // 2],
-        shared_rate=_shared_rate([m for m in methods.values() if not is_variant(m)]),
+        shared_rate=_shared_rate(plain(methods.values())),
         seeds=len({result.run.config.seed for result in runs}),
     )
 
@@ -218,6 +205,12 @@ def is_variant(method: Method) -> bool:
     return is_scheduled(method) or name.endswith(("_momentum", "_adam"))
 
 
+def plain(methods: Iterable[Method]) -> list[Method]:
+    """Those of plain SGD at a constant learning rate, or all where there is none."""
+    everyone = list(methods)
+    return [method for method in everyone if not is_variant(method)] or everyone
+
+
 def is_cabs(method: Method) -> bool:
     """Whether it is plain CABS."""
     return method.config.method == "cabs"
@@ -226,48 +219,6 @@ def is_cabs(method: Method) -> bool:
 def is_rival(method: Method) -> bool:
     """Whether it adapts the batch size of plain SGD in another way."""
     return not (is_constant(method) or is_variant(method) or is_cabs(method))
-
-
-def spread(values: Iterable[float]) -> Spread:
-    """Median and extremes; NaN counts as infinite."""
-    array = np.array([INFINITY if np.isnan(value) else value for value in values])
-    ordered = np.sort(array)
-    middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]
-    return Spread(float(np.mean(middle)), float(ordered[0]), float(ordered[-1]))
-
-
-def crossing(position: np.ndarray, loss: np.ndarray, target: float) -> float:
-    """Where `loss` first is at the target, its logarithm linear between evaluations."""
-    at = np.flatnonzero(loss <= target)
-    if not len(at):
-        return INFINITY
-    i = int(at[0])
-    if i == 0 or loss[i] <= 0:
-        return float(position[i])
-    above, below = np.log(loss[i - 1]), np.log(loss[i])
-    fraction = (above - np.log(target)) / (above - below)
-    return float(position[i - 1] + fraction * (position[i] - position[i - 1]))
-
-
-def decades_within(rates: Sequence[float], losses: Sequence[float], limit: float) -> float:
-    """Decades of the learning rate for which the final loss is at most `limit`.
-
-    The loss's logarithm is taken to be linear in the rate's between the points of the grid; beside
-    a point where runs diverged, nothing counts.
-    """
-    total = 0.0
-    for (rate, loss), (next_rate, next_loss) in zip(
-        zip(rates, losses, strict=True),
-        list(zip(rates, losses, strict=True))[1:],
-        strict=False,
-    ):
-        width = float(np.log10(next_rate / rate))
-        low, high = sorted((loss, next_loss))
-        if high <= limit:
-            total += width
-        elif low < limit and np.isfinite(high):
-            total += width * float(np.log(limit / low) / np.log(high / low))
-    return total
 
 
 def decades(method: Method, factor: float = 2.0) -> float:

@@ -1,23 +1,18 @@
 """The figures of one data set, as PNG."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    EngFormatter,
-    LogLocator,
-    NullFormatter,
-    PercentFormatter,
-    StrMethodFormatter,
-)
+from matplotlib.ticker import EngFormatter
 
+from experiments.escape import for_figure
 from experiments.report import analysis
 from experiments.report.analysis import DataSet, Method
-from experiments.training.figure import COLOURS
+from experiments.report.statistics import Spread
+from experiments.training.figure import COLOURS, blank, doubling, finish, logarithmic, percent
 
 # With the colour, each method has a marker and a dash of its own: grey print keeps them apart.
 _MARKERS = "osD^vPX*<>hp"
@@ -29,9 +24,8 @@ _Style = dict[str, Any]
 def curves(data: DataSet) -> bytes:
     """Loss and accuracy against examples and seconds, and batch sizes, each method at its best."""
     shown = _compared(data)
-    figure = _figure(13, 7.2)
-    axes = figure.subplots(2, 3)
-    loss, loss_time, sizes, accuracy, accuracy_time, final = axes.flat
+    figure = blank(13, 7.2)
+    loss, loss_time, sizes, accuracy, accuracy_time, final = figure.subplots(2, 3).flat
     for index, method in enumerate(shown):
         style, runs = _style(index, method), method.by_rate[method.best_rate]
         for ax, position, value in (
@@ -49,28 +43,35 @@ def curves(data: DataSet) -> bytes:
         sizes.plot(seen, size, markevery=(2 + index, 10), **style)
         _point(final, method, index)
     for ax in (loss, loss_time):
-        _logarithmic(ax)
+        logarithmic(ax, "y")
         ax.axhline(data.target, color="0.6", linewidth=0.8)
         ax.set_ylabel("training loss")
     for ax in (accuracy, accuracy_time):
+        percent(ax)
         ax.set_ylabel("test accuracy")
-        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    sizes.set_yscale("log", base=2)
-    sizes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    doubling(sizes, "y")
     sizes.set_ylabel("batch size")
     for ax in (loss, accuracy, sizes):
         ax.set_xlabel("examples seen")
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     for ax in (loss_time, accuracy_time):
         ax.set_xlabel("seconds of training steps")
+    doubling(final, "x")
+    logarithmic(final, "y")
     final.set(xlabel="mean batch size", ylabel="training loss at the end")
-    final.set_xscale("log", base=2)
-    final.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    _logarithmic(final)
+    handles, labels = loss.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=_columns(labels), frameon=False
+    )
     rates = {rate for method in data.methods.values() for rate in method.rates}
     where = "its best learning rate" if len(rates) > 1 else f"learning rate {rates.pop():g}"
-    _frame(figure, list(axes.flat), f"{data.title}: every method at {where}", loss)
-    return _png(figure)
+    return _png(figure, f"{data.title}: every method at {where}")
+
+
+def _columns(labels: list[str]) -> int:
+    """Columns of a legend that is as wide as the figure and no wider."""
+    letters = 170
+    return max(1, min(7, letters // (8 + max(map(len, labels)))))
 
 
 def sensitivity(data: DataSet) -> bytes:
@@ -86,35 +87,23 @@ def sensitivity(data: DataSet) -> bytes:
         for title, belongs in groups.items()
         if (members := [m for m in data.methods.values() if belongs(m)])
     } or {"CABS": cabs}
-    figure = _figure(4.4 * len(columns), 7.2)
+    figure = blank(max(7.0, 4.4 * len(columns)), 7.2)
     axes = figure.subplots(2, len(columns), squeeze=False, sharex=True, sharey="row")
-    finite = [
-        loss
-        for m in data.methods.values()
-        for rate in m.rates
-        if np.isfinite(loss := m.final_loss(rate).median)
-    ]
     for (title, members), (loss, accuracy) in zip(columns.items(), axes.T, strict=True):
         for index, method in enumerate(members):
             style = _style(index, method)
             _with_bars(loss, method, method.final_loss, style)
             _with_bars(accuracy, method, method.final_accuracy, style)
         loss.set_title(title, fontsize=11)
-        _logarithmic(loss)
-        if finite:
-            loss.set_ylim(0.8 * min(finite), 1.25 * max(finite))
         loss.legend(frameon=False, fontsize=8)
-        accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        logarithmic(loss, "y")
+        percent(accuracy)
         accuracy.set_xlabel("learning rate")
     axes[0, 0].set_ylabel("training loss at the end")
     axes[1, 0].set_ylabel("test accuracy at the end")
     for ax in axes.flat:
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        ax.xaxis.set_minor_formatter(NullFormatter())
-    _frame(figure, list(axes.flat), f"{data.title}: sensitivity to the learning rate")
-    return _png(figure)
+        logarithmic(ax, "x")
+    return _png(figure, f"{data.title}: sensitivity to the learning rate")
 
 
 def _compared(data: DataSet) -> list[Method]:
@@ -133,9 +122,7 @@ def _examples(result: Any) -> np.ndarray:
     return examples
 
 
-def _with_bars(
-    ax: Any, method: Method, value: Callable[[float], analysis.Spread], style: _Style
-) -> None:
+def _with_bars(ax: Any, method: Method, value: Callable[[float], Spread], style: _Style) -> None:
     spreads = [value(rate) for rate in method.rates]
     median = np.array([s.median for s in spreads])
     extremes = np.array([[s.low for s in spreads], [s.high for s in spreads]])
@@ -160,34 +147,12 @@ def _style(index: int, method: Method) -> _Style:
         "marker": _MARKERS[index % len(_MARKERS)],
         "markersize": 4.5,
         "linewidth": 2.0 if analysis.is_cabs(method) else 1.3,
-        "label": method.title,
+        "label": for_figure(method.title),
     }
 
 
-def _logarithmic(ax: Any) -> None:
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _frame(figure: Figure, axes: Sequence[Any], title: str, legend_of: Any = None) -> None:
-    for ax in axes:
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
-    if legend_of is not None:
-        handles, labels = legend_of.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
-
-
-def _png(figure: Figure) -> bytes:
+def _png(figure: Figure, title: str) -> bytes:
+    finish(figure, title)
     buffer = io.BytesIO()
     # Without the date, the same results give the same file.
     figure.savefig(buffer, dpi=100, format="png", metadata={"Software": None})

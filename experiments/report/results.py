@@ -3,9 +3,10 @@
 The compact file has one JSON object a line: first the plan, then one for each finished run.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,22 +20,25 @@ from experiments.training.config import RunConfig
 FILE = "results.jsonl"
 CURVE_POINTS = 40
 _DEFAULTS = dataclasses.asdict(RunConfig())
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+# What reading JSON that is not ours ends in; Python's own messages say what is wrong with it.
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class Result(NamedTuple):
     """One finished run.
 
     Attributes:
-        run: What was run.
-        summary: As the run wrote it.
-        examples: Examples seen at each evaluation, (e,).
-        train_loss: On a fixed part of the training examples, (e,); NaN once diverged.
-        test_accuracy: Likewise, of the test examples.
-        sizes: For each evaluation, {batch size: steps since the one before}.
-        step_seconds: {batch size: lower quartile of the seconds between such a step and the next};
-            sizes that few steps had are left out.
-        batch_sizes: The mean batch size in each of `CURVE_POINTS` equal stretches of the run.
-        environment: Where it ran.
+      run: What was run.
+      summary: As the run wrote it.
+      examples: Examples seen at each evaluation, (e,).
+      train_loss: On a fixed part of the training examples, (e,); NaN once diverged.
+      test_accuracy: Likewise, of the test examples.
+      sizes: For each evaluation, {batch size: steps since the one before}.
+      step_seconds: {batch size: lower quartile of the seconds between such a step and the next};
+        sizes that few steps had are left out.
+      batch_sizes: The mean batch size in each of `CURVE_POINTS` equal stretches of the run.
+      environment: Where it ran.
     """
 
     run: plans.Run
@@ -49,8 +53,11 @@ class Result(NamedTuple):
 
     @property
     def final_loss(self) -> float:
-        """The training loss at the end; infinite where the run diverged."""
-        last = float(self.train_loss[-1])
+        """The training loss at the end; infinite where the run diverged.
+
+        An exact 0 counts as the smallest float32, so that every loss has a logarithm.
+        """
+        last = max(float(self.train_loss[-1]), _SMALLEST)
         return last if not self.summary["diverged"] and np.isfinite(last) else float("inf")
 
 
@@ -58,9 +65,9 @@ class Results(NamedTuple):
     """A sweep as far as it went.
 
     Attributes:
-        plan_text: The plan in TOML.
-        plan: The same, parsed.
-        runs: The finished runs by name.
+      plan_text: The plan in TOML.
+      plan: The same, parsed.
+      runs: The finished runs by name.
     """
 
     plan_text: str
@@ -76,27 +83,99 @@ class Results(NamedTuple):
 def load(source: Path) -> Results:
     """Reads a sweep's folder or a compact file.
 
+    Args:
+      source: The path of either.
+
     Raises:
-        OSError: It cannot be read.
-        ValueError: It is neither, or damaged.
+      OSError: It cannot be read.
+      ValueError: It is neither, or damaged; the message names the file or the run.
     """
-    if source.is_dir():
-        path = source / sweep.PLAN
-        if not path.exists():
-            raise ValueError(f"{source} holds no {sweep.PLAN}, so it is no sweep's folder")
+    return _of_folder(source) if source.is_dir() else _of_file(source)
+
+
+def _of_folder(source: Path) -> Results:
+    path = source / sweep.PLAN
+    if not path.exists():
+        raise ValueError(f"{source} holds no {sweep.PLAN}, so it is no sweep's folder.")
+    with _named(f"{path} is damaged"):
         text = path.read_text("utf-8")
         plan = plans.parse(text)
-        finished = (r for r in plan.runs if sweep.is_finished(source / r.name, r.config))
-        return Results(text, plan, {run.name: _thin(run, source / run.name) for run in finished})
-    try:
+    runs = {}
+    for run in plan.runs:
+        with _named(f"the run in {source / run.name} is damaged"):
+            if sweep.is_finished(source / run.name, run.config):
+                runs[run.name] = _checked(_thin(run, source / run.name))
+    return Results(text, plan, runs)
+
+
+def _of_file(source: Path) -> Results:
+    with _named(f"{source} is no compact file of a sweep"):
         header, *rows = map(json.loads, source.read_text("utf-8").splitlines())
-        plan = plans.parse(str(header["plan"]))
+        text, environments = str(header["plan"]), list(header["environments"])
+        plan = plans.parse(text)
         by_name = {run.name: run for run in plan.runs}
-        environments = header["environments"]
-        runs = {row["name"]: _from_row(by_name[row["name"]], row, environments) for row in rows}
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"{source} is no compact file of a sweep: {error!r}") from error
-    return Results(header["plan"], plan, runs)
+    runs = {}
+    for number, row in enumerate(rows, start=2):
+        with _named(f"{source} is damaged in line {number}"):
+            run = by_name[row["name"]]
+            runs[run.name] = _checked(_from_row(run, row, environments))
+    return Results(text, plan, runs)
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Raises ValueError, which begins with `what`, for all that damaged content leads to."""
+    try:
+        yield
+    except _DAMAGE as error:
+        reason = f"{type(error).__name__}: {error}".rstrip(".")
+        raise ValueError(f"{what}: {reason}.") from error
+
+
+def _checked(result: Result) -> Result:
+    """The result, if a report can be made of it.
+
+    Raises:
+      ValueError: It cannot; the message says what is wrong.
+    """
+    summary, evaluations = result.summary, len(result.sizes)
+    losses = np.nan_to_num(result.train_loss, posinf=0.0)
+    counts = [count for interval in result.sizes for pair in interval.items() for count in pair]
+    checks = {
+        "its evaluations have no examples, or fewer than before": evaluations > 0
+        and _are(result.examples, evaluations)
+        and bool(result.examples[-1] > 0 and np.all(np.diff(result.examples) >= 0)),
+        "a training loss is missing or no float32 from 0 up": _are(losses, evaluations, _LARGEST),
+        "a test accuracy is missing or not in [0, 1]": _are(result.test_accuracy, evaluations, 1.0),
+        "its steps are not counted by batch sizes": all(map(_is_count, counts)),
+        "the seconds of its steps are not positive numbers": all(
+            _is_count(size) and 0 < value < np.inf for size, value in result.step_seconds.items()
+        ),
+        f"its batch sizes are not {CURVE_POINTS} positive numbers": _are(
+            result.batch_sizes, CURVE_POINTS
+        )
+        and bool(np.all(result.batch_sizes > 0)),
+        "its summary lacks diverged, examples or steps": isinstance(summary["diverged"], bool)
+        and _is_count(summary["examples"])
+        and _is_count(summary["steps"]),
+        "its summary holds more than numbers and words": all(
+            value is None or isinstance(value, int | float | str) for value in summary.values()
+        ),
+        "its environment is no object": isinstance(result.environment, dict),
+    }
+    for problem, is_right in checks.items():
+        if not is_right:
+            raise ValueError(problem)
+    return result
+
+
+def _are(values: np.ndarray, count: int, highest: float = np.finfo(float).max) -> bool:
+    """Whether these are so many numbers from 0 to the highest."""
+    return values.shape == (count,) and bool(np.all((values >= 0) & (values <= highest)))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63
 
 
 def save(results: Results, path: Path) -> None:
@@ -178,15 +257,11 @@ def _from_row(run: plans.Run, row: dict[str, Any], environments: Sequence[Any]) 
         np.array(row["examples"], float),
         np.array(row["train_loss"], float),
         np.array(row["test_accuracy"], float),
-        [dict(_pairs(interval)) for interval in row["sizes"]],
-        dict(_pairs(row["step_seconds"])),
+        [dict(interval) for interval in row["sizes"]],
+        dict(row["step_seconds"]),
         np.array(row["batch_sizes"], float),
         environments[row["environment"]],
     )
-
-
-def _pairs(rows: Iterable[Sequence[Any]]) -> Iterable[tuple[Any, Any]]:
-    return ((key, value) for key, value in rows)
 
 
 def _short(value: Any) -> Any:

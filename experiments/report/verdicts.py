@@ -6,9 +6,11 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.report import analysis
-from experiments.report.analysis import DataSet, Method, Spread
+from experiments.report.analysis import DataSet, Method
+from experiments.report.intervals import CONFIRMED, UNDECIDED
+from experiments.report.statistics import Spread
 
-CONFIRMED, PARTLY, NOT, UNDECIDED = "confirmed", "partly", "not confirmed", "undecided"
+PARTLY, NOT, NO_DATA = "partly", "not confirmed", "no data"
 MARGIN = 1.05  # ratios within it count as equal
 POINTS = 0.01  # so do accuracies within it
 
@@ -20,79 +22,102 @@ class Answer(NamedTuple):
     numbers: str
 
 
+class Need(NamedTuple):
+    """What a data set must have for a question: a test of it, and what a plan asks for it with."""
+
+    is_met: Callable[[DataSet], bool]
+    plan: str
+
+
 class Question(NamedTuple):
-    """A research question: what decides it, and how."""
+    """A research question: what it needs, what decides it, and how."""
 
     name: str
     question: str
     criteria: str
-    answer: Callable[[DataSet], Answer | None]
+    needs: tuple[Need, ...]
+    answer: Callable[[DataSet], Answer]
 
 
 class Verdict(NamedTuple):
-    """The answers to a question, by the title of the data set, and what they amount to."""
+    """The answers to a question, by the title of the data set, and what they amount to.
+
+    Attributes:
+      question: The question.
+      overall: What all answers amount to, the undecided left out.
+      advice: Goes on after `overall`: where there is no data, what would give some.
+      answers: Those of the data sets that have what it needs.
+    """
 
     question: Question
     overall: str
+    advice: str
     answers: dict[str, Answer]
 
 
 def verdicts(data_sets: Sequence[DataSet]) -> list[Verdict]:
     """Answers every question on every data set whose methods can answer it."""
-    result = []
-    for question in QUESTIONS:
-        answers = {d.title: answer for d in data_sets if (answer := question.answer(d))}
-        given = {answer.verdict for answer in answers.values()} - {UNDECIDED}
-        overall = "no data" if not given else given.pop() if len(given) == 1 else PARTLY
-        result.append(Verdict(question, overall, answers))
-    return result
+    return [_verdict(question, data_sets) for question in QUESTIONS]
 
 
-def _speed(data: DataSet) -> Answer | None:
+def _verdict(question: Question, data_sets: Sequence[DataSet]) -> Verdict:
+    unmet = {d.title: [n.plan for n in question.needs if not n.is_met(d)] for d in data_sets}
+    answers = {d.title: question.answer(d) for d in data_sets if not unmet[d.title]}
+    if not answers:
+        fewest: list[str] = min(unmet.values(), key=len)
+        advice = (
+            f": it takes finished runs of {', and '.join(fewest)}; add to the plan what it lacks"
+        )
+        return Verdict(question, NO_DATA, advice, answers)
+    given = {answer.verdict for answer in answers.values()}
+    decided = given - {UNDECIDED} or given
+    return Verdict(question, decided.pop() if len(decided) == 1 else PARTLY, "", answers)
+
+
+def _speed(data: DataSet) -> Answer:
+    """CABS's examples and seconds to the target beside the fewest that any constant size takes."""
     cabs, constants = _cabs(data), _members(data, analysis.is_constant)
-    if cabs is None or not constants:
-        return None
+    own, *others = (_best_times(m, data.target) for m in (cabs, *constants))
+    quickest = tuple(min((times[i] for times in others), key=_median) for i in (0, 1))
+    quicker = list(map(_less, own, quickest))
+    large = [m.config.batch_size >= 128 for m in constants]
+    beaten = [
+        method.title
+        for method, times, is_large in zip(constants, others, large, strict=True)
+        if is_large and all(map(_less, own, times))
+    ]
     rate = cabs.fastest_rate(data.target)
-    own = _best_times(cabs, data.target)
-    others = {m.title: _best_times(m, data.target) for m in constants}
-    quickest = [min((times[i] for times in others.values()), key=_median) for i in (0, 1)]
-    ratios = [_ratio(own[i].median, quickest[i].median) for i in (0, 1)]
-    large = [m for m in constants if m.config.batch_size >= 128]
-    beaten = [m.title for m in large if all(_less(own[i], others[m.title][i]) for i in (0, 1))]
     same = [m.title for m in constants if cabs.sizes(rate) == {m.config.batch_size}]
-    quicker = [_less(own[i], quickest[i]) for i in (0, 1)]
     if same:
         verdict = UNDECIDED
     elif all(quicker):
         verdict = CONFIRMED
-    elif any(quicker) or (large and len(beaten) == len(large)):
-        verdict = PARTLY
     else:
-        verdict = NOT
-    shared = [
-        _ratio(
-            cabs.to_target(data.shared_rate, data.target).median,
-            min(m.to_target(data.shared_rate, data.target).median for m in constants),
-        )
-        if _have(data.shared_rate, [cabs, *constants])
-        else float("nan")
-    ]
-    numbers = (
-        f"examples {_times(ratios[0])} and seconds {_times(ratios[1])} those of the quickest "
-        f"constant size, each at its fastest α; at the shared α examples {_times(shared[0])}; "
-        f"quicker than {' and '.join(beaten) if beaten else 'no constant size of 128 or more'}, "
-        f"at a mean batch of {cabs.mean_batch_size(rate).median:.0f}"
+        verdict = PARTLY if any(quicker) or 0 < sum(large) == len(beaten) else NOT
+    examples, seconds = (_times(_ratio(own[i].median, quickest[i].median)) for i in (0, 1))
+    kept = f"at α = {rate:g} its batches are those of {same[0]} throughout; " if same else ""
+    return Answer(
+        verdict,
+        f"{kept}examples {examples} and seconds {seconds} those of the quickest constant size, "
+        f"each at its fastest α; at the shared α examples {_times(_ratio_at_shared(data))}; "
+        f"quicker than {' and '.join(beaten) or 'no constant size of 128 or more'}, at a mean "
+        f"batch of {cabs.mean_batch_size(rate).median:.0f}",
     )
-    if same:
-        numbers = f"at α = {rate:g} its batches are those of {same[0]} throughout; {numbers}"
-    return Answer(verdict, numbers)
 
 
-def _schedules(data: DataSet) -> Answer | None:
+def _ratio_at_shared(data: DataSet) -> float:
+    """CABS's examples over those of the quickest constant size, all at the shared rate, or NaN."""
+    cabs, constants = _cabs(data), _members(data, analysis.is_constant)
+    rate = data.shared_rate
+    if any(rate not in method.by_rate for method in (cabs, *constants)):
+        return float("nan")
+    fewest = min(m.to_target(rate, data.target).median for m in constants)
+    return _ratio(cabs.to_target(rate, data.target).median, fewest)
+
+
+def _schedules(data: DataSet) -> Answer:
     cabs = _cabs(data)
     decayed = _members(data, analysis.is_scheduled)
-    if cabs is None or not decayed:
-        return None
     sizes = {m.config.batch_size for m in decayed}
     plain = [m for m in _members(data, analysis.is_constant) if m.config.batch_size in sizes]
     own = cabs.final_loss(cabs.best_rate).median
@@ -114,17 +139,15 @@ def _schedules(data: DataSet) -> Answer | None:
     )
 
 
-def _sensitivity(data: DataSet) -> Answer | None:
+def _sensitivity(data: DataSet) -> Answer:
     cabs = _cabs(data)
-    others = [m for m in data.methods.values() if analysis.is_constant(m) or analysis.is_rival(m)]
-    if cabs is None or not others or not data.is_grid:
-        return None
+    others = _members(data, _is_other)
     everyone = [cabs, *others]
-    if _hardly_trained(data):
+    if hardly := _hardly_trained(data):
         narrow = {m.title: analysis.decades_of_best(m, everyone, 1.25) for m in everyone}
         return Answer(
             UNDECIDED,
-            f"{_hardly_trained(data)}; decades within 1.25× of the best: "
+            f"{hardly}; decades within 1.25× of the best: "
             + ", ".join(f"{title} {value:.2f}" for title, value in narrow.items()),
         )
     own = analysis.decades_of_best(cabs, everyone)
@@ -146,11 +169,9 @@ def _sensitivity(data: DataSet) -> Answer | None:
     )
 
 
-def _against_rivals(data: DataSet) -> Answer | None:
+def _against_rivals(data: DataSet) -> Answer:
     cabs = _cabs(data)
     constants, rivals = (_members(data, kind) for kind in (analysis.is_constant, analysis.is_rival))
-    if cabs is None or not constants or not rivals:
-        return None
     accuracy = cabs.final_accuracy(cabs.best_rate).median
     groups = {"constant": constants, "adaptive": rivals}
     leads = {
@@ -177,6 +198,31 @@ def _against_rivals(data: DataSet) -> Answer | None:
     )
 
 
+def _cabs(data: DataSet) -> Method:
+    return _members(data, analysis.is_cabs)[0]
+
+
+def _members(data: DataSet, belongs: Callable[[Method], bool]) -> list[Method]:
+    return [method for method in data.methods.values() if belongs(method)]
+
+
+def _is_other(method: Method) -> bool:
+    return analysis.is_constant(method) or analysis.is_rival(method)
+
+
+def _need(belongs: Callable[[Method], bool], plan: str) -> Need:
+    return Need(lambda data: bool(_members(data, belongs)), plan)
+
+
+_CABS = _need(analysis.is_cabs, 'CABS (method = "cabs")')
+_CONSTANT = _need(analysis.is_constant, 'a constant size (method = "constant")')
+_RIVAL = _need(analysis.is_rival, 'another adaptive size (such as method = "norm_test")')
+_OTHER = _need(_is_other, 'a constant or another adaptive size (such as method = "constant")')
+_SCHEDULED = _need(
+    analysis.is_scheduled, 'a decreasing rate (method = "constant", schedule = "cosine" or "step")'
+)
+_GRID = Need(lambda data: data.is_grid, f"{analysis.FEWEST_RATES} learning_rates or more")
+
 QUESTIONS = (
     Question(
         "RQ1",
@@ -186,6 +232,7 @@ QUESTIONS = (
         "size from 128 up; a difference counts from 5 %, if the ranges over seeds do not overlap; "
         "undecided where CABS never left the size of a constant one: then both are the same run, "
         "and what differs is float32's rounding or the α",
+        (_CABS, _CONSTANT),
         _speed,
     ),
     Question(
@@ -193,6 +240,7 @@ QUESTIONS = (
         "Does coupling remove the need for a decreasing learning rate?",
         "confirmed: at constant α CABS ends within 5 % of the loss of the best decreasing schedule "
         "and below the constant size without one; partly: one of both",
+        (_CABS, _SCHEDULED),
         _schedules,
     ),
     Question(
@@ -201,6 +249,7 @@ QUESTIONS = (
         "confirmed: more decades of α within 2× of the best final loss of all methods than every "
         "other; partly: than at least half of them; a difference counts from 0.05; undecided where "
         "an untrained net is within 2×; not asked of fewer than three α",
+        (_CABS, _OTHER, _GRID),
         _sensitivity,
     ),
     Question(
@@ -210,6 +259,7 @@ QUESTIONS = (
         "the best adaptive rival, and at most 5 % more examples to the target than the quickest "
         "adaptive rival; partly: one of both; undecided where an untrained net's loss is within "
         "2×. Accuracies have a standard error of up to 1.6 points on 1,000 examples",
+        (_CABS, _CONSTANT, _RIVAL),
         _against_rivals,
     ),
 )
@@ -217,9 +267,9 @@ QUESTIONS = (
 
 def growth(data: DataSet) -> str | None:
     """How CABS's batch size moves over the run at its best learning rate, in words and numbers."""
-    cabs = _cabs(data)
-    if cabs is None:
+    if not _CABS.is_met(data):
         return None
+    cabs = _cabs(data)
     runs = cabs.by_rate[cabs.best_rate]
     sizes = np.median([result.batch_sizes for result in runs], axis=0)
     smallest = cabs.config.min_batch_size
@@ -230,22 +280,9 @@ def growth(data: DataSet) -> str | None:
     )
 
 
-def _cabs(data: DataSet) -> Method | None:
-    found = _members(data, analysis.is_cabs)
-    return found[0] if found else None
-
-
-def _members(data: DataSet, belongs: Callable[[Method], bool]) -> list[Method]:
-    return [method for method in data.methods.values() if belongs(method)]
-
-
-def _have(rate: float, methods: Sequence[Method]) -> bool:
-    return all(rate in method.by_rate for method in methods)
-
-
 def _hardly_trained(data: DataSet) -> str:
     """Says so where the best loss of all is more than half of an untrained net's, else ""."""
-    plain = [m for m in data.methods.values() if not analysis.is_variant(m)]
+    plain = analysis.plain(data.methods.values())
     best = min(m.final_loss(m.best_rate).median for m in plain)
     start = float(plain[0].by_rate[plain[0].rates[0]][0].train_loss[0])
     if 2 * best < start:
@@ -271,7 +308,9 @@ def _median(spread: Spread) -> float:
 def _ratio(ours: float, theirs: float) -> float:
     if np.isinf(theirs):
         return float("nan") if np.isinf(ours) else 0.0
-    return ours / theirs
+    if ours == theirs:  # both 0, where the untrained net is at the target
+        return 1.0
+    return ours / theirs if theirs else float("inf")
 
 
 def _times(ratio: float) -> str:

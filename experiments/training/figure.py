@@ -1,7 +1,9 @@
 """The figure of one or more runs: loss, batch size and accuracy against examples seen."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,10 +12,11 @@ from matplotlib.ticker import (
     EngFormatter,
     LogLocator,
     NullFormatter,
-    PercentFormatter,
+    NullLocator,
     StrMethodFormatter,
 )
 
+from experiments.escape import for_figure
 from experiments.training.run_folder import Record, replacing
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; the dashes by printers.
@@ -24,14 +27,13 @@ POINTS = 200
 
 def plot(runs: Mapping[str, Record], path: Path, title: str = "") -> None:
     """Draws the labelled runs into a PNG at `path`, which is replaced whole."""
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(12, 3.8)
     loss, batch_size, accuracy = figure.subplots(1, 3, sharex=True)
     for index, (label, run) in enumerate(runs.items()):
         style = {
             "color": COLOURS[index % len(COLOURS)],
             "linestyle": DASHES[index % len(DASHES)],
-            "label": label,
+            "label": for_figure(label),
         }
         seen = run.metrics["examples"]
         step_loss = binned_mean(seen, run.metrics["loss"], run.metrics["batch_size"])
@@ -39,35 +41,62 @@ def plot(runs: Mapping[str, Record], path: Path, title: str = "") -> None:
         loss.plot(run.evaluations["examples"], run.evaluations["train_loss"], **style)
         batch_size.step(seen, run.metrics["batch_size"], where="pre", linewidth=1, **style)
         accuracy.plot(run.evaluations["examples"], run.evaluations["test_accuracy"], **style)
-
-    loss.set(ylabel="training loss", yscale="log")
-    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    loss.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    loss.yaxis.set_minor_formatter(NullFormatter())
+    logarithmic(loss, "y")
+    doubling(batch_size, "y")
+    percent(accuracy)
+    loss.set_ylabel("training loss")
     batch_size.set_ylabel("batch size")
-    batch_size.set_yscale("log", base=2)
-    batch_size.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    accuracy.set(ylabel="test accuracy")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
-    shown = np.concatenate([late_accuracies(run.evaluations) for run in runs.values()])
-    accuracy.set_ylim(min(shown.min(), shown.max() - 0.05), shown.max() + 0.005)
+    accuracy.set_ylabel("test accuracy")
     for axes in (loss, batch_size, accuracy):
         axes.set_xlabel("examples seen")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     if len(runs) > 1:
         loss.legend(frameon=False)
-    figure.suptitle(title)
+    finish(figure, title)
     with replacing(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
 
 
-def late_accuracies(evaluations: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The test accuracies of the run's second half, whose differences are worth seeing."""
-    examples = evaluations["examples"]
-    late: np.ndarray = evaluations["test_accuracy"][examples >= examples[-1] / 2]
-    return late
+def blank(width: float, height: float) -> Figure:
+    """An empty figure, its size in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def logarithmic(axes: Any, which: str) -> None:
+    """Makes the axis `which`, "x" or "y", logarithmic, with plain numbers at its ticks."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def doubling(axes: Any, which: str) -> None:
+    """Makes the axis `which` logarithmic, for batch sizes, with ticks at powers of two."""
+    logarithmic(axes, which)
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(base=2))
+    axis.set_minor_locator(NullLocator())
+
+
+def percent(axes: Any) -> None:
+    """Shows the accuracies on the y axis as percentages, with as many digits as its ticks need."""
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+
+
+def finish(figure: Figure, title: str) -> None:
+    """Draws grids and, centred over the axes, the title, on as many lines as it needs."""
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    letters_per_inch = 11
+    width = int(figure.get_figwidth() * letters_per_inch)
+    heading = figure.suptitle(textwrap.fill(for_figure(title, 2 * width), width))
+    figure.draw_without_rendering()  # places the axes
+    edges = [edge for axes in figure.axes for edge in axes.get_position().intervalx]
+    heading.set_x((min(edges) + max(edges)) / 2)
 
 
 def binned_mean(

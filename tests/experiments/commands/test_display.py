@@ -1,10 +1,13 @@
 import io
 import threading
 
+import pytest
 from rich.console import Console
 
 from experiments.commands._display import observer, progress_bars, refreshed, summary_table
+from experiments.escape import printable
 from experiments.training.config import RunConfig
+from tests.experiments import hostile
 
 
 def metrics(step, examples, seconds):
@@ -29,19 +32,21 @@ def test_the_bar_follows_steps_or_examples_and_ends_full():
         assert round(task.fields["rate"]) == 320
 
 
+SUMMARY = {
+    "train_loss": float("nan"),
+    "test_accuracy": 0.1,
+    "steps": 4,
+    "examples": 100,
+    "seconds": 1.0,
+    "compile_seconds": 0.5,
+    "compilations": 1,
+    "diverged": True,
+}
+
+
 def test_the_table_marks_a_diverged_run():
-    summary = {
-        "train_loss": float("nan"),
-        "test_accuracy": 0.1,
-        "steps": 4,
-        "examples": 100,
-        "seconds": 1.0,
-        "compile_seconds": 0.5,
-        "compilations": 1,
-        "diverged": True,
-    }
     console = Console(file=io.StringIO(), width=200)
-    console.print(summary_table({"CABS": summary}))
+    console.print(summary_table({"CABS": SUMMARY}))
     printed = console.file.getvalue()
     assert "CABS (diverged)" in printed
     assert "25.0" in printed
@@ -74,3 +79,25 @@ def test_the_bar_of_a_resumed_run_starts_where_it_was():
     (task,) = bars.tasks
     assert task.completed == 51
     assert task.fields["rate"] < 1000
+
+
+@pytest.mark.parametrize("name", hostile.NAMES)
+def test_names_are_printed_letter_by_letter(name):
+    called = threading.Event()
+
+    def draw():
+        called.set()
+        raise OSError(2, "no such file", name)
+
+    console = Console(file=io.StringIO(), width=1000, force_terminal=True, color_system=None)
+    with progress_bars(console) as bars:
+        observer(bars, name, RunConfig(steps=100))(metrics(1, 32, 0.1))
+        bars.refresh()
+    console.print(summary_table({name: SUMMARY}))
+    with refreshed(draw, console, interval=0.001):
+        assert called.wait(timeout=30)
+    printed = console.file.getvalue()
+    assert printed.count(printable(name)) >= 3
+    assert "\x1b[31m" not in printed
+    assert "\x00" not in printed
+    assert "the figure is not refreshed: [Errno 2] no such file" in printed

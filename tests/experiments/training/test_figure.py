@@ -1,9 +1,13 @@
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.training import figure
 from experiments.training.figure import binned_mean, plot
 from experiments.training.run_folder import Record
+from tests.experiments import hostile
 
 
 def record(steps, size):
@@ -36,3 +40,34 @@ def test_a_bin_weighs_steps_by_their_examples():
     )
     np.testing.assert_array_equal(position, [40.0, 40_000.0])
     np.testing.assert_allclose(mean, [1.75, 5.0])
+
+
+@pytest.mark.parametrize("name", hostile.NAMES)
+def test_names_are_drawn_letter_by_letter(tmp_path, name):
+    plot({name: record(8, 16), "other": record(8, 32)}, tmp_path / "figure.png", title=name)
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_every_run_is_in_the_legend_and_all_accuracies_are_in_sight(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figure, "finish", lambda drawing, title: drawn.append(drawing))
+    runs = {"": record(8, 16), "_hidden": record(8, 32), "$x^$": record(8, 64)}
+    plot(runs, tmp_path / "figure.png")
+    loss, _, accuracy = drawn[0].axes
+    labels = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert [label.strip().replace("\\", "") for label in labels] == list(runs)
+    low, high = accuracy.get_ylim()
+    assert low <= 0
+    assert high >= 1
+
+
+def test_the_title_is_centred_over_the_axes():
+    drawing = figure.blank(8, 3)
+    left, right = drawing.subplots(1, 2)
+    left.set_ylabel("three\nlines of\nlabel")
+    figure.finish(drawing, "title")
+    drawing.savefig(io.BytesIO())
+    middle = (left.get_position().x0 + right.get_position().x1) / 2
+    assert drawing.get_suptitle() == "title"
+    assert drawing._suptitle.get_position()[0] == pytest.approx(middle, abs=1e-3)
+    assert middle != pytest.approx(0.5, abs=1e-2)

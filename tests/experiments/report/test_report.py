@@ -1,59 +1,35 @@
-import itertools
-
 import numpy as np
 import pytest
 
-from experiments.report import analysis, figures, verdicts
-from experiments.report.results import Result, Results
+from experiments import report
+from experiments.report import analysis, figures, page, results, statistics, verdicts
+from experiments.report.results import Results
 from experiments.sweeps import plan
-from experiments.sweeps.plan import Run
-from experiments.training.config import RunConfig
+from tests.experiments.measured import finished, method
 
 INFINITY = float("inf")
 
 
 def test_the_target_is_crossed_on_the_line_between_logarithms():
     examples, loss = np.array([0.0, 100.0, 200.0]), np.array([4.0, 2.0, 0.5])
-    assert analysis.crossing(examples, loss, 1.0) == pytest.approx(150)
-    assert analysis.crossing(examples, loss, 5.0) == 0
-    assert analysis.crossing(examples, loss, 0.4) == INFINITY
-    assert analysis.crossing(examples, np.array([4.0, np.nan, np.nan]), 1.0) == INFINITY
+    assert statistics.crossing(examples, loss, 1.0) == pytest.approx(150)
+    assert statistics.crossing(examples, loss, 5.0) == 0
+    assert statistics.crossing(examples, loss, 0.4) == INFINITY
+    assert statistics.crossing(examples, np.array([4.0, np.nan, np.nan]), 1.0) == INFINITY
 
 
 def test_decades_count_the_part_of_the_grid_that_is_good_enough():
     rates = [0.01, 0.1, 1.0]
-    assert analysis.decades_within(rates, [1.0, 1.0, 1.0], 1.0) == pytest.approx(2)
-    assert analysis.decades_within(rates, [4.0, 1.0, 4.0], 2.0) == pytest.approx(1)
-    assert analysis.decades_within(rates, [2.0, 1.0, INFINITY], 2.0) == pytest.approx(1)
-    assert analysis.decades_within(rates, [3.0, 3.0, 3.0], 2.0) == 0
+    assert statistics.decades_within(rates, [1.0, 1.0, 1.0], 1.0) == pytest.approx(2)
+    assert statistics.decades_within(rates, [4.0, 1.0, 4.0], 2.0) == pytest.approx(1)
+    assert statistics.decades_within(rates, [2.0, 1.0, INFINITY], 2.0) == pytest.approx(1)
+    assert statistics.decades_within(rates, [3.0, 3.0, 3.0], 2.0) == 0
 
 
 def test_a_spread_counts_what_is_not_there_as_infinite():
-    assert analysis.spread([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
-    assert analysis.spread([1.0, 2.0]) == (1.5, 1.0, 2.0)
-    assert analysis.spread([1.0, float("nan"), INFINITY]) == (INFINITY, 1.0, INFINITY)
-
-
-def method(name, losses, sizes=16, accuracy=0.9, spread=(1.0,), **config):
-    """A method with a run for each rate and seed: its loss falls exponentially to the end."""
-    runs = []
-    for (rate, median), (seed, factor) in itertools.product(losses.items(), enumerate(spread)):
-        loss = median * factor
-        cfg = RunConfig(method=name, learning_rate=rate, examples=1600, seed=seed, **config)
-        runs.append(
-            Result(
-                run=Run("data", name, rate, cfg),
-                summary={"diverged": not np.isfinite(loss), "examples": 1600, "steps": 100},
-                examples=np.array([0.0, 800.0, 1600.0]),
-                train_loss=np.array([1.0, loss**0.5, loss]),
-                test_accuracy=np.array([0.1, 0.5, accuracy]),
-                sizes=[{}, {sizes: 800 // sizes}, {sizes: 800 // sizes}],
-                step_seconds={sizes: 0.001 * sizes},
-                batch_sizes=np.full(40, sizes),
-                environment={},
-            )
-        )
-    return analysis.Method(name, f"{name} {sizes}", runs, analysis.Costs(runs))
+    assert statistics.spread([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert statistics.spread([1.0, 2.0]) == (1.5, 1.0, 2.0)
+    assert statistics.spread([1.0, float("nan"), INFINITY]) == (INFINITY, 1.0, INFINITY)
 
 
 def data_set(*methods, target=0.1):
@@ -84,16 +60,25 @@ def test_verdicts_follow_from_the_numbers(cabs, other, expected):
     assert found["RQ2"] == "no data"
 
 
+def test_where_there_is_no_data_it_says_what_to_add_to_the_plan():
+    data = data_set(method("cabs", {0.1: 0.05}, 24), method("constant", {0.1: 0.05}))
+    found = {v.question.name: v for v in verdicts.verdicts([data])}
+    assert "a decreasing rate" in found["RQ2"].advice
+    assert "3 learning_rates or more" in found["RQ3"].advice
+    assert "another adaptive size" in found["RQ4"].advice
+    assert not found["RQ1"].advice
+
+
 def test_sensitivity_is_undecided_where_no_loss_is_far_from_the_first():
     high = {0.1: 0.6, 0.2: 0.7, 0.4: 0.8}
     data = data_set(method("cabs", high), method("constant", high))
     found = {v.question.name: v for v in verdicts.verdicts([data])}["RQ3"]
     assert [answer.verdict for answer in found.answers.values()] == ["undecided"]
-    assert found.overall == "no data"
+    assert found.overall == "undecided"
 
 
 def test_a_run_that_kept_the_size_of_a_constant_one_is_not_compared_with_it():
-    assert answers(method("cabs", GOOD, 16), method("constant", FAIR, 16))["RQ1"] == "no data"
+    assert answers(method("cabs", GOOD, 16), method("constant", FAIR, 16))["RQ1"] == "undecided"
 
 
 def test_a_difference_within_what_seeds_do_does_not_count():
@@ -156,3 +141,37 @@ def test_a_step_of_a_size_between_two_that_were_measured_costs_what_lies_between
     assert costs.step(40) == pytest.approx(0.040)
     assert costs.step(128) == pytest.approx(0.128)
     assert costs.of({16: 2, 64: 1}) == pytest.approx(0.096)
+
+
+def test_the_figures_come_before_the_criteria_and_the_page_is_one_file(tmp_path):
+    source = tmp_path / "results.jsonl"
+    results.save(finished(), source)
+    markdown, page_path, _ = report.write(source, tmp_path / "out")
+    text = markdown.read_text()
+    assert text.rindex("](figures/") < text.index("## How the verdicts follow")
+    assert {path.name for path in page_path.parent.iterdir()} == {
+        "report.md",
+        "report.html",
+        "results.jsonl",
+        "figures",
+    }
+    assert page_path.read_text().count('src="data:image/png;base64,') == 2
+    assert 'src="figures' not in page_path.read_text()
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [method("cabs_momentum", GOOD), method("constant", GOOD, schedule="cosine")],
+        [method("cabs", dict.fromkeys(GOOD, INFINITY))],
+        [method("norm_test", dict.fromkeys(GOOD, 0.0))],
+    ],
+)
+def test_a_sweep_of_any_methods_has_a_report(methods):
+    loaded = finished()
+    runs = [r for m in methods for rate in m.rates for r in m.by_rate[rate]]
+    named = {r.run.name: r._replace(run=r.run._replace(dataset="digits")) for r in runs}
+    titles = {m.label: m.title for m in methods}
+    parsed = loaded.plan._replace(methods=titles, runs=tuple(r.run for r in named.values()))
+    sections = page.sections(Results("", parsed, named))
+    assert [len(section.figures) for section in sections if section.figures] == [2]
