@@ -113,8 +113,8 @@ def cabs(
         traced by JAX are not checked. `update` raises it for arguments that disagree in shape.
 
     References:
-      Balles, Romero and Hennig, `Coupling Adaptive Batch Sizes with Learning Rates
-      <https://arxiv.org/abs/1612.05086>`_, 2017.
+      Balles, Romero and Hennig, [Coupling Adaptive Batch Sizes with Learning
+      Rates](https://arxiv.org/abs/1612.05086), 2017.
 
     Example:
       >>> import cabs_jax, jax, jax.numpy as jnp, optax
@@ -240,9 +240,9 @@ def cabs_adam(
         raises it for arguments that disagree in shape, and for a trace instead of a diagonal.
 
     References:
-      Balles, Romero and Hennig, `Coupling Adaptive Batch Sizes with Learning Rates
-      <https://arxiv.org/abs/1612.05086>`_, 2017, for A = α·1.
-      Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015.
+      Balles, Romero and Hennig, [Coupling Adaptive Batch Sizes with Learning
+      Rates](https://arxiv.org/abs/1612.05086), 2017, for A = α·1.
+      Kingma and Ba, [Adam](https://arxiv.org/abs/1412.6980), 2015.
 
     Example:
       >>> import cabs_jax, jax, jax.numpy as jnp, optax

@@ -4,16 +4,16 @@ A rule takes `Statistics` and returns a float32 scalar, the size of the next bat
 and bounds; infinity asks for the largest legal size, zero for the smallest. Any such function can
 be given to `cabs_jax.adapt_batch_size`; the factories here make the rules of the literature:
 
-  ======================  =======================================  ===============================
-  `cabs`                  c·α·ξ / (F − F* + ε)                     Balles et al. 2017
-  `expected_progress`     2Lα/(2 − Lα) · ξ/‖∇F‖²                   Balles et al. 2017
-  `norm_test`             ξ / (θ²‖∇F‖²)                            Byrd et al. 2012, unbiased
-  `biased_norm_test`      ξ / (θ²‖ḡ‖²)                             Byrd et al. 2012
-  `noise_scale`           ξ / ‖∇F‖²                                McCandlish et al. 2018
-  `big_batch`             m, or (1 + δ)·m if too noisy             De et al. 2017
-  `geometric_growth`      m₀·ρᵏ after k milestones                 Smith et al. 2018
-  `constant`, `schedule`  a given size                             the baselines
-  ======================  =======================================  ===============================
+| rule | size | from |
+|---|---|---|
+| `cabs` | c·α·ξ / (F − F* + ε) | Balles et al. 2017 |
+| `expected_progress` | 2Lα/(2 − Lα) · ξ/‖∇F‖² | Balles et al. 2017 |
+| `norm_test` | ξ / (θ²‖∇F‖²) | Byrd et al. 2012, unbiased |
+| `biased_norm_test` | ξ / (θ²‖ḡ‖²) | Byrd et al. 2012 |
+| `noise_scale` | ξ / ‖∇F‖² | McCandlish et al. 2018 |
+| `big_batch` | m, or (1 + δ)·m if too noisy | De et al. 2017 |
+| `geometric_growth` | m₀·ρᵏ after k milestones | Smith et al. 2018 |
+| `constant`, `schedule` | a given size | the baselines |
 
 ξ = tr Σ̂ is the trace of the gradient covariance, F the loss and α the learning rate. Where a rule's
 numerator is zero (no noise, or no step) it answers 0; else, where its denominator is not positive
@@ -79,8 +79,8 @@ def cabs(
       ValueError: If an argument is not finite or out of range.
 
     References:
-      Balles, Romero and Hennig, `Coupling Adaptive Batch Sizes with Learning Rates
-      <https://arxiv.org/abs/1612.05086>`_, 2017.
+      Balles, Romero and Hennig, [Coupling Adaptive Batch Sizes with Learning
+      Rates](https://arxiv.org/abs/1612.05086), 2017.
     """
     check_learning_rate(learning_rate)
     check_number("scale", scale, "a non-negative number", lambda x: x >= 0)
@@ -112,8 +112,8 @@ def expected_progress(learning_rate: ScalarOrSchedule, lipschitz: ArrayLike) -> 
       ValueError: If an argument is not finite or out of range.
 
     References:
-      Balles, Romero and Hennig, `Coupling Adaptive Batch Sizes with Learning Rates
-      <https://arxiv.org/abs/1612.05086>`_, 2017.
+      Balles, Romero and Hennig, [Coupling Adaptive Batch Sizes with Learning
+      Rates](https://arxiv.org/abs/1612.05086), 2017.
     """
     check_learning_rate(learning_rate)
     check_number("lipschitz", lipschitz, "a positive number", lambda x: x > 0)
@@ -144,8 +144,8 @@ def norm_test(theta: ArrayLike) -> Rule:
       ValueError: If theta is not positive.
 
     References:
-      Byrd, Chin, Nocedal and Wu, `Sample size selection in optimization methods for machine
-      learning <https://doi.org/10.1007/s10107-012-0572-5>`_, 2012.
+      Byrd, Chin, Nocedal and Wu, [Sample size selection in optimization methods for machine
+      learning](https://doi.org/10.1007/s10107-012-0572-5), 2012.
     """
     check_number("theta", theta, "a positive number", lambda x: x > 0)
 
@@ -174,8 +174,8 @@ def biased_norm_test(theta: ArrayLike) -> Rule:
       ValueError: If theta lies outside (0, 1).
 
     References:
-      Byrd, Chin, Nocedal and Wu, `Sample size selection in optimization methods for machine
-      learning <https://doi.org/10.1007/s10107-012-0572-5>`_, 2012.
+      Byrd, Chin, Nocedal and Wu, [Sample size selection in optimization methods for machine
+      learning](https://doi.org/10.1007/s10107-012-0572-5), 2012.
     """
     check_number(
         "theta",
@@ -202,8 +202,8 @@ def noise_scale() -> Rule:
       The rule.
 
     References:
-      McCandlish, Kaplan, Amodei et al., `An Empirical Model of Large-Batch Training
-      <https://arxiv.org/abs/1812.06162>`_, 2018.
+      McCandlish, Kaplan, Amodei et al., [An Empirical Model of Large-Batch
+      Training](https://arxiv.org/abs/1812.06162), 2018.
     """
 
     def rule(statistics: Statistics) -> jax.Array:
@@ -240,8 +240,8 @@ def big_batch(theta: ArrayLike = 1.0, *, growth: ArrayLike = 0.1) -> Rule:
       ...     optax.scale_by_learning_rate(0.1))
 
     References:
-      De, Yadav, Jacobs and Goldstein, `Big Batch SGD: Automated Inference using Adaptive Batch
-      Sizes <https://arxiv.org/abs/1610.05792>`_, 2017, algorithm 1.
+      De, Yadav, Jacobs and Goldstein, [Big Batch SGD: Automated Inference using Adaptive Batch
+      Sizes](https://arxiv.org/abs/1610.05792), 2017, algorithm 1.
     """
     check_number("theta", theta, "a positive number", lambda x: x > 0)
     check_number("growth", growth, "a positive number", lambda x: x > 0)
@@ -284,8 +284,8 @@ def geometric_growth(size: int, factor: float, milestones: Sequence[int]) -> Rul
       ...     optax.scale_by_learning_rate(0.1))
 
     References:
-      Smith, Kindermans, Ying and Le, `Don't Decay the Learning Rate, Increase the Batch Size
-      <https://arxiv.org/abs/1711.00489>`_, 2018.
+      Smith, Kindermans, Ying and Le, [Don't Decay the Learning Rate, Increase the Batch
+      Size](https://arxiv.org/abs/1711.00489), 2018.
     """
     check_number("factor", factor, "a number above 1", lambda x: x > 1)
     first = int(check_batch_size("size", size))
