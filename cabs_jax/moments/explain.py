@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import jax
 
 from cabs_jax._arguments import check_parameters
-from cabs_jax.moments import compat, cost, options
-from cabs_jax.moments.factored import trace_plan
-from cabs_jax.moments.modes import Choice, Mode, choose, is_small
+from cabs_jax.moments import jaxprs, split
+from cabs_jax.moments.factored import cost
+from cabs_jax.moments.factored.batch_sums import trace_plan
+from cabs_jax.moments.factored.choice import Choice, Mode, choose, copies_are_cheap
+from cabs_jax.moments.factored.primitives import Rule
+from cabs_jax.moments.factored.program import Plan, shifting
 from cabs_jax.moments.per_example import checked
-from cabs_jax.moments.primitives import Rule
-from cabs_jax.moments.tracing import Plan, shifting
 from cabs_jax.statistics import Variance
 
 PyTree = Any
@@ -87,7 +88,7 @@ def explain(
       ['w']      8×4    dot_general  one position           24      0.12             48
       total                                                 32                       64
     """
-    options.check("factored", variance, None, None, None)
+    split.check("factored", variance, None, None, None)
     check_parameters(params)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), example)
     plan, _ = trace_plan(checked(loss_fn, has_aux), params, batch)
@@ -108,13 +109,13 @@ def explain(
 
 def _row(plan: Plan, choice: Choice, parameter: str, shape: tuple[int, ...]) -> Explanation:
     sites = [plan.sites[number] for number in choice.sites]
-    names = {compat.name(site.equation) if site.equation else "loss" for site in sites}
+    names = {jaxprs.name(site.equation) if site.equation else "loss" for site in sites}
     known = Explanation(parameter, shape, tuple(sorted(names)), "unused", 0, math.nan, 0, "")
     if choice.mode is Mode.UNUSED:
         return known
     size = math.prod(shape)
     if choice.mode is Mode.PER_EXAMPLE:
-        small = all(site.rule is None and is_small(site) for site in sites)
+        small = all(site.rule is None and copies_are_cheap(site) for site in sites)
         return known._replace(
             form="small" if small else "per example",
             extra_flops=2 * size,

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from cabs_jax._arguments import check_parameters
-from cabs_jax.moments import compat, options, sharding
-from cabs_jax.moments.factored import batch_sums
-from cabs_jax.moments.options import Method
+from cabs_jax.moments import jaxprs, sharding, split
+from cabs_jax.moments.factored.batch_sums import batch_sums
 from cabs_jax.moments.per_example import batch_size_of, checked, per_example_value_and_grad
+from cabs_jax.moments.split import Method
 from cabs_jax.statistics import (
     GradientMoments,
     Variance,
@@ -129,14 +129,14 @@ def gradient_moments(
       >>> moments.mean.tolist(), float(moments.variance), int(moments.count)
       ([0.5, 1.0], 1.25, 2)
     """
-    options.check(method, variance, subsample, microbatch_size, groups)
+    split.check(method, variance, subsample, microbatch_size, groups)
     if keep_batch_dim:
         loss_fn = _of_one(loss_fn, has_aux)
     loss_fn = checked(loss_fn, has_aux)
 
     def compute(params: PyTree, batch: PyTree, mask: jax.Array | None = None) -> Any:
         check_parameters(params)
-        options.check_mask(mask, batch_size_of(batch))
+        split.check_mask(mask, batch_size_of(batch))
         mesh_used, axes = sharding.resolve(mesh, axis_name, batch)
 
         def on_shard(params: PyTree, batch: PyTree, mask: jax.Array | None) -> tuple[Any, Any]:
@@ -152,7 +152,7 @@ def gradient_moments(
                 _estimator(loss_fn, method, variance, has_aux, subsample, axes),
                 (params, weight),
                 (batch if mask is None else _fill(batch, keep), keep),
-                options.block_size(size, method, microbatch_size, groups, axes),
+                split.block_size(size, method, microbatch_size, groups, axes),
                 lanes=1 if axes else jax.device_count(),
                 skip_padding=mask is not None and method != "between",
             )
@@ -204,7 +204,7 @@ def _estimator(
     def factored(shared: ParamsAndWeight, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
         params, weight = shared
         weights, size = jnp.where(keep, weight, 0.0), keep.shape[0]
-        measured = options.measured(subsample, size, axes)
+        measured = split.measured(subsample, size, axes)
         result = batch_sums(
             loss_fn,
             params,
@@ -273,7 +273,7 @@ def _add_up(
     size: int = keep.shape[0]
     if block is None or block == size:
         return estimator(shared, batch, keep)
-    axes = tuple(compat.varying_axes(keep))
+    axes = tuple(jaxprs.varying_axes(keep))
     if axes or block % lanes or size % lanes:
         lanes = 1
     count = size // block

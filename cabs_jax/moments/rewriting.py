@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from cabs_jax.moments import compat
+from cabs_jax.moments import jaxprs
 from cabs_jax.moments.convolution import convolve
 
 PyTree = Any
@@ -24,9 +24,9 @@ def without_batched_convolutions(function: Callable[..., PyTree]) -> Callable[..
     """
 
     def rewritten(params: PyTree, *examples: PyTree) -> PyTree:
-        closed, out_tree = compat.trace(function, params, *examples)
+        closed, out_tree = jaxprs.trace(function, params, *examples)
         values = jax.tree.leaves((params, *examples))
-        if compat.contains(closed.jaxpr, CONVOLUTION):
+        if jaxprs.contains(closed.jaxpr, CONVOLUTION):
             shared = len(jax.tree.leaves(params))
             batched = [False] * shared + [True] * (len(values) - shared)
             outputs, _ = _evaluate(closed.jaxpr, closed.consts, values, batched)
@@ -37,22 +37,22 @@ def without_batched_convolutions(function: Callable[..., PyTree]) -> Callable[..
     return rewritten
 
 
-def convolves(equation: compat.Equation) -> bool:
+def convolves(equation: jaxprs.Equation) -> bool:
     """Whether an equation is a convolution, or holds one."""
-    return compat.name(equation) == CONVOLUTION or any(
-        compat.contains(inner, CONVOLUTION) for inner in compat.subjaxprs(equation)
+    return jaxprs.name(equation) == CONVOLUTION or any(
+        jaxprs.contains(inner, CONVOLUTION) for inner in jaxprs.subjaxprs(equation)
     )
 
 
 def _evaluate(
-    jaxpr: compat.Jaxpr, consts: Sequence[Any], values: Sequence[Any], batched: Sequence[bool]
+    jaxpr: jaxprs.Jaxpr, consts: Sequence[Any], values: Sequence[Any], batched: Sequence[bool]
 ) -> tuple[list[Any], list[bool]]:
     """Evaluates a jaxpr; returns its outputs and which of them depend on the examples."""
     known = dict(zip(jaxpr.constvars, ((c, False) for c in consts), strict=True))
     known |= dict(zip(jaxpr.invars, zip(values, batched, strict=True), strict=True))
 
-    def read(atom: compat.Atom) -> tuple[Any, bool]:
-        return (atom.val, False) if compat.is_literal(atom) else known[atom]
+    def read(atom: jaxprs.Atom) -> tuple[Any, bool]:
+        return (atom.val, False) if jaxprs.is_literal(atom) else known[atom]
 
     for equation in jaxpr.eqns:
         inputs, flags = (
@@ -65,19 +65,19 @@ def _evaluate(
 
 
 def _evaluate_equation(
-    equation: compat.Equation, values: list[Any], batched: list[bool]
+    equation: jaxprs.Equation, values: list[Any], batched: list[bool]
 ) -> tuple[list[Any], list[bool]]:
-    kind, params = compat.name(equation), equation.params
+    kind, params = jaxprs.name(equation), equation.params
     everything = [any(batched)] * len(equation.outvars)
     if kind == CONVOLUTION and all(batched):
         return [convolve(*values, **params)], everything
     if kind == CONVOLUTION or not convolves(equation):
-        return compat.evaluate(equation, values), everything
-    if kind in compat.INLINED:
-        return _evaluate(*compat.inner_jaxpr(equation), values, batched)
+        return jaxprs.evaluate(equation, values), everything
+    if kind in jaxprs.INLINED:
+        return _evaluate(*jaxprs.inner_jaxpr(equation), values, batched)
 
     def rewritten(closed: Any) -> Callable[..., list[Any]]:
-        inner, consts = compat.open_jaxpr(closed)
+        inner, consts = jaxprs.open_jaxpr(closed)
         return lambda *args: _evaluate(inner, consts, args, [True] * len(args))[0]
 
     if kind == "cond":
@@ -98,7 +98,7 @@ def _evaluate_equation(
             carry,
         ), everything
     if kind == "scan":
-        consts, carry, xs = compat.split_scan(equation, values)
+        consts, carry, xs = jaxprs.split_scan(equation, values)
         body = rewritten(params["jaxpr"])
 
         def step(state: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from cabs_jax.moments import compat
+from cabs_jax.moments import jaxprs
 
 PyTree = Any
 AxisNames = str | tuple[str, ...]
@@ -35,7 +35,7 @@ def vary(tree: PyTree, axis_names: tuple[str, ...]) -> PyTree:
     """
 
     def cast(x: jax.Array) -> jax.Array:
-        missing = tuple(name for name in axis_names if name not in compat.varying_axes(x))
+        missing = tuple(name for name in axis_names if name not in jaxprs.varying_axes(x))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, tree) if axis_names else tree

@@ -3,7 +3,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cabs_jax.moments import cost
+from cabs_jax.moments.factored import cost
 
 size = st.integers(1, 4096)
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from cabs_jax.moments.factored import trace_plan
-from cabs_jax.moments.modes import Mode, choose, is_small
+from cabs_jax.moments.factored.batch_sums import trace_plan
+from cabs_jax.moments.factored.choice import Mode, choose, copies_are_cheap
 from tests.cabs_jax.moments.oracle import matches, names
 from tests.cabs_jax.moments.zoo import ZOO
 
@@ -56,4 +56,4 @@ def test_copies_of_a_bias_are_small_and_those_of_a_table_are_not():
 
     for loss, size, small in ((added, 3, True), (sliced, 9, False), (sliced, 2, True)):
         (site,) = trace_plan(loss, jnp.ones(size), jnp.ones((1, 3)))[0].sites
-        assert is_small(site) == small
+        assert copies_are_cheap(site) == small

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cabs_jax.moments import compat, cost, evaluation, forms, views
-from cabs_jax.moments.modes import Choice, Mode, choose, weight
-from cabs_jax.moments.primitives import Rule
-from cabs_jax.moments.sites import Batched, Context, Shared, Value, to_batched
-from cabs_jax.moments.tracing import Plan, plan
+from cabs_jax.moments import jaxprs
+from cabs_jax.moments.factored import cost, interpreter, outer_products, views
+from cabs_jax.moments.factored.choice import Choice, Mode, choose, weight
+from cabs_jax.moments.factored.primitives import Rule
+from cabs_jax.moments.factored.program import Plan, plan
+from cabs_jax.moments.factored.site_vjps import Batched, Context, Shared, Value, to_batched
 from cabs_jax.statistics import Variance
 
 PyTree = Any
@@ -73,23 +74,23 @@ def batch_sums(
     choices = choose(the_plan, len(leaves), variance)
     context = Context(the_plan, choices, variance, examples, measured or examples, axes)
     batched = [Batched(jnp.asarray(x)) for x in jax.tree.leaves(batch)]
-    sums_of_taps = context.measured == examples
+    sums_of_slots = context.measured == examples
     differentiated = {
         i: leaf
         for i, leaf in enumerate(leaves)
         if choices[i].mode in {Mode.IN_PLACE, Mode.COLLECTED}
-        or (choices[i].mode is Mode.PER_EXAMPLE and not sums_of_taps)
+        or (choices[i].mode is Mode.PER_EXAMPLE and not sums_of_slots)
     }
 
     def weighted_loss(
         differentiated: dict[int, Any], slots: Slots
     ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         inputs: list[Value] = [
-            Shared(differentiated.get(i, leaf), slots.taps.get(i), slots.squares.get(i))
+            Shared(differentiated.get(i, leaf), slots.gradient_slots.get(i), slots.squares.get(i))
             for i, leaf in enumerate(leaves)
         ]
         here = context._replace(norms=slots.norms, collected=slots.collected)
-        outputs = evaluation.run(here, the_plan.program, [*inputs, *batched])
+        outputs = interpreter.run(here, the_plan.program, [*inputs, *batched])
         results = [to_batched(here, output).value for output in outputs]
         result = jax.tree.unflatten(out_tree, results)
         losses, aux = result if has_aux else (result, ())
@@ -99,12 +100,12 @@ def batch_sums(
     derivative = jax.grad(weighted_loss, argnums=(0, 1), has_aux=True)
     (gradients, filled), (losses, aux) = derivative(differentiated, _empty_slots(context, leaves))
 
-    taps = filled.taps
+    slots = filled.gradient_slots
     total = [
-        (jnp.sum(taps[i], axis=0) if i in taps and sums_of_taps else gradients[i]).astype(
+        (jnp.sum(slots[i], axis=0) if i in slots and sums_of_slots else gradients[i]).astype(
             jnp.float32
         )
-        if i in differentiated or i in taps
+        if i in differentiated or i in slots
         else jnp.zeros(jnp.shape(leaf), jnp.float32)
         for i, leaf in enumerate(leaves)
     ]
@@ -112,10 +113,10 @@ def batch_sums(
     if variance == "trace":
         squares = filled.norms + _collected_norms(context, filled.collected)
         squares = squares + sum(
-            jnp.sum(jnp.square(t), axis=range(1, t.ndim)) for t in taps.values()
+            jnp.sum(jnp.square(t), axis=range(1, t.ndim)) for t in slots.values()
         )
     else:
-        by_leaf = filled.squares | {i: jnp.sum(jnp.square(t), axis=0) for i, t in taps.items()}
+        by_leaf = filled.squares | {i: jnp.sum(jnp.square(t), axis=0) for i, t in slots.items()}
         zeros = [jnp.zeros(jnp.shape(leaf), jnp.float32) for leaf in leaves]
         squares = jax.tree.unflatten(treedef, [by_leaf.get(i, z) for i, z in enumerate(zeros)])
     shifted = _shift_gradient(context, leaves, len(batched))
@@ -131,13 +132,13 @@ def batch_sums(
 def _shift_gradient(context: Context, leaves: list[Any], num_inputs: int) -> list[jax.Array]:
     """Gradient of the terms of the loss that depend on parameters alone, if there are any."""
     program = context.plan.program
-    if not evaluation.has_shift(program):
+    if not interpreter.has_shift(program):
         return []
     floating = {i: x for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)}
 
     def terms(floating: dict[int, Any]) -> jax.Array:
         values = [Shared(floating.get(i, leaf)) for i, leaf in enumerate(leaves)]
-        return evaluation.shift(context, program, [*values, *[None] * num_inputs])[0]
+        return interpreter.shift(context, program, [*values, *[None] * num_inputs])[0]
 
     gradient = jax.grad(terms)(floating)
     zeros = [jnp.zeros(jnp.shape(leaf), jnp.float32) for leaf in leaves]
@@ -147,7 +148,7 @@ def _shift_gradient(context: Context, leaves: list[Any], num_inputs: int) -> lis
 def trace_plan(loss_fn: Any, params: PyTree, batch: PyTree) -> tuple[Plan, Any]:
     """Traces `loss_fn(params, example)` for the examples of a batch and sorts it."""
     example = jax.tree.map(_first, batch)
-    closed, out_tree = compat.trace(loss_fn, params, example)
+    closed, out_tree = jaxprs.trace(loss_fn, params, example)
     leaves = jax.tree.leaves(params)
     floating = [bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating)) for leaf in leaves]
     return plan(closed, len(leaves), floating), out_tree
@@ -164,17 +165,17 @@ def _first(x: Any) -> Any:
 
 
 class Slots(NamedTuple):
-    """All slots of an evaluation.
+    """All slots of an interpreter.
 
     Attributes:
       norms: Squared norms, shape (measured,).
-      taps: Per-example gradients, by parameter.
+      gradient_slots: Per-example gradients, by parameter.
       squares: Sums of squared gradients, by parameter.
       collected: Factors, by site.
     """
 
     norms: jax.Array
-    taps: dict[int, jax.Array]
+    gradient_slots: dict[int, jax.Array]
     squares: dict[int, jax.Array]
     collected: dict[int, tuple[jax.Array, jax.Array]]
 
@@ -187,7 +188,7 @@ def _empty_slots(context: Context, leaves: list[Any]) -> Slots:
             if choice.mode is mode
         }
 
-    taps = {
+    gradient_slots = {
         i: context.zeros((context.measured, *shape))
         for i, shape in shapes(Mode.PER_EXAMPLE).items()
     }
@@ -198,7 +199,7 @@ def _empty_slots(context: Context, leaves: list[Any]) -> Slots:
     for choice in context.choices:
         if choice.mode is Mode.COLLECTED:
             collected |= {number: _empty_factors(context, number) for number in choice.sites}
-    return Slots(context.zeros((context.measured,)), taps, squares, collected)
+    return Slots(context.zeros((context.measured,)), gradient_slots, squares, collected)
 
 
 def _empty_factors(context: Context, number: int) -> tuple[jax.Array, jax.Array]:
@@ -242,11 +243,13 @@ def _norms_of_sum(
 
     def block(uses: list[tuple[jax.Array, jax.Array]]) -> tuple[PyTree, jax.Array]:
         if not direct:
-            return (), forms.gram_norms(uses)
-        g = sum(forms.gradients(use, p) for use in uses)
+            return (), outer_products.gram_norms(uses)
+        g = sum(outer_products.gradients(use, p) for use in uses)
         return (), jnp.sum(jnp.square(g), axis=(1, 2, 3))
 
-    norms: jax.Array = forms.over_blocks(block, uses, cost.norm_bytes(sizes, direct=direct))[1]
+    norms: jax.Array = outer_products.over_blocks(
+        block, uses, cost.norm_bytes(sizes, direct=direct)
+    )[1]
     return norms
 
 

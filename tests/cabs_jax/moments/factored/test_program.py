@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from cabs_jax.moments import compat
-from cabs_jax.moments.factored import trace_plan
-from cabs_jax.moments.tracing import CONSTANT, EXAMPLE, Kind, Parameter
+from cabs_jax.moments import jaxprs
+from cabs_jax.moments.factored.batch_sums import trace_plan
+from cabs_jax.moments.factored.program import CONSTANT, EXAMPLE, Kind, Parameter
 
 
 def planned(loss, params, *example_shape):
@@ -23,12 +23,12 @@ def steps(program):
 
 
 def kinds(plan):
-    return {compat.name(step.equation): step.kind for step in steps(plan.program)}
+    return {jaxprs.name(step.equation): step.kind for step in steps(plan.program)}
 
 
 def sites(plan):
     return [
-        (compat.name(site.equation) if site.equation else None, sorted(leaves), site.depth)
+        (jaxprs.name(site.equation) if site.equation else None, sorted(leaves), site.depth)
         for site in plan.sites
         for _, parameter in site.weights
         for leaves in [parameter.leaves]
@@ -123,7 +123,7 @@ def test_a_carry_that_comes_to_depend_on_the_example_does_so_from_the_start():
 
     plan = planned(loss, jnp.ones(3), 3)
     (scan,) = [step for step in steps(plan.program) if step.kind is Kind.SCAN]
-    _, carry, _ = compat.split_scan(scan.equation, scan.inner.inputs)
+    _, carry, _ = jaxprs.split_scan(scan.equation, scan.inner.inputs)
     assert [origin is EXAMPLE for origin in carry] == [True, True, False]
 
 

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from cabs_jax.moments import compat, primitives, views
+from cabs_jax.moments import jaxprs
+from cabs_jax.moments.factored import primitives, views
 
 
 class Parameter(NamedTuple):
@@ -69,7 +70,7 @@ class Step(NamedTuple):
     """
 
     kind: Kind
-    equation: compat.Equation
+    equation: jaxprs.Equation
     inner: Program | None = None
     site: int = -1
     leaves: frozenset[int] = frozenset()
@@ -86,7 +87,7 @@ class Program(NamedTuple):
       outputs: The origin of each output.
     """
 
-    jaxpr: compat.Jaxpr
+    jaxpr: jaxprs.Jaxpr
     consts: Sequence[Any]
     steps: tuple[Step, ...]
     inputs: tuple[Origin, ...]
@@ -104,7 +105,7 @@ class Site(NamedTuple):
       depth: Lengths of the scans around it.
     """
 
-    equation: compat.Equation
+    equation: jaxprs.Equation
     weights: tuple[tuple[int, Parameter], ...]
     rule: primitives.Rule | None
     depth: tuple[int, ...]
@@ -125,7 +126,7 @@ def plan(closed: Any, num_params: int, differentiable: Sequence[bool]) -> Plan:
       num_params: Number of parameter leaves.
       differentiable: Which of them a gradient is wanted for.
     """
-    jaxpr, consts = compat.open_jaxpr(closed)
+    jaxpr, consts = jaxprs.open_jaxpr(closed)
     origins: list[Origin] = [
         Parameter(frozenset([leaf]), views.whole(leaf, var.aval.shape))
         if differentiable[leaf]
@@ -148,7 +149,7 @@ def shifting(program: Program) -> frozenset[int]:
 
 
 def _walk(
-    jaxpr: compat.Jaxpr,
+    jaxpr: jaxprs.Jaxpr,
     consts: Sequence[Any],
     inputs: tuple[Origin, ...],
     depth: tuple[int, ...],
@@ -160,8 +161,8 @@ def _walk(
     known: dict[Any, Origin] = dict.fromkeys(jaxpr.constvars, CONSTANT)
     known |= zip(jaxpr.invars, inputs, strict=True)
 
-    def read(atom: compat.Atom) -> Origin:
-        return CONSTANT if compat.is_literal(atom) else known[atom]
+    def read(atom: jaxprs.Atom) -> Origin:
+        return CONSTANT if jaxprs.is_literal(atom) else known[atom]
 
     steps = []
     for equation in jaxpr.eqns:
@@ -175,17 +176,17 @@ def _walk(
 
 
 def _sort(
-    equation: compat.Equation,
+    equation: jaxprs.Equation,
     origins: tuple[Origin, ...],
     depth: tuple[int, ...],
     sites: list[Site],
     summed: tuple[bool, ...],
 ) -> tuple[Step, Sequence[Origin]]:
     """Sorts one equation; returns its step and where its outputs come from."""
-    everything, kind = len(equation.outvars), compat.name(equation)
+    everything, kind = len(equation.outvars), jaxprs.name(equation)
     weights = tuple((i, o) for i, o in enumerate(origins) if isinstance(o, Parameter))
-    if weights and kind in compat.CALLS:
-        inner, consts = compat.inner_jaxpr(equation)
+    if weights and kind in jaxprs.CALLS:
+        inner, consts = jaxprs.inner_jaxpr(equation)
         program = _walk(inner, consts, origins, depth, sites, summed)
         return Step(Kind.CALL, equation, program), program.outputs
     if EXAMPLE not in origins:
@@ -194,8 +195,8 @@ def _sort(
         return Step(Kind.PLAIN, equation), [EXAMPLE] * everything
     if kind == "add" and any(summed) and len(weights) == 1:
         return Step(Kind.SHIFT, equation, leaves=weights[0][1].leaves), [EXAMPLE]
-    if kind in compat.CHECKPOINTS:
-        inner, consts = compat.inner_jaxpr(equation)
+    if kind in jaxprs.CHECKPOINTS:
+        inner, consts = jaxprs.inner_jaxpr(equation)
         program = _walk(inner, consts, origins, depth, sites)
         return Step(Kind.CHECKPOINT, equation, program), program.outputs
     if kind == "scan":
@@ -205,22 +206,22 @@ def _sort(
     return Step(Kind.SITE, equation, site=len(sites) - 1), [EXAMPLE] * everything
 
 
-def _terms(jaxpr: compat.Jaxpr, summed: tuple[bool, ...]) -> set[Any]:
+def _terms(jaxpr: jaxprs.Jaxpr, summed: tuple[bool, ...]) -> set[Any]:
     """Variables that enter the loss as terms of a sum and are used for nothing else."""
     outputs = jaxpr.outvars[: len(summed)]
     read = [*outputs, *(v for equation in jaxpr.eqns for v in equation.invars)]
-    uses = Counter(v for v in read if not compat.is_literal(v))
+    uses = Counter(v for v in read if not jaxprs.is_literal(v))
     candidates = [v for v, term in zip(outputs, summed, strict=True) if term]
-    terms = {v for v in candidates if not compat.is_literal(v) and uses[v] == 1}
+    terms = {v for v in candidates if not jaxprs.is_literal(v) and uses[v] == 1}
     for equation in reversed(jaxpr.eqns):
-        if compat.name(equation) == "add" and equation.outvars[0] in terms:
-            operands = [v for v in equation.invars if not compat.is_literal(v)]
+        if jaxprs.name(equation) == "add" and equation.outvars[0] in terms:
+            operands = [v for v in equation.invars if not jaxprs.is_literal(v)]
             terms |= {v for v in operands if uses[v] == 1}
     return terms
 
 
-def _from_parameters(equation: compat.Equation, weights: list[Parameter]) -> list[Origin]:
-    if not weights or compat.name(equation) == "stop_gradient":
+def _from_parameters(equation: jaxprs.Equation, weights: list[Parameter]) -> list[Origin]:
+    if not weights or jaxprs.name(equation) == "stop_gradient":
         return [CONSTANT] * len(equation.outvars)
     leaves = frozenset[int]().union(*(weight.leaves for weight in weights))
     seen: Sequence[views.View | None] | None = None
@@ -230,14 +231,14 @@ def _from_parameters(equation: compat.Equation, weights: list[Parameter]) -> lis
 
 
 def _sort_scan(
-    equation: compat.Equation,
+    equation: jaxprs.Equation,
     origins: tuple[Origin, ...],
     depth: tuple[int, ...],
     sites: list[Site],
 ) -> tuple[Step, list[Origin]]:
-    body, body_consts = compat.open_jaxpr(equation.params["jaxpr"])
+    body, body_consts = jaxprs.open_jaxpr(equation.params["jaxpr"])
     length = equation.params["length"]
-    consts, carry, xs = compat.split_scan(equation, origins)
+    consts, carry, xs = jaxprs.split_scan(equation, origins)
     consts = [_repeated(origin, length) for origin in consts]
     xs = [_stepped(origin) for origin in xs]
     # A parameter that starts a carry becomes a value of its own, different for every example.
@@ -255,7 +256,7 @@ def _sort_scan(
         carry = after
     program = _renumbered(program, len(sites))
     sites += trial
-    _, starts, _ = compat.split_scan(equation, origins)
+    _, starts, _ = jaxprs.split_scan(equation, origins)
     sites += _copies(equation, starts, depth)
     sites += _copies(equation, program.outputs, (*depth, length))
     stacked = [
@@ -265,7 +266,7 @@ def _sort_scan(
 
 
 def _copies(
-    equation: compat.Equation, origins: Sequence[Origin], depth: tuple[int, ...]
+    equation: jaxprs.Equation, origins: Sequence[Origin], depth: tuple[int, ...]
 ) -> list[Site]:
     """Sites for parameters of which every example is given a copy of its own."""
     return [
@@ -298,5 +299,5 @@ def _renumbered(program: Program, offset: int) -> Program:
     return program._replace(steps=tuple(steps))
 
 
-def _carries_gradient(var: compat.Atom) -> bool:
+def _carries_gradient(var: jaxprs.Atom) -> bool:
     return bool(jnp.issubdtype(var.aval.dtype, jnp.inexact))

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from cabs_jax import gradient_moments
-from cabs_jax.moments.factored import batch_sums
+from cabs_jax.moments.factored.batch_sums import batch_sums
 from tests.cabs_jax.moments.oracle import (
     assert_close,
     expected,

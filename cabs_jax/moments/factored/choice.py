@@ -5,9 +5,9 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-from cabs_jax.moments import views
+from cabs_jax.moments.factored import views
+from cabs_jax.moments.factored.program import Parameter, Plan, Site
 from cabs_jax.moments.rewriting import convolves
-from cabs_jax.moments.tracing import Parameter, Plan, Site
 from cabs_jax.statistics import Variance
 
 LARGEST_INDEX = 2**24
@@ -107,7 +107,7 @@ def _no_factors(site: Site, parameter: Parameter) -> str:
     return ""
 
 
-def is_small(site: Site) -> bool:
+def copies_are_cheap(site: Site) -> bool:
     """Whether a copy of the weights for each example is no larger than what the site puts out.
 
     Where there is a convolution, such copies would make a convolution of two batched operands.

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cabs_jax.moments import compat, cost, sharding
-from cabs_jax.moments.primitives import Factors
+from cabs_jax.moments import jaxprs, sharding
+from cabs_jax.moments.factored import cost
+from cabs_jax.moments.factored.primitives import Factors
 
 PyTree = Any
 
@@ -38,7 +39,7 @@ def gradients(factors: Factors, rows: int) -> jax.Array:
     left, right = factors
     if _is_indices(left):
         empty = jnp.zeros((rows, right.shape[-1]), jnp.float32)
-        empty = sharding.vary(empty, tuple(compat.varying_axes(right)))
+        empty = sharding.vary(empty, tuple(jaxprs.varying_axes(right)))
         scatter: Any = jax.vmap(lambda at, row: empty.at[at].add(row))
         tables: jax.Array = scatter(left, right[:, 0].astype(jnp.float32))
         return tables[:, None]
@@ -101,7 +102,7 @@ def over_blocks(
       The sums, and the rows in the order of the operands.
     """
     leaves = jax.tree.leaves(operands)
-    examples, axes = leaves[0].shape[0], tuple(compat.varying_axes(leaves[0]))
+    examples, axes = leaves[0].shape[0], tuple(jaxprs.varying_axes(leaves[0]))
     devices = jax.device_count()
     lanes = devices if not axes and examples % devices == 0 else 1
     size, count = cost.blocks(examples, bytes_per_example, lanes)

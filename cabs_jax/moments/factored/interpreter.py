@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cabs_jax.moments import compat, views
-from cabs_jax.moments.sites import (
+from cabs_jax.moments import jaxprs
+from cabs_jax.moments.factored import views
+from cabs_jax.moments.factored.program import CONSTANT, Kind, Program, Step
+from cabs_jax.moments.factored.site_vjps import (
     Batched,
     Context,
     Shared,
@@ -20,7 +22,6 @@ from cabs_jax.moments.sites import (
     slot_dtype,
     to_batched,
 )
-from cabs_jax.moments.tracing import CONSTANT, Kind, Program, Step
 
 PyTree = Any
 REARRANGING = {
@@ -39,8 +40,8 @@ def run(context: Context, program: Program, inputs: Sequence[Value]) -> list[Val
     known: dict[Any, Value] = dict(constants)
     known |= zip(program.jaxpr.invars, inputs, strict=True)
 
-    def read(atom: compat.Atom) -> Value:
-        return Shared(atom.val) if compat.is_literal(atom) else known[atom]
+    def read(atom: jaxprs.Atom) -> Value:
+        return Shared(atom.val) if jaxprs.is_literal(atom) else known[atom]
 
     for step in program.steps:
         outputs = _evaluate(context, step, [read(atom) for atom in step.equation.invars])
@@ -92,8 +93,8 @@ def shift(
     }
     known |= zip(program.jaxpr.invars, inputs, strict=True)
 
-    def read(atom: compat.Atom) -> Shared | None:
-        return Shared(atom.val) if compat.is_literal(atom) else known[atom]
+    def read(atom: jaxprs.Atom) -> Shared | None:
+        return Shared(atom.val) if jaxprs.is_literal(atom) else known[atom]
 
     for step in program.steps:
         values = [read(atom) for atom in step.equation.invars]
@@ -119,11 +120,11 @@ def has_shift(program: Program) -> bool:
 
 
 def _scan(
-    context: Context, equation: compat.Equation, program: Program, values: list[Value]
+    context: Context, equation: jaxprs.Equation, program: Program, values: list[Value]
 ) -> list[Value]:
     """Scans a body whose steps see the whole batch, and the slots of their own."""
-    consts, carry, xs = compat.split_scan(equation, values)
-    _, carry_origins, _ = compat.split_scan(equation, program.inputs)
+    consts, carry, xs = jaxprs.split_scan(equation, values)
+    _, carry_origins, _ = jaxprs.split_scan(equation, program.inputs)
     outcomes = [*carry_origins, *program.outputs[len(carry) :]]
     slots = {n: context.collected[n] for n in _sites(program) if n in context.collected}
 
@@ -155,8 +156,8 @@ def _swap_examples(value: Value) -> Value:
     """Swaps the axis of examples with that of a scan."""
     if isinstance(value, Batched):
         return Batched(value.value.swapaxes(0, 1))
-    taps = None if value.taps is None else value.taps.swapaxes(0, 1)
-    return value._replace(taps=taps)
+    gradient_slots = None if value.gradient_slots is None else value.gradient_slots.swapaxes(0, 1)
+    return value._replace(gradient_slots=gradient_slots)
 
 
 def _strong(value: Value) -> Value:
@@ -175,43 +176,43 @@ def _sites(program: Program) -> list[int]:
 
 
 def _evaluate_shared(
-    context: Context, equation: compat.Equation, values: list[Shared]
+    context: Context, equation: jaxprs.Equation, values: list[Shared]
 ) -> list[Shared]:
     """Evaluates an equation that no example enters, and hands its slots on."""
-    outputs = compat.evaluate(equation, [v.value for v in values])
-    taps = [i for i, v in enumerate(values) if v.taps is not None]
+    outputs = jaxprs.evaluate(equation, [v.value for v in values])
+    gradient_slots = [i for i, v in enumerate(values) if v.gradient_slots is not None]
     squares = [i for i, v in enumerate(values) if v.squares is not None]
-    kind = compat.name(equation)
-    if kind == "stop_gradient" or not (taps or squares):
+    kind = jaxprs.name(equation)
+    if kind == "stop_gradient" or not (gradient_slots or squares):
         return [Shared(output) for output in outputs]
     if kind == "convert_element_type" and _is_real(values[0].value) and _is_real(outputs[0]):
         return [values[0]._replace(value=outputs[0])]
     if len(values) == 1 and kind in views.IDENTITIES:
         return [values[0]._replace(value=outputs[0])]
     if len(values) == 1 and kind in REARRANGING:
-        tapped, squared = _rearranged(equation, values[0], len(outputs))
-        return [Shared(*parts) for parts in zip(outputs, tapped, squared, strict=True)]
-    if not taps:
+        gradient_slots, square_slots = _rearranged(equation, values[0], len(outputs))
+        return [Shared(*parts) for parts in zip(outputs, gradient_slots, square_slots, strict=True)]
+    if not gradient_slots:
         return [Shared(output) for output in outputs]
-    lifted = _lifted(context, equation, values, taps)
+    lifted = _lifted(context, equation, values, gradient_slots)
     return [Shared(output, slot) for output, slot in zip(outputs, lifted, strict=True)]
 
 
 def _rearranged(
-    equation: compat.Equation, value: Shared, number: int
+    equation: jaxprs.Equation, value: Shared, number: int
 ) -> tuple[Sequence[Any], Sequence[Any]]:
     """Slots go through an equation that only moves entries as the entries do, in float32."""
-    taps: Sequence[Any] = [None] * number
+    gradient_slots: Sequence[Any] = [None] * number
     squares: Sequence[Any] = [None] * number
-    if value.taps is not None:
-        taps = jax.vmap(lambda x: compat.evaluate(equation, [x]))(value.taps)
+    if value.gradient_slots is not None:
+        gradient_slots = jax.vmap(lambda x: jaxprs.evaluate(equation, [x]))(value.gradient_slots)
     if value.squares is not None:
-        squares = compat.evaluate(equation, [value.squares])
-    return taps, squares
+        squares = jaxprs.evaluate(equation, [value.squares])
+    return gradient_slots, squares
 
 
 def _lifted(
-    context: Context, equation: compat.Equation, values: list[Shared], taps: list[int]
+    context: Context, equation: jaxprs.Equation, values: list[Shared], gradient_slots: list[int]
 ) -> list[Any]:
     """Slots for the per-example gradients of a function of parameters.
 
@@ -219,7 +220,7 @@ def _lifted(
     """
     floating = [i for i, o in enumerate(equation.outvars) if _is_floating(o.aval)]
     shapes = [equation.outvars[i].aval for i in floating]
-    arguments = {i: values[i].value for i in taps}
+    arguments = {i: values[i].value for i in gradient_slots}
     others = {i: v.value for i, v in enumerate(values) if i not in arguments}
 
     @jax.custom_vjp
@@ -234,7 +235,7 @@ def _lifted(
 
         def function(arguments: dict[int, Any]) -> list[Any]:
             operands = arguments | others
-            outputs = compat.evaluate(equation, [operands[i] for i in range(len(operands))])
+            outputs = jaxprs.evaluate(equation, [operands[i] for i in range(len(operands))])
             return [outputs[i] for i in floating]
 
         _, pull = jax.vjp(function, arguments)
@@ -244,7 +245,7 @@ def _lifted(
         return jax.tree.map(jnp.zeros_like, arguments), None, into_inner
 
     slots.defvjp(forward, backward)
-    filled = slots(arguments, others, {i: values[i].taps for i in taps})
+    filled = slots(arguments, others, {i: values[i].gradient_slots for i in gradient_slots})
     by_output = dict(zip(floating, filled, strict=True))
     return [by_output.get(i) for i in range(len(equation.outvars))]
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from cabs_jax.moments import compat
+from cabs_jax.moments import jaxprs
 
 Atom = tuple[int, int]
 IDENTITIES = {"copy", "copy_p", "name", "optimization_barrier", "pvary"}
@@ -102,13 +102,13 @@ def disjoint(first: View, second: View) -> bool:
     )
 
 
-def through(view: View, equation: compat.Equation) -> list[View] | None:
+def through(view: View, equation: jaxprs.Equation) -> list[View] | None:
     """Follows a view through an equation that takes nothing else that is not a constant.
 
     Returns:
       A view for each output, or None where the equation does more than rearrange.
     """
-    kind, params = compat.name(equation), equation.params
+    kind, params = jaxprs.name(equation), equation.params
     shapes = [out.aval.shape for out in equation.outvars]
     if kind in IDENTITIES:
         return [view]

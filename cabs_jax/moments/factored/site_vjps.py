@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cabs_jax.moments import compat, cost, forms, sharding
-from cabs_jax.moments.modes import Choice, Mode, is_small
-from cabs_jax.moments.primitives import Rule
+from cabs_jax.moments import jaxprs, sharding
+from cabs_jax.moments.factored import cost, outer_products
+from cabs_jax.moments.factored.choice import Choice, Mode, copies_are_cheap
+from cabs_jax.moments.factored.primitives import Rule
+from cabs_jax.moments.factored.program import Plan, Site
 from cabs_jax.moments.rewriting import without_batched_convolutions
-from cabs_jax.moments.tracing import Plan, Site
 from cabs_jax.statistics import Variance
 
 PyTree = Any
@@ -28,12 +29,13 @@ class Shared(NamedTuple):
 
     Attributes:
       value: The value.
-      taps: Slot for its per-example gradients, float32, a leading axis of examples, or None.
+      gradient_slots: Slots for its per-example gradients, float32, a leading axis of examples,
+        or None.
       squares: Slot for the sum of their squares, float32, shaped like the value, or None.
     """
 
     value: Any
-    taps: Any = None
+    gradient_slots: Any = None
     squares: Any = None
 
 
@@ -78,14 +80,14 @@ class Context(NamedTuple):
             return x.reshape(self.measured, step, *x.shape[1:])[:, 0]
         return x[: step * self.measured : step]
 
-    def spread(self, taps: jax.Array) -> jax.Array:
+    def spread(self, gradient_slots: jax.Array) -> jax.Array:
         """Puts slots of measured examples where those stand in the batch, zeros elsewhere."""
         if self.measured == self.examples:
-            return taps
+            return gradient_slots
         step = self.examples // self.measured
         after = self.examples - (self.measured - 1) * step - 1
-        config = [(0, after, step - 1)] + [(0, 0, 0)] * (taps.ndim - 1)
-        return lax.pad(taps, jnp.zeros((), taps.dtype), config)
+        config = [(0, after, step - 1)] + [(0, 0, 0)] * (gradient_slots.ndim - 1)
+        return lax.pad(gradient_slots, jnp.zeros((), gradient_slots.dtype), config)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         """An empty slot."""
@@ -105,16 +107,16 @@ def to_batched(context: Context, value: Value) -> Batched:
     shape = jnp.shape(value.value)
     copies = jnp.broadcast_to(value.value, (context.examples, *shape))
     copies = sharding.vary(copies, context.axes)
-    if value.taps is not None:
-        copies = copies + context.spread(value.taps).astype(copies.dtype)
+    if value.gradient_slots is not None:
+        copies = copies + context.spread(value.gradient_slots).astype(copies.dtype)
     return Batched(copies)
 
 
-def evaluate_plain(equation: compat.Equation, values: list[Value]) -> list[Batched]:
+def evaluate_plain(equation: jaxprs.Equation, values: list[Value]) -> list[Batched]:
     """Evaluates an equation for every example."""
     axes = [0 if isinstance(v, Batched) else None for v in values]
     arrays = [v.value for v in values]
-    outputs = jax.vmap(lambda *xs: compat.evaluate(equation, xs), axes)(*arrays)
+    outputs = jax.vmap(lambda *xs: jaxprs.evaluate(equation, xs), axes)(*arrays)
     return [Batched(output) for output in outputs]
 
 
@@ -127,7 +129,7 @@ def evaluate_site(context: Context, number: int, values: list[Value]) -> list[Ba
         return [_by_rule(context, number, values, modes.pop())]
     if site.rule is not None:
         return [_by_rule(context, number, values, Mode.PER_EXAMPLE)]
-    if is_small(site):
+    if copies_are_cheap(site):
         operands = {operand for operand, _ in site.weights}
         lifted = [to_batched(context, v) if i in operands else v for i, v in enumerate(values)]
         return evaluate_plain(site.equation, lifted)
@@ -153,7 +155,7 @@ def _by_rule(context: Context, number: int, values: list[Value], mode: Mode) -> 
         if context.variance == "diagonal"
         else (_norms, context.norms),
         Mode.COLLECTED: (_factors, context.collected.get(number)),
-        Mode.PER_EXAMPLE: (_gradients, weight.taps),
+        Mode.PER_EXAMPLE: (_gradients, weight.gradient_slots),
     }[mode]
 
     assert slot is not None  # without one, what it should report would be lost
@@ -199,12 +201,14 @@ def _norms(
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
         factors = rule.factors(*operands)
         if not direct:
-            return (), forms.gram_norms([factors])
-        g = forms.gradients(factors, rows)
+            return (), outer_products.gram_norms([factors])
+        g = outer_products.gradients(factors, rows)
         return (g if everything else ()), jnp.sum(g * g, axis=(1, 2, 3))
 
     measured = (context.rows(x), context.rows(cotangent))
-    total, norms = forms.over_blocks(block, measured, cost.norm_bytes(rule.sizes(), direct=direct))
+    total, norms = outer_products.over_blocks(
+        block, measured, cost.norm_bytes(rule.sizes(), direct=direct)
+    )
     if direct and everything:
         return rule.assemble(total, w.shape).astype(w.dtype), norms
     return into_w(), norms
@@ -218,13 +222,13 @@ def _square_sums(
     measured = (context.rows(x), context.rows(cotangent))
     _, positions, p, _ = rule.sizes()
     if positions == 1 and not rule.one_hot:
-        return into_w(), rule.assemble(forms.square_sums(rule.factors(*measured)), w.shape)
+        return into_w(), rule.assemble(outer_products.square_sums(rule.factors(*measured)), w.shape)
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
-        g = forms.gradients(rule.factors(*operands), p)
+        g = outer_products.gradients(rule.factors(*operands), p)
         return (g, g * g), ()
 
-    (total, squares), _ = forms.over_blocks(
+    (total, squares), _ = outer_products.over_blocks(
         block, measured, cost.norm_bytes(rule.sizes(), direct=True)
     )
     everything = context.measured == context.examples
@@ -248,7 +252,7 @@ def _gradients(
     """The examples' gradients; that of the batch is their sum, taken at the end."""
     w, x, cotangent = residuals
     factors = rule.factors(context.rows(x), context.rows(cotangent))
-    g = rule.assemble(forms.gradients(factors, rule.sizes()[2]), w.shape)
+    g = rule.assemble(outer_products.gradients(factors, rule.sizes()[2]), w.shape)
     everything = context.measured == context.examples
     return (jnp.zeros_like(w) if everything else into_w()), g
 
@@ -272,7 +276,7 @@ def _by_derivative(context: Context, site: Site, values: list[Value]) -> list[Ba
 
         def function(weights: Any, smoothly: Any) -> list[Any]:
             operands = others | examples | weights | smoothly
-            outputs = compat.evaluate(equation, [operands[i] for i in range(len(operands))])
+            outputs = jaxprs.evaluate(equation, [operands[i] for i in range(len(operands))])
             return [outputs[i] for i in floating]
 
         pull: Any
@@ -305,5 +309,5 @@ def _by_derivative(context: Context, site: Site, values: list[Value]) -> list[Ba
         return into_weights, None, into_examples, slots
 
     apply.defvjp(forward, backward)
-    slots = {i: values[i].taps for i in places}  # type: ignore[union-attr]
+    slots = {i: values[i].gradient_slots for i in places}  # type: ignore[union-attr]
     return [Batched(output) for output in apply(weights, others, examples, slots)]

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 
-from cabs_jax.moments import compat, convolution
+from cabs_jax.moments import convolution, jaxprs
 
 Factors = tuple[jax.Array, jax.Array]
 
@@ -74,14 +74,14 @@ class Rule(NamedTuple):
         return gradient.reshape(*gradient.shape[:lead], *weight_shape)
 
 
-def find_rule(equation: compat.Equation, operand: int) -> Rule | None:
+def find_rule(equation: jaxprs.Equation, operand: int) -> Rule | None:
     """Returns the rule for a weight at one operand of an equation, None if none covers it."""
-    make = RULES.get(compat.name(equation))
+    make = RULES.get(jaxprs.name(equation))
     real = jnp.issubdtype(equation.invars[operand].aval.dtype, jnp.floating)
     return make(equation, operand) if make and real else None
 
 
-def _dot_general(equation: compat.Equation, operand: int) -> Rule | None:
+def _dot_general(equation: jaxprs.Equation, operand: int) -> Rule | None:
     contracting, batching = equation.params["dimension_numbers"]
     w_contract, x_contract = contracting[operand], contracting[1 - operand]
     w_batch, x_batch = batching[operand], batching[1 - operand]
@@ -109,7 +109,7 @@ def _dot_general(equation: compat.Equation, operand: int) -> Rule | None:
     return Rule(operand, w_shape, tuple(w_batch), tuple(w_contract), w_free, positions, factors)
 
 
-def _conv_general_dilated(equation: compat.Equation, operand: int) -> Rule | None:
+def _conv_general_dilated(equation: jaxprs.Equation, operand: int) -> Rule | None:
     params = equation.params
     if operand != 1 or params["batch_group_count"] != 1:
         return None
@@ -134,7 +134,7 @@ def _conv_general_dilated(equation: compat.Equation, operand: int) -> Rule | Non
     return Rule(1, shape, (features,), left, (features + 1,), positions, factors)
 
 
-def _gather(equation: compat.Equation, operand: int) -> Rule | None:
+def _gather(equation: jaxprs.Equation, operand: int) -> Rule | None:
     """Rows of a table, as in an embedding."""
     numbers, table = equation.params["dimension_numbers"], equation.invars[0].aval.shape
     axis = numbers.start_index_map
@@ -174,7 +174,7 @@ def _others(rank: int, *axes: Any) -> tuple[int, ...]:
     return tuple(axis for axis in range(rank) if axis not in taken)
 
 
-RULES: dict[str, Callable[[compat.Equation, int], Rule | None]] = {
+RULES: dict[str, Callable[[jaxprs.Equation, int], Rule | None]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _conv_general_dilated,
     "gather": _gather,

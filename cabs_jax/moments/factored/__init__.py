@@ -1,0 +1,1 @@
+"""The factored method: exact moments without per-example gradients in memory."""
