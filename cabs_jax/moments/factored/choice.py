@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import enum
+import math
 from typing import NamedTuple
 
+from cabs_jax.moments import jaxprs
 from cabs_jax.moments.factored import views
-from cabs_jax.moments.factored.program import Parameter, Plan, Site
+from cabs_jax.moments.factored.cost import Sizes
+from cabs_jax.moments.factored.primitives import Rule
+from cabs_jax.moments.factored.program import Parameter, Program, Site
 from cabs_jax.moments.rewriting import convolves
 from cabs_jax.statistics import Variance
 
-LARGEST_INDEX = 2**24
+LARGEST_INDEX = 2**24  # whole numbers up to here survive as float32
 
 
 class Mode(enum.Enum):
@@ -31,90 +35,117 @@ class Mode(enum.Enum):
     PER_EXAMPLE = "per example"
 
 
+class Use(NamedTuple):
+    """A use of a parameter at a site whose rule gives the factors of its gradient.
+
+    Attributes:
+      number: The number of the site.
+      site: The site.
+      rule: Its rule.
+      view: The parameter as the rule looks at it, in the rule's shape.
+    """
+
+    number: int
+    site: Site
+    rule: Rule
+    view: views.View
+
+    def sizes(self) -> Sizes:
+        """Returns (groups, positions, p, q), every step of the scans around it counted."""
+        groups, positions, p, q = self.rule.sizes()
+        return groups, positions * math.prod(self.site.scans), p, q
+
+    def layout(self) -> Layout | None:
+        """What two uses must share for their outer products to be added up as factors.
+
+        These are the entries of the parameter that the groups, the left and the right factor run
+        through, and where they start. None where there is no such order, or no room for it.
+        """
+        rule, view = self.rule, self.view
+        sides = rule.groups, rule.left, rule.right
+        if not all(views.in_order(view, side) for side in sides):
+            return None
+        if rule.one_hot and rule.sizes()[2] > LARGEST_INDEX:
+            return None
+        groups, left, right = (views.layout(view, side) for side in sides)
+        return groups, frozenset([left, right]), view.offset
+
+
+Layout = tuple[tuple[views.Dim, ...], frozenset[tuple[views.Dim, ...]], int]
+
+
 class Choice(NamedTuple):
-    """The way chosen for a parameter, the reason, and the sites that use it."""
+    """How a parameter is measured.
+
+    Attributes:
+      mode: The way chosen.
+      reason: Why, where it is not the obvious one.
+      sites: Numbers of the sites where it meets the example.
+      uses: The same as uses of rules; empty where the mode is PER_EXAMPLE or UNUSED.
+    """
 
     mode: Mode
     reason: str
     sites: tuple[int, ...]
+    uses: tuple[Use, ...] = ()
 
 
-def choose(plan: Plan, num_params: int, variance: Variance) -> tuple[Choice, ...]:
+def choose(program: Program, num_params: int, variance: Variance) -> tuple[Choice, ...]:
     """Chooses a mode for every parameter leaf."""
-    uses: list[list[tuple[int, Parameter]]] = [[] for _ in range(num_params)]
-    for number, site in enumerate(plan.sites):
-        for _, parameter in site.weights:
+    found: list[list[tuple[int, Parameter]]] = [[] for _ in range(num_params)]
+    for number, site in enumerate(program.sites):
+        for _, parameter in site.parameters:
             for leaf in parameter.leaves:
-                uses[leaf].append((number, parameter))
-    return tuple(_choose(plan.sites, found, variance) for found in uses)
-
-
-def weight(site: Site) -> tuple[Parameter, views.View]:
-    """Returns the only weight of a site that has a rule, and its view in the rule's shape."""
-    ((_, parameter),) = site.weights
-    assert parameter.view is not None
-    assert site.rule is not None
-    view = views.reshaped(parameter.view, site.rule.shape)
-    assert view is not None
-    return parameter, view
+                found[leaf].append((number, parameter))
+    return tuple(_choose(program.sites, at, variance) for at in found)
 
 
 def _choose(
     sites: tuple[Site, ...], found: list[tuple[int, Parameter]], variance: Variance
 ) -> Choice:
+    """Chooses a mode for a parameter that was found at some sites, by number."""
     numbers = tuple(dict.fromkeys(number for number, _ in found))
     if not found:
         return Choice(Mode.UNUSED, "the loss does not depend on it", ())
+    uses: list[Use] = []
     for number, parameter in found:
-        reason = _no_factors(sites[number], parameter)
-        if reason:
-            return Choice(Mode.PER_EXAMPLE, reason, numbers)
-    seen = [weight(sites[number])[1] for number in numbers]
+        use = _use(number, sites[number], parameter)
+        if isinstance(use, str):
+            return Choice(Mode.PER_EXAMPLE, use, numbers)
+        uses.append(use)
+    seen = [use.view for use in uses]
     once = all(view.repeats == 1 for view in seen)
     apart = all(views.disjoint(a, b) for i, a in enumerate(seen) for b in seen[:i])
     if once and apart:
-        return Choice(Mode.IN_PLACE, "", numbers)
-    layouts = {layout(sites[number]) for number in numbers}
+        return Choice(Mode.IN_PLACE, "", numbers, tuple(uses))
+    # Squares of entries need the whole gradient; so do slices that a scan takes in turn.
     if variance == "diagonal" or any(view.looped for view in seen):
-        return Choice(Mode.PER_EXAMPLE, f"{len(numbers)} uses", numbers)
+        return Choice(Mode.PER_EXAMPLE, f"{len(uses)} uses", numbers)
+    layouts = {use.layout() for use in uses}
     if len(layouts) == 1 and None not in layouts:
-        return Choice(Mode.COLLECTED, f"{len(numbers)} uses", numbers)
+        return Choice(Mode.COLLECTED, f"{len(uses)} uses", numbers, tuple(uses))
     return Choice(Mode.PER_EXAMPLE, "its uses overlap in different layouts", numbers)
 
 
-def layout(site: Site) -> tuple[object, ...] | None:
-    """What two uses of a parameter must share for their outer products to be added as factors."""
-    rule, (_, view) = site.rule, weight(site)
-    assert rule is not None
-    axes = rule.groups, rule.left, rule.right
-    if not all(views.in_order(view, side) for side in axes):
-        return None
-    if rule.one_hot and rule.sizes()[2] > LARGEST_INDEX:
-        return None
-    groups, left, right = (views.layout(view, side) for side in axes)
-    return groups, frozenset([left, right]), view.offset
-
-
-def _no_factors(site: Site, parameter: Parameter) -> str:
-    """Says why a use of a parameter does not come as factors; empty if it does."""
-    primitive = site.equation.primitive.name if site.equation else "the loss"
+def _use(number: int, site: Site, parameter: Parameter) -> Use | str:
+    """The use of a parameter at a site, or why its gradient there does not come as factors."""
+    primitive = jaxprs.name(site.equation) if site.equation else "the loss"
     if site.rule is None:
         return f"no rule for {primitive}"
     if parameter.view is None:
         return f"a computed weight of {primitive}"
-    if views.reshaped(parameter.view, site.rule.shape) is None:
-        return f"an unusual view in {primitive}"
-    return ""
+    view = views.reshaped(parameter.view, site.rule.shape)
+    return Use(number, site, site.rule, view) if view else f"an unusual view in {primitive}"
 
 
 def copies_are_cheap(site: Site) -> bool:
-    """Whether a copy of the weights for each example is no larger than what the site puts out.
+    """Whether a copy of the parameters for each example is no larger than what the site puts out.
 
     Where there is a convolution, such copies would make a convolution of two batched operands.
     """
-    if site.equation is None or site.equation.primitive.name == "scan":
+    if site.equation is None or jaxprs.name(site.equation) == "scan":
         return True
     if convolves(site.equation):
         return False
-    weights = sum(site.equation.invars[operand].aval.size for operand, _ in site.weights)
-    return bool(weights <= sum(out.aval.size for out in site.equation.outvars))
+    copied = sum(site.equation.invars[place].aval.size for place, _ in site.parameters)
+    return bool(copied <= sum(out.aval.size for out in site.equation.outvars))

@@ -1,4 +1,22 @@
-"""Evaluates a sorted per-example loss for a whole batch."""
+"""Evaluates a sorted per-example loss for a whole batch.
+
+The interpreter goes through the equations in order, as `jax.vmap` would, but keeps apart what is
+the same for all examples (`Shared`) and what is not (`Batched`). So a parameter stays one array,
+and is not copied for every example, until it meets the example at a site.
+
+On its way there a parameter may be reshaped, sliced, cast, or squared: equations that no example
+enters, evaluated once. Its slots have to come along, and what is put into them at the site has to
+find its way back to the parameter itself:
+
+* A view (reshape, transpose, slice) moves entries about. Slots are moved in the same way; JAX's own
+  derivative of that moves their cotangents back.
+* Any other function u = f(w) changes the gradient. The output is given new slots s, for the
+  gradients of the examples with respect to u; a derivative rule pulls each of them back through f
+  on its own, g_i = f'(w)ᵀ ∂ℓ/∂s_i, into the slots of w.
+
+The whole evaluation is differentiated once, by `batch_sums`. Checkpoints and scans stay what they
+were, and custom derivative rules of the user's are evaluated as one equation and keep their effect.
+"""
 
 from __future__ import annotations
 
@@ -11,42 +29,29 @@ from jax import lax
 
 from cabs_jax.moments import jaxprs
 from cabs_jax.moments.factored import views
-from cabs_jax.moments.factored.program import CONSTANT, Kind, Program, Step
-from cabs_jax.moments.factored.site_vjps import (
+from cabs_jax.moments.factored.program import CONSTANT, Kind, SortedJaxpr, Step
+from cabs_jax.moments.factored.site_vjps import evaluate_site
+from cabs_jax.moments.factored.values import (
     Batched,
     Context,
     Shared,
     Value,
-    evaluate_plain,
-    evaluate_site,
+    evaluate_batched,
     slot_dtype,
     to_batched,
 )
+from cabs_jax.statistics import PyTree
 
-PyTree = Any
-REARRANGING = {
-    "broadcast_in_dim",
-    "reshape",
-    "slice",
-    "split",
-    "squeeze",
-    "transpose",
-}
+REARRANGING = {"broadcast_in_dim", "reshape", "slice", "split", "squeeze", "transpose"}
 
 
-def run(context: Context, program: Program, inputs: Sequence[Value]) -> list[Value]:
-    """Evaluates a program; its inputs and outputs are shared by the examples or batched."""
-    constants = zip(program.jaxpr.constvars, map(Shared, program.consts), strict=True)
-    known: dict[Any, Value] = dict(constants)
-    known |= zip(program.jaxpr.invars, inputs, strict=True)
+def run(context: Context, body: SortedJaxpr, inputs: Sequence[Value]) -> list[Value]:
+    """Evaluates a sorted jaxpr; its inputs and outputs are shared by the examples or batched."""
 
-    def read(atom: jaxprs.Atom) -> Value:
-        return Shared(atom.val) if jaxprs.is_literal(atom) else known[atom]
+    def visit(step: Step, values: list[Value]) -> Sequence[Value]:
+        return _evaluate(context, step, values)
 
-    for step in program.steps:
-        outputs = _evaluate(context, step, [read(atom) for atom in step.equation.invars])
-        known |= zip(step.equation.outvars, outputs, strict=True)
-    return [read(atom) for atom in program.jaxpr.outvars]
+    return jaxprs.walk(body.jaxpr, body.consts, inputs, body.steps, visit, Shared)
 
 
 def _evaluate(context: Context, step: Step, values: list[Value]) -> Sequence[Value]:
@@ -54,8 +59,9 @@ def _evaluate(context: Context, step: Step, values: list[Value]) -> Sequence[Val
     if step.kind is Kind.SITE:
         return evaluate_site(context, step.site, values)
     if step.kind is Kind.SHIFT:
+        # Its gradient is the same for all examples, and is taken once, by `shift`.
         fixed = [Shared(lax.stop_gradient(v.value)) if isinstance(v, Shared) else v for v in values]
-        return evaluate_plain(equation, fixed)
+        return evaluate_batched(equation, fixed)
     if inner is not None and step.kind is Kind.CALL:
         return run(context, inner, values)
     if inner is not None and step.kind is Kind.CHECKPOINT:
@@ -69,95 +75,50 @@ def _evaluate(context: Context, step: Step, values: list[Value]) -> Sequence[Val
     if inner is not None and step.kind is Kind.SCAN:
         return _scan(context, equation, inner, values)
     if any(isinstance(value, Batched) for value in values):
-        return evaluate_plain(equation, values)
+        return evaluate_batched(equation, values)
     return _evaluate_shared(context, equation, [v for v in values if isinstance(v, Shared)])
 
 
-def shift(
-    context: Context, program: Program, inputs: Sequence[Shared | None]
-) -> tuple[jax.Array, list[Shared | None]]:
-    """Sums the terms of the loss that depend on parameters alone.
-
-    Args:
-      context: As for `run`.
-      program: The program.
-      inputs: The parameters' values, and None for what depends on the example.
-
-    Returns:
-      The sum, and those outputs of the program that depend on parameters alone.
-    """
-    total = jnp.zeros((), jnp.float32)
-    known: dict[Any, Shared | None] = {
-        var: Shared(const)
-        for var, const in zip(program.jaxpr.constvars, program.consts, strict=True)
-    }
-    known |= zip(program.jaxpr.invars, inputs, strict=True)
-
-    def read(atom: jaxprs.Atom) -> Shared | None:
-        return Shared(atom.val) if jaxprs.is_literal(atom) else known[atom]
-
-    for step in program.steps:
-        values = [read(atom) for atom in step.equation.invars]
-        given = [value for value in values if value is not None]
-        outputs: list[Shared | None] = [None] * len(step.equation.outvars)
-        if step.kind is Kind.CALL and step.inner is not None:
-            more, outputs = shift(context, step.inner, values)
-            total = total + more
-        elif step.kind is Kind.SHIFT:
-            total = total + sum(value.value for value in given).astype(jnp.float32)
-        elif len(given) == len(values):
-            outputs = list(_evaluate_shared(context, step.equation, given))
-        known |= zip(step.equation.outvars, outputs, strict=True)
-    return total, [read(atom) for atom in program.jaxpr.outvars]
-
-
-def has_shift(program: Program) -> bool:
-    """Whether the loss has terms that depend on parameters alone."""
-    return any(
-        step.kind is Kind.SHIFT or (step.inner is not None and has_shift(step.inner))
-        for step in program.steps
-    )
-
-
 def _scan(
-    context: Context, equation: jaxprs.Equation, program: Program, values: list[Value]
+    context: Context, equation: jaxprs.Equation, body: SortedJaxpr, values: list[Value]
 ) -> list[Value]:
-    """Scans a body whose steps see the whole batch, and the slots of their own."""
+    """Runs a scan for the whole batch: step t sees all examples.
+
+    The factors of a site in the body differ from step to step, so their slots are scanned over,
+    like the inputs of the scan. The slots of constants and the slot for norms are the same at
+    every step, and add up.
+    """
     consts, carry, xs = jaxprs.split_scan(equation, values)
-    _, carry_origins, _ = jaxprs.split_scan(equation, program.inputs)
-    outcomes = [*carry_origins, *program.outputs[len(carry) :]]
-    slots = {n: context.collected[n] for n in _sites(program) if n in context.collected}
+    _, carry_origins, _ = jaxprs.split_scan(equation, body.inputs)
+    origins = [*carry_origins, *body.outputs[len(carry) :]]
+    slots = {n: context.factors[n] for n in _numbers(body) if n in context.factors}
 
     def settle(outputs: list[Value]) -> list[Value]:
+        # A scan wants its carry alike at every step: batched from the start if ever.
         return [
-            _strong(output if origin is CONSTANT else to_batched(context, output))
-            for output, origin in zip(outputs, outcomes, strict=False)
+            _strong(output if origin is CONSTANT else to_batched(context.sample, output))
+            for output, origin in zip(outputs, origins, strict=False)
         ]
 
-    def body(state: list[Value], scanned: PyTree) -> tuple[list[Value], list[Value]]:
-        slices, collected = scanned
-        outputs = settle(
-            run(context._replace(collected=collected), program, [*consts, *state, *slices])
-        )
+    def step(state: list[Value], scanned: PyTree) -> tuple[list[Value], list[Value]]:
+        slices, factors = scanned
+        within = context._replace(factors=factors)
+        outputs = settle(run(within, body, [*consts, *state, *slices]))
         return outputs[: len(state)], outputs[len(state) :]
 
-    state, ys = lax.scan(
-        body,
-        settle(carry),
-        ([_swap_examples(x) for x in xs], slots),
-        length=equation.params["length"],
-        reverse=equation.params["reverse"],
-        unroll=equation.params["unroll"],
-    )
+    options = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
+    scanned = [_swap_examples(x) for x in xs], slots
+    state, ys = lax.scan(step, settle(carry), scanned, **options)
     return [*state, *map(_swap_examples, ys)]
 
 
 def _swap_examples(value: Value) -> Value:
-    """Swaps the axis of examples with that of a scan."""
+    """Swaps the axis of examples with that of a scan: (m, steps, ...) and (steps, m, ...)."""
     if isinstance(value, Batched):
         return Batched(value.value.swapaxes(0, 1))
-    gradient_slots = None if value.gradient_slots is None else value.gradient_slots.swapaxes(0, 1)
-    return value._replace(gradient_slots=gradient_slots)
+    if value.gradient_slots is None:
+        return value
+    return value._replace(gradient_slots=value.gradient_slots.swapaxes(0, 1))
 
 
 def _strong(value: Value) -> Value:
@@ -168,91 +129,81 @@ def _strong(value: Value) -> Value:
     return value._replace(value=lax.convert_element_type(x, x.dtype))
 
 
-def _sites(program: Program) -> list[int]:
-    found = [step.site for step in program.steps if step.site >= 0]
-    for step in program.steps:
-        found += _sites(step.inner) if step.inner is not None else []
-    return found
+def _numbers(body: SortedJaxpr) -> list[int]:
+    """The numbers of all sites in a sorted jaxpr."""
+    found = [step.site for step in body.steps if step.site >= 0]
+    return found + [n for step in body.steps if step.inner for n in _numbers(step.inner)]
 
 
 def _evaluate_shared(
     context: Context, equation: jaxprs.Equation, values: list[Shared]
 ) -> list[Shared]:
-    """Evaluates an equation that no example enters, and hands its slots on."""
+    """Evaluates an equation that no example enters, and brings the slots along."""
     outputs = jaxprs.evaluate(equation, [v.value for v in values])
-    gradient_slots = [i for i, v in enumerate(values) if v.gradient_slots is not None]
-    squares = [i for i, v in enumerate(values) if v.squares is not None]
-    kind = jaxprs.name(equation)
-    if kind == "stop_gradient" or not (gradient_slots or squares):
+    primitive = jaxprs.name(equation)
+    gradients = any(v.gradient_slots is not None for v in values)
+    squares = any(v.square_slots is not None for v in values)
+    if primitive == "stop_gradient" or not (gradients or squares):
         return [Shared(output) for output in outputs]
-    if kind == "convert_element_type" and _is_real(values[0].value) and _is_real(outputs[0]):
-        return [values[0]._replace(value=outputs[0])]
-    if len(values) == 1 and kind in views.IDENTITIES:
-        return [values[0]._replace(value=outputs[0])]
-    if len(values) == 1 and kind in REARRANGING:
-        gradient_slots, square_slots = _rearranged(equation, values[0], len(outputs))
-        return [Shared(*parts) for parts in zip(outputs, gradient_slots, square_slots, strict=True)]
-    if not gradient_slots:
+    if len(values) == 1:
+        (value,) = values
+        # Slots are float32 (or complex64) whatever the value is cast to.
+        cast = primitive == "convert_element_type" and _is_real(value.value, outputs[0])
+        if cast or primitive in views.IDENTITIES:
+            return [value._replace(value=outputs[0])]
+        if primitive in REARRANGING:
+            return _rearranged(equation, value, outputs)
+    if not gradients:  # a parameter whose squares are wanted is never measured behind this
         return [Shared(output) for output in outputs]
-    lifted = _lifted(context, equation, values, gradient_slots)
-    return [Shared(output, slot) for output, slot in zip(outputs, lifted, strict=True)]
+    slots = _new_slots(context, equation, values)
+    return [Shared(output, slots.get(i)) for i, output in enumerate(outputs)]
 
 
-def _rearranged(
-    equation: jaxprs.Equation, value: Shared, number: int
-) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Slots go through an equation that only moves entries as the entries do, in float32."""
-    gradient_slots: Sequence[Any] = [None] * number
-    squares: Sequence[Any] = [None] * number
-    if value.gradient_slots is not None:
+def _rearranged(equation: jaxprs.Equation, value: Shared, outputs: list[Any]) -> list[Shared]:
+    """Moves slots as an equation moves the entries of its operand."""
+    none = [None] * len(outputs)
+    gradient_slots: Sequence[Any] = none
+    square_slots: Sequence[Any] = none
+    if value.gradient_slots is not None:  # (n, *shape): the same for every example
         gradient_slots = jax.vmap(lambda x: jaxprs.evaluate(equation, [x]))(value.gradient_slots)
-    if value.squares is not None:
-        squares = jaxprs.evaluate(equation, [value.squares])
-    return gradient_slots, squares
+    if value.square_slots is not None:
+        square_slots = jaxprs.evaluate(equation, [value.square_slots])
+    return [Shared(*parts) for parts in zip(outputs, gradient_slots, square_slots, strict=True)]
 
 
-def _lifted(
-    context: Context, equation: jaxprs.Equation, values: list[Shared], gradient_slots: list[int]
-) -> list[Any]:
-    """Slots for the per-example gradients of a function of parameters.
+def _new_slots(
+    context: Context, equation: jaxprs.Equation, values: list[Shared]
+) -> dict[int, jax.Array]:
+    """Slots for the per-example gradients of a function u = f(w) of parameters, by output.
 
-    What comes back to them is pulled back, example by example, to the slots of its arguments.
+    What comes back to them is pulled back through f, one example at a time, into the slots of the
+    arguments w. Nothing goes to w itself: the gradient of the batch is the sum of these.
     """
-    floating = [i for i, o in enumerate(equation.outvars) if _is_floating(o.aval)]
-    shapes = [equation.outvars[i].aval for i in floating]
-    arguments = {i: values[i].value for i in gradient_slots}
-    others = {i: v.value for i, v in enumerate(values) if i not in arguments}
+    floating = [i for i, v in enumerate(equation.outvars) if jaxprs.carries_gradient(v)]
+    avals = [equation.outvars[i].aval for i in floating]
+    inner = {i: v.gradient_slots for i, v in enumerate(values) if v.gradient_slots is not None}
+    arguments = {i: values[i].value for i in inner}
+    others = {i: v.value for i, v in enumerate(values) if i not in inner}
 
     @jax.custom_vjp
     def slots(arguments: dict[int, Any], others: dict[int, Any], inner: Any) -> list[Any]:
-        return [context.zeros((context.measured, *s.shape), slot_dtype(s.dtype)) for s in shapes]
+        n = context.sample.measured
+        return [context.sample.zeros((n, *aval.shape), slot_dtype(aval.dtype)) for aval in avals]
 
     def forward(arguments: Any, others: Any, inner: Any) -> tuple[list[Any], Any]:
         return slots(arguments, others, inner), (arguments, others)
 
     def backward(saved: Any, cotangents: list[Any]) -> tuple[Any, Any, Any]:
         arguments, others = saved
-
-        def function(arguments: dict[int, Any]) -> list[Any]:
-            operands = arguments | others
-            outputs = jaxprs.evaluate(equation, [operands[i] for i in range(len(operands))])
-            return [outputs[i] for i in floating]
-
-        _, pull = jax.vjp(function, arguments)
-        cast = [c.astype(shape.dtype) for c, shape in zip(cotangents, shapes, strict=True)]
-        (pulled,) = jax.vmap(pull)(cast)
-        into_inner = {i: p.astype(slot_dtype(p.dtype)) for i, p in pulled.items()}
+        _, pull = jax.vjp(lambda w: jaxprs.floating_outputs(equation, w | others), arguments)
+        cast = [c.astype(aval.dtype) for c, aval in zip(cotangents, avals, strict=True)]
+        (pulled,) = jax.vmap(pull)(cast)  # (n, *u.shape) to (n, *w.shape)
+        into_inner = {i: g.astype(slot_dtype(g.dtype)) for i, g in pulled.items()}
         return jax.tree.map(jnp.zeros_like, arguments), None, into_inner
 
     slots.defvjp(forward, backward)
-    filled = slots(arguments, others, {i: values[i].gradient_slots for i in gradient_slots})
-    by_output = dict(zip(floating, filled, strict=True))
-    return [by_output.get(i) for i in range(len(equation.outvars))]
+    return dict(zip(floating, slots(arguments, others, inner), strict=True))
 
 
-def _is_real(x: Any) -> bool:
-    return bool(jnp.issubdtype(x.dtype, jnp.floating))
-
-
-def _is_floating(aval: Any) -> bool:
-    return bool(jnp.issubdtype(aval.dtype, jnp.inexact))
+def _is_real(*arrays: Any) -> bool:
+    return all(jnp.issubdtype(x.dtype, jnp.floating) for x in arrays)

@@ -7,7 +7,7 @@ ask for the highest precision: (1/m) Σ‖g‖² − ‖ḡ‖² cancels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cabs_jax.moments import jaxprs, sharding
-from cabs_jax.moments.factored import cost
 from cabs_jax.moments.factored.primitives import Factors
-
-PyTree = Any
 
 
 def _einsum(formula: str, *operands: jax.Array) -> jax.Array:
@@ -82,68 +79,6 @@ def square_sums(factors: Factors) -> jax.Array:
     """Σ_i g_i² (groups, p, q) for a single position per example."""
     left, right = factors
     return _einsum("bktp,bktq->kpq", _square(left), _square(right))
-
-
-def over_blocks(
-    function: Callable[[PyTree], tuple[PyTree, PyTree]], operands: PyTree, bytes_per_example: int
-) -> tuple[PyTree, PyTree]:
-    """Applies `function(operands) -> (summands, rows)` to a batch, block by block.
-
-    Where the batch may be split over devices, each device's sums are kept apart until the end, so
-    that no block waits for a reduction over devices.
-
-    Args:
-      function: Returns arrays to be summed over examples and arrays to be kept, all with a leading
-        example axis. The summands of examples that are all zero must be zero.
-      operands: Arrays with a leading example axis.
-      bytes_per_example: What the function needs for one example.
-
-    Returns:
-      The sums, and the rows in the order of the operands.
-    """
-    leaves = jax.tree.leaves(operands)
-    examples, axes = leaves[0].shape[0], tuple(jaxprs.varying_axes(leaves[0]))
-    devices = jax.device_count()
-    lanes = devices if not axes and examples % devices == 0 else 1
-    size, count = cost.blocks(examples, bytes_per_example, lanes)
-
-    def add_up(summands: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda x: jnp.sum(x.reshape(lanes, size // lanes, *x.shape[1:]), axis=1), summands
-        )
-
-    def across(sums: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
-
-    if count == 1:
-        summands, rows = function(operands)
-        return across(add_up(summands)), rows
-
-    def strided(x: jax.Array) -> jax.Array:
-        padding = ((0, size * count - examples), *((0, 0),) * (x.ndim - 1))
-        padded = jnp.pad(x, padding) if size * count > examples else x
-        return padded.reshape(size, count, *x.shape[1:])
-
-    operands = jax.tree.map(strided, operands)
-
-    def block(index: jax.Array) -> tuple[PyTree, PyTree]:
-        taken = jax.tree.map(
-            lambda x: lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False), operands
-        )
-        summands, rows = function(taken)
-        return add_up(summands), rows
-
-    def step(sums: PyTree, index: jax.Array) -> tuple[PyTree, PyTree]:
-        more, rows = block(index)
-        return jax.tree.map(jnp.add, sums, more), rows
-
-    shapes, _ = jax.eval_shape(block, jnp.zeros((), jnp.int32))
-    start = jax.tree.map(lambda s: sharding.vary(jnp.zeros(s.shape, s.dtype), axes), shapes)
-    sums, rows = lax.scan(step, start, jnp.arange(count))
-    ordered = jax.tree.map(
-        lambda r: r.swapaxes(0, 1).reshape(size * count, *r.shape[2:])[:examples], rows
-    )
-    return across(sums), ordered
 
 
 def _is_indices(left: jax.Array) -> bool:

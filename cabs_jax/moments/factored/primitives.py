@@ -1,6 +1,6 @@
-"""One rule per primitive: how a weight's gradient follows from its input and output cotangent.
+"""One rule per primitive: how a parameter's gradient follows from its input and output cotangent.
 
-Where a weight w meets an example in an equation y = f(w, x) that is linear in w, the gradient of
+Where a parameter w meets an example in an equation y = f(w, x) that is linear in w, the gradient of
 one example is a sum of outer products over positions t,
 
     g[k, p, q] = Σ_t  left[k, t, p] · right[k, t, q],
@@ -10,9 +10,10 @@ with `left` made of x, `right` made of the cotangent of y, and k running over gr
 
 To teach it a primitive:
 
-1. Write `def _rule(equation, operand) -> Rule | None`. `operand` says which input is the weight.
-   Return None for a case the rule does not cover: it is then differentiated example by example.
-2. In the `Rule`, give the shape to which the weight is to be reshaped so that every axis belongs
+1. Write `def _rule(equation, operand) -> Rule | None`. `operand` says which input is the
+   parameter. Return None for a case that the rule does not cover: it is then differentiated example
+   by example.
+2. In the `Rule`, give the shape to which the parameter is to be reshaped so that every axis belongs
    wholly to the groups, to `left` or to `right`; which axes those are, in the order in which they
    are flattened; and the number of positions.
 3. Give `factors(x, cotangent)`. Both arrive with a leading axis of examples, and in the layout of
@@ -37,11 +38,11 @@ Factors = tuple[jax.Array, jax.Array]
 
 
 class Rule(NamedTuple):
-    """How the gradient of a weight is made of outer products.
+    """How the gradient of a parameter is made of outer products.
 
     Attributes:
-      operand: Which operand of the equation is the weight.
-      shape: Shape of the weight, its axes split where one belongs to two of the following.
+      operand: Which operand of the equation is the parameter.
+      shape: Shape of the parameter, its axes split where one belongs to two of the following.
       groups: Axes of that shape which stay apart.
       left: Axes that come from the input.
       right: Axes that come from the cotangent of the output.
@@ -64,18 +65,18 @@ class Rule(NamedTuple):
         count = [math.prod(self.shape[a] for a in axes) for axes in self[2:5]]
         return count[0], self.positions, count[1], count[2]
 
-    def assemble(self, gradient: jax.Array, weight_shape: tuple[int, ...]) -> jax.Array:
-        """Lays a gradient of shape (..., groups, p, q) out like the weight."""
+    def assemble(self, gradient: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Lays a gradient of shape (..., groups, p, q) out like the parameter."""
         lead = gradient.ndim - 3
         order = (*self.groups, *self.left, *self.right)
         gradient = gradient.reshape(*gradient.shape[:lead], *(self.shape[a] for a in order))
         back = [lead + order.index(axis) for axis in range(len(order))]
         gradient = gradient.transpose(*range(lead), *back)
-        return gradient.reshape(*gradient.shape[:lead], *weight_shape)
+        return gradient.reshape(*gradient.shape[:lead], *shape)
 
 
 def find_rule(equation: jaxprs.Equation, operand: int) -> Rule | None:
-    """Returns the rule for a weight at one operand of an equation, None if none covers it."""
+    """Returns the rule for a parameter at one operand of an equation, None if none covers it."""
     make = RULES.get(jaxprs.name(equation))
     real = jnp.issubdtype(equation.invars[operand].aval.dtype, jnp.floating)
     return make(equation, operand) if make and real else None

@@ -1,26 +1,30 @@
 """Where the parameters of a per-example loss meet the example.
 
-`plan` walks the jaxpr of `loss_fn(params, example)` once and sorts its equations. What depends on
-the example differs from one example to the next; what depends on the parameters alone is the same
-for all. An equation that takes some of both is a *site*: the gradient of a parameter is the sum of
-what comes back from its sites. The walk goes into jit, checkpoint and scan; anything else that
-holds a jaxpr is one equation to it.
+`trace_program` traces `loss_fn(params, example)` for one example and sorts the equations of its
+jaxpr by what they depend on. What depends on the example differs from one example to the next; what
+depends on the parameters alone is the same for all. An equation that takes some of both is a
+*site*: by the chain rule, the gradient of a parameter is the sum of what comes back from its sites.
+The walk goes into jit, checkpoint and scan; anything else that holds a jaxpr (cond, while, a custom
+derivative rule) is one equation to it.
 
 A term of the loss that depends on parameters alone, such as a penalty on their norm, is no site: it
-adds the same to the gradient of every example, which moves their mean and leaves their variance.
+adds the same to the gradient of every example, which moves their mean and leaves their variance. It
+is a *shift*.
 """
 
 from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from cabs_jax.moments import jaxprs
 from cabs_jax.moments.factored import primitives, views
+from cabs_jax.statistics import PyTree
 
 
 class Parameter(NamedTuple):
@@ -59,24 +63,24 @@ class Kind(enum.Enum):
 
 
 class Step(NamedTuple):
-    """One equation of a program.
+    """One equation of a sorted jaxpr.
 
     Attributes:
       kind: How it is evaluated.
       equation: The equation.
-      inner: The program inside it.
+      inner: The sorted jaxpr inside it, if the walk goes there.
       site: Its number, if it is a site.
       leaves: The parameters that a shift depends on.
     """
 
     kind: Kind
     equation: jaxprs.Equation
-    inner: Program | None = None
+    inner: SortedJaxpr | None = None
     site: int = -1
     leaves: frozenset[int] = frozenset()
 
 
-class Program(NamedTuple):
+class SortedJaxpr(NamedTuple):
     """A jaxpr whose equations are sorted.
 
     Attributes:
@@ -98,112 +102,130 @@ class Site(NamedTuple):
     """A place where parameters meet the example.
 
     Attributes:
-      equation: The equation; the scan that it starts, or None, for a parameter that becomes a
-        value of the example's (a carry, a loss).
-      weights: For each operand that depends on parameters alone: its place and origin.
-      rule: The rule of the equation's primitive, if it has one for this operand.
-      depth: Lengths of the scans around it.
+      equation: The equation. Where a parameter is not an operand but becomes a value of the
+        example's own: the scan whose carry it starts or is stored in, or None for the loss itself.
+      parameters: For each operand that depends on parameters alone: its place and origin.
+      rule: The rule of the equation's primitive, if there is one parameter and a rule covers it.
+      scans: Lengths of the scans around it, outermost first.
     """
 
     equation: jaxprs.Equation
-    weights: tuple[tuple[int, Parameter], ...]
+    parameters: tuple[tuple[int, Parameter], ...]
     rule: primitives.Rule | None
-    depth: tuple[int, ...]
+    scans: tuple[int, ...]
 
 
-class Plan(NamedTuple):
-    """The sorted per-example loss."""
+class Program(NamedTuple):
+    """The sorted per-example loss.
 
-    program: Program
+    Attributes:
+      body: Its jaxpr.
+      sites: Where parameters meet the example, in the order of their numbers.
+      out_tree: Structure of what it returns.
+    """
+
+    body: SortedJaxpr
     sites: tuple[Site, ...]
+    out_tree: Any
 
 
-def plan(closed: Any, num_params: int, differentiable: Sequence[bool]) -> Plan:
-    """Sorts the jaxpr of `loss_fn(params, example)`.
+def trace_program(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree) -> Program:
+    """Traces `loss_fn(params, example)`, whose first output is the loss, and sorts it.
 
     Args:
-      closed: Closed jaxpr; its first `num_params` inputs are the leaves of the parameters.
-      num_params: Number of parameter leaves.
-      differentiable: Which of them a gradient is wanted for.
+      loss_fn: The per-example loss.
+      params: Its parameters; those that are not floating-point count as constants.
+      batch: Examples with a leading axis, or `ShapeDtypeStruct`s of them.
     """
+    closed, out_tree = jaxprs.trace(loss_fn, params, jax.tree.map(_first, batch))
     jaxpr, consts = jaxprs.open_jaxpr(closed)
+    leaves = jax.tree.leaves(params)
     origins: list[Origin] = [
-        Parameter(frozenset([leaf]), views.whole(leaf, var.aval.shape))
-        if differentiable[leaf]
+        Parameter(frozenset([i]), views.whole(i, jnp.shape(leaf)))
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
         else CONSTANT
-        for leaf, var in enumerate(jaxpr.invars[:num_params])
+        for i, leaf in enumerate(leaves)
     ]
-    origins += [EXAMPLE] * (len(jaxpr.invars) - num_params)
+    origins += [EXAMPLE] * (len(jaxpr.invars) - len(leaves))
     sites: list[Site] = []
-    program = _walk(jaxpr, consts, tuple(origins), (), sites, (True,))
-    sites += _copies(None, program.outputs[:1], ())
-    return Plan(program, tuple(sites))
+    body = _walk(jaxpr, consts, tuple(origins), (), sites, (True,))
+    sites += _copies(None, body.outputs[:1], ())
+    return Program(body, tuple(sites), out_tree)
 
 
-def shifting(program: Program) -> frozenset[int]:
+def shifting(body: SortedJaxpr) -> frozenset[int]:
     """The parameters that add the same to the loss of every example."""
     return frozenset[int]().union(
-        *(step.leaves for step in program.steps),
-        *(shifting(step.inner) for step in program.steps if step.inner),
+        *(step.leaves for step in body.steps),
+        *(shifting(step.inner) for step in body.steps if step.inner),
     )
+
+
+def _first(x: Any) -> Any:
+    """The first example of an array, or of what describes one.
+
+    Not by `eval_shape`, whose result is no valid argument where some mesh axes are manual.
+    """
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    return jax.lax.index_in_dim(x, 0, keepdims=False)
 
 
 def _walk(
     jaxpr: jaxprs.Jaxpr,
     consts: Sequence[Any],
     inputs: tuple[Origin, ...],
-    depth: tuple[int, ...],
+    scans: tuple[int, ...],
     sites: list[Site],
     summed: tuple[bool, ...] = (),
-) -> Program:
-    """Sorts a jaxpr; `summed` tells which of its first outputs are terms of the loss."""
+) -> SortedJaxpr:
+    """Sorts a jaxpr and appends its sites to `sites`.
+
+    `summed` tells which of its first outputs enter the loss as terms of a sum.
+    """
     terms = _terms(jaxpr, summed)
-    known: dict[Any, Origin] = dict.fromkeys(jaxpr.constvars, CONSTANT)
-    known |= zip(jaxpr.invars, inputs, strict=True)
+    steps: list[Step] = []
 
-    def read(atom: jaxprs.Atom) -> Origin:
-        return CONSTANT if jaxprs.is_literal(atom) else known[atom]
-
-    steps = []
-    for equation in jaxpr.eqns:
-        origins = tuple(map(read, equation.invars))
+    def visit(equation: jaxprs.Equation, origins: list[Origin]) -> list[Origin]:
         summed = tuple(var in terms for var in equation.outvars)
-        step, outputs = _sort(equation, origins, depth, sites, summed)
+        step, outputs = _sort(equation, tuple(origins), scans, sites, summed)
         steps.append(step)
-        for var, origin in zip(equation.outvars, outputs, strict=True):
-            known[var] = origin if _carries_gradient(var) or origin is EXAMPLE else CONSTANT
-    return Program(jaxpr, consts, tuple(steps), inputs, tuple(map(read, jaxpr.outvars)))
+        return [
+            origin if origin is EXAMPLE or jaxprs.carries_gradient(var) else CONSTANT
+            for var, origin in zip(equation.outvars, outputs, strict=True)
+        ]
+
+    outputs = jaxprs.walk(jaxpr, consts, inputs, jaxpr.eqns, visit, lambda _: CONSTANT)
+    return SortedJaxpr(jaxpr, consts, tuple(steps), inputs, tuple(outputs))
 
 
 def _sort(
     equation: jaxprs.Equation,
     origins: tuple[Origin, ...],
-    depth: tuple[int, ...],
+    scans: tuple[int, ...],
     sites: list[Site],
     summed: tuple[bool, ...],
 ) -> tuple[Step, Sequence[Origin]]:
     """Sorts one equation; returns its step and where its outputs come from."""
-    everything, kind = len(equation.outvars), jaxprs.name(equation)
-    weights = tuple((i, o) for i, o in enumerate(origins) if isinstance(o, Parameter))
-    if weights and kind in jaxprs.CALLS:
-        inner, consts = jaxprs.inner_jaxpr(equation)
-        program = _walk(inner, consts, origins, depth, sites, summed)
-        return Step(Kind.CALL, equation, program), program.outputs
+    primitive, of_example = jaxprs.name(equation), [EXAMPLE] * len(equation.outvars)
+    parameters = tuple((i, o) for i, o in enumerate(origins) if isinstance(o, Parameter))
+    if parameters and primitive in jaxprs.CALLS:
+        inner = _walk(*jaxprs.inner_jaxpr(equation), origins, scans, sites, summed)
+        return Step(Kind.CALL, equation, inner), inner.outputs
     if EXAMPLE not in origins:
-        return Step(Kind.PLAIN, equation), _from_parameters(equation, [w for _, w in weights])
-    if not weights or not any(map(_carries_gradient, equation.outvars)):
-        return Step(Kind.PLAIN, equation), [EXAMPLE] * everything
-    if kind == "add" and any(summed) and len(weights) == 1:
-        return Step(Kind.SHIFT, equation, leaves=weights[0][1].leaves), [EXAMPLE]
-    if kind in jaxprs.CHECKPOINTS:
-        inner, consts = jaxprs.inner_jaxpr(equation)
-        program = _walk(inner, consts, origins, depth, sites)
-        return Step(Kind.CHECKPOINT, equation, program), program.outputs
-    if kind == "scan":
-        return _sort_scan(equation, origins, depth, sites)
-    rule = primitives.find_rule(equation, weights[0][0]) if len(weights) == 1 else None
-    sites.append(Site(equation, weights, rule, depth))
-    return Step(Kind.SITE, equation, site=len(sites) - 1), [EXAMPLE] * everything
+        return Step(Kind.PLAIN, equation), _from_parameters(equation, [p for _, p in parameters])
+    if not parameters or not any(map(jaxprs.carries_gradient, equation.outvars)):
+        return Step(Kind.PLAIN, equation), of_example
+    if primitive == "add" and any(summed) and len(parameters) == 1:
+        return Step(Kind.SHIFT, equation, leaves=parameters[0][1].leaves), of_example
+    if primitive in jaxprs.CHECKPOINTS:
+        inner = _walk(*jaxprs.inner_jaxpr(equation), origins, scans, sites)
+        return Step(Kind.CHECKPOINT, equation, inner), inner.outputs
+    if primitive == "scan":
+        return _sort_scan(equation, origins, scans, sites)
+    rule = primitives.find_rule(equation, parameters[0][0]) if len(parameters) == 1 else None
+    sites.append(Site(equation, parameters, rule, scans))
+    return Step(Kind.SITE, equation, site=len(sites) - 1), of_example
 
 
 def _terms(jaxpr: jaxprs.Jaxpr, summed: tuple[bool, ...]) -> set[Any]:
@@ -220,84 +242,82 @@ def _terms(jaxpr: jaxprs.Jaxpr, summed: tuple[bool, ...]) -> set[Any]:
     return terms
 
 
-def _from_parameters(equation: jaxprs.Equation, weights: list[Parameter]) -> list[Origin]:
-    if not weights or jaxprs.name(equation) == "stop_gradient":
+def _from_parameters(equation: jaxprs.Equation, parameters: list[Parameter]) -> list[Origin]:
+    """Origins of the outputs of an equation that no example enters."""
+    if not parameters or jaxprs.name(equation) == "stop_gradient":
         return [CONSTANT] * len(equation.outvars)
-    leaves = frozenset[int]().union(*(weight.leaves for weight in weights))
+    leaves = frozenset[int]().union(*(parameter.leaves for parameter in parameters))
     seen: Sequence[views.View | None] | None = None
-    if len(weights) == 1 and weights[0].view is not None and len(equation.invars) == 1:
-        seen = views.through(weights[0].view, equation)
+    if len(equation.invars) == 1 and parameters[0].view is not None:
+        seen = views.through(parameters[0].view, equation)
     return [Parameter(leaves, view) for view in seen or [None] * len(equation.outvars)]
 
 
 def _sort_scan(
     equation: jaxprs.Equation,
     origins: tuple[Origin, ...],
-    depth: tuple[int, ...],
+    scans: tuple[int, ...],
     sites: list[Site],
 ) -> tuple[Step, list[Origin]]:
-    body, body_consts = jaxprs.open_jaxpr(equation.params["jaxpr"])
-    length = equation.params["length"]
-    consts, carry, xs = jaxprs.split_scan(equation, origins)
-    consts = [_repeated(origin, length) for origin in consts]
-    xs = [_stepped(origin) for origin in xs]
+    """Sorts a scan: its body, and the parameters that become values of its carry."""
+    consts, starts, xs = jaxprs.split_scan(equation, origins)
+    within = (*scans, equation.params["length"])
+    consts = [_repeated(origin, within[-1]) for origin in consts]
+    xs = [_scanned(origin) for origin in xs]
     # A parameter that starts a carry becomes a value of its own, different for every example.
-    carry = [EXAMPLE if isinstance(origin, Parameter) else origin for origin in carry]
-    while True:
-        trial: list[Site] = []
-        inputs = (*consts, *carry, *xs)
-        program = _walk(body, body_consts, inputs, (*depth, length), trial)
-        after = [
-            CONSTANT if old is CONSTANT and new is CONSTANT else EXAMPLE
-            for old, new in zip(carry, program.outputs, strict=False)
-        ]
-        if after == carry:
-            break
+    carry = [EXAMPLE if isinstance(origin, Parameter) else origin for origin in starts]
+    body, found = _sort_body(equation, consts, carry, xs, within, sites)
+    # What one step makes depend on the example, the next one is given: until nothing is added.
+    while (after := _merged(carry, body.outputs)) != carry:
         carry = after
-    program = _renumbered(program, len(sites))
-    sites += trial
-    _, starts, _ = jaxprs.split_scan(equation, origins)
-    sites += _copies(equation, starts, depth)
-    sites += _copies(equation, program.outputs, (*depth, length))
-    stacked = [
-        CONSTANT if origin is CONSTANT else EXAMPLE for origin in program.outputs[len(carry) :]
-    ]
-    return Step(Kind.SCAN, equation, program), [*carry, *stacked]
+        body, found = _sort_body(equation, consts, carry, xs, within, sites)
+    sites[:] = found
+    sites += _copies(equation, starts, scans)
+    sites += _copies(equation, body.outputs, within)
+    stacked = [CONSTANT if origin is CONSTANT else EXAMPLE for origin in body.outputs[len(carry) :]]
+    return Step(Kind.SCAN, equation, body), [*carry, *stacked]
+
+
+def _sort_body(
+    equation: jaxprs.Equation,
+    consts: list[Origin],
+    carry: list[Origin],
+    xs: list[Origin],
+    scans: tuple[int, ...],
+    sites: list[Site],
+) -> tuple[SortedJaxpr, list[Site]]:
+    """Sorts the body of a scan for a guess of its carry; returns it and the sites so far."""
+    found = list(sites)
+    jaxpr, consts_of_body = jaxprs.open_jaxpr(equation.params["jaxpr"])
+    return _walk(jaxpr, consts_of_body, (*consts, *carry, *xs), scans, found), found
+
+
+def _merged(carry: list[Origin], outputs: tuple[Origin, ...]) -> list[Origin]:
+    """What a carry depends on after one more step; once on the example, always on it."""
+    pairs = zip(carry, outputs, strict=False)
+    return [CONSTANT if old is CONSTANT and new is CONSTANT else EXAMPLE for old, new in pairs]
 
 
 def _copies(
-    equation: jaxprs.Equation, origins: Sequence[Origin], depth: tuple[int, ...]
+    equation: jaxprs.Equation, origins: Sequence[Origin], scans: tuple[int, ...]
 ) -> list[Site]:
     """Sites for parameters of which every example is given a copy of its own."""
     return [
-        Site(equation, ((i, origin),), None, depth)
+        Site(equation, ((i, origin),), None, scans)
         for i, origin in enumerate(origins)
         if isinstance(origin, Parameter)
     ]
 
 
 def _repeated(origin: Origin, length: int) -> Origin:
+    """The origin of a constant of a scan, seen from its body: each step sees it again."""
     if not isinstance(origin, Parameter) or origin.view is None:
         return origin
     return origin._replace(view=origin.view._replace(repeats=origin.view.repeats * length))
 
 
-def _stepped(origin: Origin) -> Origin:
+def _scanned(origin: Origin) -> Origin:
+    """The origin of a scanned array, seen from the body: each step sees a slice of its own."""
     if not isinstance(origin, Parameter) or origin.view is None:
         return origin
     return origin._replace(view=views.scanned(origin.view))
-
-
-def _renumbered(program: Program, offset: int) -> Program:
-    steps = [
-        step._replace(
-            site=step.site + offset if step.site >= 0 else -1,
-            inner=_renumbered(step.inner, offset) if step.inner else None,
-        )
-        for step in program.steps
-    ]
-    return program._replace(steps=tuple(steps))
-
-
-def _carries_gradient(var: jaxprs.Atom) -> bool:
-    return bool(jnp.issubdtype(var.aval.dtype, jnp.inexact))

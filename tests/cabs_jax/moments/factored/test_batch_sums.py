@@ -8,6 +8,7 @@ from jax import lax
 
 from cabs_jax import gradient_moments
 from cabs_jax.moments.factored.batch_sums import batch_sums
+from cabs_jax.moments.per_example import loss_and_aux
 from tests.cabs_jax.moments.oracle import (
     assert_close,
     expected,
@@ -52,7 +53,7 @@ def test_squares_of_evenly_spread_examples_with_weights(name, measured):
     case = ZOO[name]()
     weights = np.linspace(-1, 2, EXAMPLES).astype(np.float32)
     sums = quick_jit(
-        lambda *args: batch_sums(case.loss, *args, measured=measured),
+        lambda *args: batch_sums(loss_and_aux(case.loss, False), *args, measured=measured),
     )(case.params, case.batch, weights)
     losses, grads = per_example(name)
     step = EXAMPLES // measured
@@ -68,7 +69,7 @@ def test_terms_of_parameters_alone_shift_the_mean_but_not_the_squares():
         return jnp.sum(x * p) + jnp.sum(jnp.square(p))
 
     batch, p = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([5.0, -1.0])
-    sums = batch_sums(loss, p, batch, jnp.ones(2))
+    sums = batch_sums(loss_and_aux(loss, False), p, batch, jnp.ones(2))
     np.testing.assert_allclose(sums.squares, [5.0, 25.0])
     np.testing.assert_allclose(sums.shift, 2 * p)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cabs_jax.moments.factored import cost, outer_products
+from cabs_jax.moments.factored import outer_products
 from tests.cabs_jax.moments.oracle import quick_jit
 
 EXAMPLES, P, Q = 6, 5, 3
@@ -86,27 +86,3 @@ def test_factors_of_any_two_types_contract_in_float32(dtypes):
         assert norms.dtype == jnp.float32
         g = outer((left.astype(jnp.float32), right.astype(jnp.float32)))
         np.testing.assert_allclose(norms, np.sum(g**2, axis=(1, 2, 3)), rtol=1e-5)
-
-
-@pytest.mark.parametrize("examples", [1, 8, 16, 21, 24])
-@pytest.mark.parametrize("bytes_per_example", [1, 2**21, 2**40])
-def test_over_blocks_is_the_function_of_the_whole(examples, bytes_per_example):
-    x = jnp.arange(1.0, examples * 3 + 1).reshape(examples, 3)
-
-    def function(x):
-        return {"sum": x * x}, jnp.sum(x, axis=1)
-
-    sums, rows = quick_jit(lambda x: outer_products.over_blocks(function, x, bytes_per_example))(x)
-    np.testing.assert_allclose(sums["sum"], jnp.sum(x * x, axis=0), rtol=1e-6)
-    np.testing.assert_array_equal(rows, jnp.sum(x, axis=1))
-
-
-def test_over_blocks_really_works_in_blocks():
-    seen = []
-
-    def function(x):
-        seen.append(x.shape[0])
-        return (), x
-
-    outer_products.over_blocks(function, jnp.ones((64, 3)), cost.BLOCK_BYTES["cpu"] // 8)
-    assert set(seen) == {8}
