@@ -1,14 +1,13 @@
 """The methods: each turns one block of the batch into sums.
 
-An estimator is a function `(params, share, batch, keep) -> (sums, aux)`. `share` is 1/m, the part
-that each example has in the mean: it goes in where the backward pass starts, so that what comes out
-is the mean gradient and need not be touched again. `keep`, boolean of shape (block,), is False for
-padding.
+An estimator is a function `(task, params, share, batch, keep) -> (sums, aux)`. `share` is 1/m, the
+part that each example has in the mean: it goes in where the backward pass starts, so that what
+comes out is the mean gradient and need not be touched again. `keep`, boolean of shape (block,), is
+False for padding.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 
 from cabs_jax.moments import split
 from cabs_jax.moments.factored.batch_sums import batch_sums
+from cabs_jax.moments.factored.values import Sample
 from cabs_jax.moments.per_example import LossAndAux, or_zeros, per_example_value_and_grad
 from cabs_jax.statistics import PyTree, Variance, tree_sum
 
@@ -40,95 +40,69 @@ class Sums(NamedTuple):
     shift: PyTree = ()
 
 
-Estimator = Callable[[PyTree, jax.Array, PyTree, jax.Array], tuple[Sums, PyTree]]
+class Task(NamedTuple):
+    """What is to be summed up.
+
+    Attributes:
+      loss_fn: `loss_fn(params, example) -> (loss, aux)`.
+      variance: "trace" or "diagonal".
+      subsample: How many examples of the whole batch are measured; None for all.
+      axis_names: Mesh axes that split the batch, inside a shard_map.
+    """
+
+    loss_fn: LossAndAux
+    variance: Variance
+    subsample: int | None
+    axis_names: tuple[str, ...]
 
 
-def estimator(
-    method: split.Method,
-    loss_fn: LossAndAux,
-    variance: Variance,
-    subsample: int | None,
-    axis_names: tuple[str, ...],
-) -> Estimator:
-    """Returns the function that sums up one block of the batch."""
-    if method == "per_example":
-        return functools.partial(_per_example, loss_fn, variance, axis_names)
-    if method == "between":
-        return functools.partial(_between, loss_fn, variance)
-    return functools.partial(_factored, loss_fn, variance, axis_names, subsample)
-
-
-def _factored(
-    loss_fn: LossAndAux,
-    variance: Variance,
-    axis_names: tuple[str, ...],
-    subsample: int | None,
-    params: PyTree,
-    share: jax.Array,
-    batch: PyTree,
-    keep: jax.Array,
+def factored(
+    task: Task, params: PyTree, share: jax.Array, batch: PyTree, keep: jax.Array
 ) -> tuple[Sums, PyTree]:
     """Squares of the gradients of examples, from the inputs and cotangents of the layers."""
     weights, size = jnp.where(keep, share, 0.0), keep.shape[0]
-    measured = split.measured(subsample, size, axis_names)
-    result = batch_sums(
-        loss_fn,
-        params,
-        batch,
-        weights,
-        variance=variance,
-        measured=measured,
-        axis_names=axis_names,
-    )
+    measured = split.measured(task.subsample, size, task.axis_names)
+    sample = Sample(size, measured, task.axis_names)
+    result = batch_sums(task.loss_fn, params, batch, weights, task.variance, sample)
     step = size // measured
     real = jnp.sum(keep[: step * measured : step], dtype=jnp.int32)
-    squares = jnp.sum(result.squares) if variance == "trace" else result.squares
+    squares = jnp.sum(result.squares) if task.variance == "trace" else result.squares
     shift = jax.tree.map(lambda g: g * jnp.sum(weights), result.shift)
     value = _kept_sum(result.losses, keep) * share
     return Sums(value, result.gradient, squares, real, shift), result.aux
 
 
-def _per_example(
-    loss_fn: LossAndAux,
-    variance: Variance,
-    axis_names: tuple[str, ...],
-    params: PyTree,
-    share: jax.Array,
-    batch: PyTree,
-    keep: jax.Array,
+def per_example(
+    task: Task, params: PyTree, share: jax.Array, batch: PyTree, keep: jax.Array
 ) -> tuple[Sums, PyTree]:
     """Squares of the gradients of examples, each of which is held."""
-    gradients_of = per_example_value_and_grad(loss_fn, has_aux=True, axis_name=axis_names or None)
+    axis_names = task.axis_names or None
+    gradients_of = per_example_value_and_grad(task.loss_fn, has_aux=True, axis_name=axis_names)
     (losses, aux), grads = gradients_of(params, batch)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) * share, grads)
     squares = jax.tree.map(lambda g: _kept_sum(jnp.square(g), keep), grads)
     return Sums(
         _kept_sum(losses, keep) * share,
         jax.tree.map(lambda g: _kept_sum(g, keep), grads),
-        tree_sum(squares) if variance == "trace" else squares,
+        tree_sum(squares) if task.variance == "trace" else squares,
         jnp.sum(keep, dtype=jnp.int32),
     ), aux
 
 
-def _between(
-    loss_fn: LossAndAux,
-    variance: Variance,
-    params: PyTree,
-    share: jax.Array,
-    batch: PyTree,
-    keep: jax.Array,
+def between(
+    task: Task, params: PyTree, share: jax.Array, batch: PyTree, keep: jax.Array
 ) -> tuple[Sums, PyTree]:
     """Square of the gradient of a block, which is a group."""
 
     def total(params: PyTree) -> tuple[jax.Array, PyTree]:
-        losses, aux = jax.vmap(loss_fn, (None, 0))(params, batch)
+        losses, aux = jax.vmap(task.loss_fn, (None, 0))(params, batch)
         return _kept_sum(losses, keep) * share, aux
 
     (value, aux), gradient = jax.value_and_grad(total, has_aux=True, allow_int=True)(params)
     gradient = jax.tree.map(lambda g: or_zeros(g).astype(jnp.float32), gradient)
     size = jnp.sum(keep, dtype=jnp.float32)
     squares = jax.tree.map(lambda g: jnp.square(g) / jnp.maximum(size, 1.0), gradient)
-    summed = tree_sum(squares) if variance == "trace" else squares
+    summed = tree_sum(squares) if task.variance == "trace" else squares
     return Sums(value, gradient, summed, (size > 0).astype(jnp.int32)), aux
 
 
@@ -136,3 +110,8 @@ def _kept_sum(x: jax.Array, keep: jax.Array) -> jax.Array:
     """Float32 sum over the examples that are kept, whatever the others hold."""
     kept = jnp.where(keep.reshape(keep.shape + (1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
     return jnp.sum(kept, axis=0, dtype=jnp.float32)
+
+
+ESTIMATORS: dict[
+    split.Method, Callable[[Task, PyTree, jax.Array, PyTree, jax.Array], tuple[Sums, PyTree]]
+] = {"auto": factored, "factored": factored, "per_example": per_example, "between": between}

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from cabs_jax._arguments import check_parameters
 from cabs_jax.moments import sharding, split
 from cabs_jax.moments.blocks import over_blocks
-from cabs_jax.moments.estimators import Sums, estimator
+from cabs_jax.moments.estimators import ESTIMATORS, Sums, Task
 from cabs_jax.moments.per_example import (
     LossAndAux,
     batch_size_of,
@@ -156,9 +156,10 @@ def gradient_moments(
         real = jnp.sum(keep, dtype=jnp.int32)
         count = sum_over(real, axis_names or None)
         share = sharding.vary(1.0 / jnp.maximum(count, 1).astype(jnp.float32), axis_names)
-        estimate = estimator(method, of_example, variance, subsample, axis_names)
+        task = Task(of_example, variance, subsample, axis_names)
+        estimate = functools.partial(ESTIMATORS[method], task, params, share)
         sums, aux = over_blocks(
-            lambda examples: estimate(params, share, *examples),
+            lambda examples: estimate(*examples),
             (batch if mask is None else _fill(batch, keep), keep),
             split.block_size(size, method, microbatch_size, groups, axis_names),
             lanes=1 if axis_names else jax.device_count(),
@@ -195,8 +196,8 @@ def _reference(
     axis_name = axis_names or None
     gradients_of = per_example_value_and_grad(loss_fn, has_aux=True, axis_name=axis_name)
     (losses, aux), grads = gradients_of(params, batch)
-    options: Any = {"variance": variance, "axis_name": axis_name}
-    return moments_from_per_example(losses, grads, mask, **options), aux
+    moments = moments_from_per_example(losses, grads, mask, variance=variance, axis_name=axis_name)
+    return moments, aux
 
 
 def _moments(

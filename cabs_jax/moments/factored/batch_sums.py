@@ -67,10 +67,8 @@ def batch_sums(
     params: PyTree,
     batch: PyTree,
     weights: jax.Array,
-    *,
-    variance: Variance = "trace",
-    measured: int | None = None,
-    axis_names: tuple[str, ...] = (),
+    variance: Variance,
+    sample: Sample,
 ) -> BatchSums:
     """Sums losses, gradients and squared gradients over a batch.
 
@@ -80,15 +78,12 @@ def batch_sums(
       batch: Examples, stacked along the leading axis.
       weights: Weight of each example's loss, float32, shape (m,).
       variance: Whether squares are summed over entries ("trace") or over examples ("diagonal").
-      measured: Number n of examples, evenly spread, whose squares are summed; None for all.
-      axis_names: Mesh axes over which everything here varies, inside a shard_map.
+      sample: The m examples, and the n of them whose squares are summed.
     """
     treedef: Any  # its stub has no methods
     leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
-    examples = weights.shape[0]
     program = trace_program(loss_fn, params, batch)
     choices = choose(program, len(leaves), variance)
-    sample = Sample(examples, measured or examples, axis_names)
     batched = [Batched(jnp.asarray(x)) for x in jax.tree.leaves(batch)]
     differentiated, fixed = _split_leaves(leaves, choices, sample)
 

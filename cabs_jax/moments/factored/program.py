@@ -262,8 +262,8 @@ def _sort_scan(
     """Sorts a scan: its body, and the parameters that become values of its carry."""
     consts, starts, xs = jaxprs.split_scan(equation, origins)
     within = (*scans, equation.params["length"])
-    consts = [_repeated(origin, within[-1]) for origin in consts]
-    xs = [_scanned(origin) for origin in xs]
+    consts = [_within_scan(origin, lambda v: views.repeated(v, within[-1])) for origin in consts]
+    xs = [_within_scan(origin, views.scanned) for origin in xs]
     # A parameter that starts a carry becomes a value of its own, different for every example.
     carry = [EXAMPLE if isinstance(origin, Parameter) else origin for origin in starts]
     body, found = _sort_body(equation, consts, carry, xs, within, sites)
@@ -309,15 +309,8 @@ def _copies(
     ]
 
 
-def _repeated(origin: Origin, length: int) -> Origin:
-    """The origin of a constant of a scan, seen from its body: each step sees it again."""
+def _within_scan(origin: Origin, look: Callable[[views.View], views.View]) -> Origin:
+    """The origin of an operand of a scan, as one step of its body sees it."""
     if not isinstance(origin, Parameter) or origin.view is None:
         return origin
-    return origin._replace(view=origin.view._replace(repeats=origin.view.repeats * length))
-
-
-def _scanned(origin: Origin) -> Origin:
-    """The origin of a scanned array, seen from the body: each step sees a slice of its own."""
-    if not isinstance(origin, Parameter) or origin.view is None:
-        return origin
-    return origin._replace(view=views.scanned(origin.view))
+    return origin._replace(view=look(origin.view))

@@ -64,6 +64,11 @@ def scanned(view: View) -> View:
     return view._replace(axes=view.axes[1:], looped=view.looped + view.axes[0])
 
 
+def repeated(view: View, length: int) -> View:
+    """The view of a step of a scan to which it is constant: each step sees the same again."""
+    return view._replace(repeats=view.repeats * length)
+
+
 def merge(dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
     """Joins neighbouring axes that together are one; drops those of size one.
 
