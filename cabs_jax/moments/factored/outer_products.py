@@ -34,7 +34,7 @@ def _square(x: jax.Array) -> jax.Array:
 def gradients(factors: Factors, rows: int) -> jax.Array:
     """Per-example gradients (examples, groups, p, q): Σ_t left_t ⊗ right_t."""
     left, right = factors
-    if _is_indices(left):
+    if _is_indices(left):  # (b, t): row number left[b, t] gains right[b, 0, t]
         empty = jnp.zeros((rows, right.shape[-1]), jnp.float32)
         empty = sharding.vary(empty, tuple(jaxprs.varying_axes(right)))
         scatter: Any = jax.vmap(lambda at, row: empty.at[at].add(row))
@@ -49,12 +49,13 @@ def gradients(factors: Factors, rows: int) -> jax.Array:
 
 def gram_norms(uses: Sequence[Factors]) -> jax.Array:
     """Squared norms (examples,) of Σ over uses, without forming a gradient."""
-    if len(uses) == 1 and uses[0][1].shape[2] == 1:
+    if len(uses) == 1 and uses[0][1].shape[2] == 1:  # ‖left ⊗ right‖² = ‖left‖²·‖right‖²
         left, right = uses[0]
         across = jnp.sum(_square(right), axis=(2, 3))
         if not _is_indices(left):
             across = across * jnp.sum(_square(left), axis=(2, 3))
         return jnp.sum(across, axis=1)
+    # ‖Σ_t left_t ⊗ right_t‖² = Σ_{s,t} ⟨left_s, left_t⟩⟨right_s, right_t⟩, s and t over all uses.
     total = jnp.zeros((), jnp.float32)
     for i, (left, right) in enumerate(uses):
         for j, (other_left, other_right) in enumerate(uses[: i + 1]):
@@ -66,8 +67,10 @@ def gram_norms(uses: Sequence[Factors]) -> jax.Array:
 def _overlaps(left: jax.Array, other: jax.Array) -> jax.Array:
     """Inner products (examples, groups, positions, positions) of left factors."""
     if _is_indices(left) and _is_indices(other):
+        # One-hot vectors have the product 1 where they are the same, else 0.
         return (left[:, None, :, None] == other[:, None, None, :]).astype(jnp.float32)
     if _is_indices(left):
+        # The product with a one-hot vector is an entry: (b, t, p) at (b, 1, s) gives (b, t, s).
         taken = jnp.take_along_axis(other[:, 0], left[:, None, :], axis=2)
         return taken.swapaxes(1, 2)[:, None].astype(jnp.float32)
     if _is_indices(other):

@@ -98,6 +98,9 @@ def _dot_general(equation: jaxprs.Equation, operand: int) -> Rule | None:
     q = math.prod(w_shape[a] for a in w_free)
 
     def factors(x: jax.Array, cotangent: jax.Array) -> Factors:
+        # x becomes (b, groups, positions, p). A dot_general puts out its batch axes, then the free
+        # axes of the first operand, then of the second: here (b, groups, positions, q), or
+        # (b, groups, q, positions) where the parameter comes first.
         examples = x.shape[0]
         left = x.transpose(0, *(1 + a for a in (*x_batch, *x_free, *x_contract)))
         left = left.reshape(examples, groups, positions, p)
@@ -119,14 +122,17 @@ def _conv_general_dilated(equation: jaxprs.Equation, operand: int) -> Rule | Non
     g = convolution.geometry(x_shape, w_shape, equation.outvars[0].aval.shape, params)
     kernel, positions = math.prod(g.kernel), g.batch * math.prod(g.output)
     features = rhs_spec[0]
+    # The axis of output features is split in two: its groups, and the filters of each.
     shape = (*w_shape[:features], g.groups, g.filters, *w_shape[features + 1 :])
     left = tuple(a if a < features else a + 1 for a in (*rhs_spec[2:], rhs_spec[1]))
 
     def factors(x: jax.Array, cotangent: jax.Array) -> Factors:
         examples = x.shape[0]
         x = convolution.channels_last(x, lhs_spec, lead=1)
+        # What each output position sees of the image: (b·images, positions, kernel, channels).
         cut = convolution.patches(x.reshape(-1, *x.shape[2:]), g)
         cut = cut.reshape(examples, positions, kernel, g.groups, g.channels)
+        # To (b, groups, positions, kernel, channels), the last two being p.
         cut = cut.transpose(0, 3, 1, 2, 4).reshape(examples, g.groups, positions, -1)
         out = convolution.channels_last(cotangent, out_spec, lead=1)
         out = out.reshape(examples, positions, g.groups, g.filters).swapaxes(1, 2)
@@ -160,6 +166,7 @@ def _gather(equation: jaxprs.Equation, operand: int) -> Rule | None:
         indices = indices.reshape(examples, positions)
         # The number of rows may not fit narrower types.
         indices = indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices
+        # What was looked up, in front of what is in a row: (b, 1, positions, q).
         order = (*looked_up, *numbers.offset_dims)
         out = cotangent.transpose(0, *(1 + a for a in order)).reshape(examples, 1, positions, q)
         if mode == GatherScatterMode.FILL_OR_DROP:

@@ -141,13 +141,14 @@ def through(view: View, equation: jaxprs.Equation) -> list[View] | None:
 
 
 def reshaped(view: View, shape: tuple[int, ...]) -> View | None:
-    """Deals the dims out to new axes, splitting one where a new axis ends inside it."""
+    """Deals the (size, stride) pairs out to new axes, or None if a new axis ends across them."""
     dims = list(merge(tuple(dim for axis in view.axes for dim in axis)))
     if 0 in shape:
         return None
     axes: list[tuple[Dim, ...]] = []
     for size in shape:
         axis: list[Dim] = []
+        # Fill the axis from the slowest dim on; one that is too long is cut, and its rest put back.
         while size > 1:
             if not dims:
                 return None
