@@ -81,6 +81,7 @@ def patches(lhs: jax.Array, g: Geometry) -> jax.Array:
         (0, 0, 0),
     ]
     lhs = lax.pad(lhs, zero, config)
+    # One strided slice for each kernel entry, or one for each output: whichever are fewer.
     by_kernel = math.prod(g.kernel) <= math.prod(g.output)
     looped, within = (g.kernel, g.output) if by_kernel else (g.output, g.kernel)
     step, stride = (g.rhs_dilation, g.strides) if by_kernel else (g.strides, g.rhs_dilation)
@@ -112,7 +113,7 @@ def convolve(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
     out = jax.eval_shape(lambda a, b: lax.conv_general_dilated_p.bind(a, b, **params), lhs, rhs)
     g = geometry(lhs.shape, rhs.shape, out.shape, params)
     cut = patches(channels_last(lhs, lhs_spec), g)
-    cut = cut.reshape(*cut.shape[:3], g.groups, g.channels)
+    cut = cut.reshape(*cut.shape[:3], g.groups, g.channels)  # (n, positions, kernel, groups, c)
     kernel = rhs.transpose((rhs_spec[0], *rhs_spec[2:], rhs_spec[1]))
     kernel = kernel.reshape(g.groups, g.filters, math.prod(g.kernel), g.channels)
     product = jnp.einsum(

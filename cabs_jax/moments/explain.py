@@ -9,16 +9,12 @@ from typing import Any, NamedTuple
 import jax
 
 from cabs_jax._arguments import check_parameters
-from cabs_jax.moments import compat, cost, options
-from cabs_jax.moments.factored import trace_plan
-from cabs_jax.moments.modes import Choice, Mode, choose, is_small
-from cabs_jax.moments.per_example import checked
-from cabs_jax.moments.primitives import Rule
-from cabs_jax.moments.tracing import Plan, shifting
-from cabs_jax.statistics import Variance
-
-PyTree = Any
-Sizes = tuple[int, int, int, int]
+from cabs_jax.moments import jaxprs, split
+from cabs_jax.moments.factored import cost
+from cabs_jax.moments.factored.choice import Choice, Mode, choose, copies_are_cheap
+from cabs_jax.moments.factored.program import Program, shifting, trace_program
+from cabs_jax.moments.per_example import loss_and_aux
+from cabs_jax.statistics import PyTree, Variance
 
 
 class Explanation(NamedTuple):
@@ -87,41 +83,39 @@ def explain(
       ['w']      8×4    dot_general  one position           24      0.12             48
       total                                                 32                       64
     """
-    options.check("factored", variance, None, None, None)
+    split.check_options("factored", variance, None, None, None)
     check_parameters(params)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), example)
-    plan, _ = trace_plan(checked(loss_fn, has_aux), params, batch)
+    program = trace_program(loss_and_aux(loss_fn, has_aux), params, batch)
     paths = jax.tree_util.tree_leaves_with_path(params)
-    choices = choose(plan, len(paths), variance)
+    choices = choose(program, len(paths), variance)
+    penalised = shifting(program.body)
     rows = tuple(
-        _row(plan, choice, jax.tree_util.keystr(path), jax.numpy.shape(leaf))
-        for (path, leaf), choice in zip(paths, choices, strict=True)
-    )
-    penalised = shifting(plan.program)
-    rows = tuple(
-        row._replace(form="mean only") if row.form == "unused" and i in penalised else row
-        for i, row in enumerate(rows)
+        _row(program, choice, jax.tree_util.keystr(path), jax.numpy.shape(leaf), i in penalised)
+        for i, ((path, leaf), choice) in enumerate(zip(paths, choices, strict=True))
     )
     print(_table(rows))
     return rows
 
 
-def _row(plan: Plan, choice: Choice, parameter: str, shape: tuple[int, ...]) -> Explanation:
-    sites = [plan.sites[number] for number in choice.sites]
-    names = {compat.name(site.equation) if site.equation else "loss" for site in sites}
-    known = Explanation(parameter, shape, tuple(sorted(names)), "unused", 0, math.nan, 0, "")
+def _row(
+    program: Program, choice: Choice, parameter: str, shape: tuple[int, ...], penalised: bool
+) -> Explanation:
+    sites = [program.sites[number] for number in choice.sites]
+    names = {jaxprs.name(site.equation) if site.equation else "loss" for site in sites}
+    unused = "mean only" if penalised else "unused"
+    known = Explanation(parameter, shape, tuple(sorted(names)), unused, 0, math.nan, 0, "")
     if choice.mode is Mode.UNUSED:
         return known
-    size = math.prod(shape)
     if choice.mode is Mode.PER_EXAMPLE:
-        small = all(site.rule is None and is_small(site) for site in sites)
+        small = all(site.rule is None and copies_are_cheap(site) for site in sites)
         return known._replace(
             form="small" if small else "per example",
-            extra_flops=2 * size,
-            bytes_per_example=4 * size,
+            extra_flops=2 * math.prod(shape),
+            bytes_per_example=4 * math.prod(shape),
             reason="" if small else choice.reason,
         )
-    sizes = [_sizes(site.rule, site.depth) for site in sites]
+    sizes = [use.sizes() for use in choice.uses]
     if choice.mode is Mode.COLLECTED:
         groups, _, p, q = sizes[0]
         sizes = [(groups, sum(positions for _, positions, _, _ in sizes), p, q)]
@@ -136,13 +130,8 @@ def _row(plan: Plan, choice: Choice, parameter: str, shape: tuple[int, ...]) -> 
     )
 
 
-def _sizes(rule: Rule | None, depth: tuple[int, ...]) -> Sizes:
-    assert rule is not None
-    groups, positions, p, q = rule.sizes()
-    return groups, positions * math.prod(depth), p, q
-
-
-def _cost(sizes: Sizes) -> tuple[str, int, int]:
+def _cost(sizes: cost.Sizes) -> tuple[str, int, int]:
+    """The form, the extra operations and the bytes for one example."""
     groups, positions, p, q = sizes
     direct = cost.prefers_direct(sizes)
     memory = cost.norm_bytes(sizes, direct=direct)

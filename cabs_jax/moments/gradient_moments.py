@@ -2,56 +2,69 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.typing import ArrayLike
 
 from cabs_jax._arguments import check_parameters
-from cabs_jax.moments import compat, options, sharding
-from cabs_jax.moments.factored import batch_sums
-from cabs_jax.moments.options import Method
-from cabs_jax.moments.per_example import batch_size_of, checked, per_example_value_and_grad
+from cabs_jax.moments import sharding, split
+from cabs_jax.moments.blocks import over_blocks
+from cabs_jax.moments.estimators import ESTIMATORS, Sums, Task
+from cabs_jax.moments.per_example import (
+    LossAndAux,
+    batch_size_of,
+    loss_and_aux,
+    per_example_value_and_grad,
+)
+from cabs_jax.moments.split import Method
 from cabs_jax.statistics import (
     GradientMoments,
+    PyTree,
     Variance,
     moments_from_per_example,
     sum_over,
     tree_squared_norm,
-    tree_sum,
 )
 
-PyTree = Any
+Moments_co = TypeVar("Moments_co", covariant=True)
 
 
-class Sums(NamedTuple):
-    """What is added up over blocks and devices, each example weighted by 1/m.
+class MomentsFunction(Protocol[Moments_co]):
+    """`(params, batch, mask=None) -> GradientMoments`, or `(moments, aux)` where there is aux."""
 
-    The weight goes in where the backward pass starts, so that what comes out is the mean gradient
-    and need not be touched again.
-
-    Attributes:
-      value: Σ ℓ_i/m.
-      gradient: Σ g_i/m, float32.
-      squares: Σ ‖g_i/m‖² of the measured examples, or of the entries' squares; between groups of
-        n_k examples, Σ_k ‖Σ_i g_i/m‖²/n_k.
-      measured: Number of real examples measured, or of non-empty groups.
-      shift: Part of Σ g_i/m that is the same for every example and not in `gradient`, or ().
-    """
-
-    value: jax.Array
-    gradient: PyTree
-    squares: PyTree
-    measured: jax.Array
-    shift: PyTree = ()
+    def __call__(self, params: PyTree, batch: PyTree, mask: ArrayLike | None = None) -> Moments_co:
+        """Measures a batch."""
 
 
-ParamsAndWeight = tuple[PyTree, jax.Array]
-Estimator = Callable[[ParamsAndWeight, PyTree, jax.Array], tuple[Sums, PyTree]]
+class Options(TypedDict, total=False):
+    """The options of `gradient_moments`, which explains them."""
+
+    method: Method
+    variance: Variance
+    keep_batch_dim: bool
+    subsample: int | None
+    microbatch_size: int | None
+    groups: int | None
+    axis_name: sharding.AxisNames | None
+    mesh: jax.sharding.Mesh | None
 
 
+@overload
+def gradient_moments(
+    loss_fn: Callable[..., Any], *, has_aux: Literal[False] = False, **options: Unpack[Options]
+) -> MomentsFunction[GradientMoments]: ...
+@overload
+def gradient_moments(
+    loss_fn: Callable[..., Any], *, has_aux: Literal[True], **options: Unpack[Options]
+) -> MomentsFunction[tuple[GradientMoments, PyTree]]: ...
+@overload
+def gradient_moments(
+    loss_fn: Callable[..., Any], *, has_aux: bool, **options: Unpack[Options]
+) -> MomentsFunction[Any]: ...
 def gradient_moments(
     loss_fn: Callable[..., Any],
     *,
@@ -64,7 +77,7 @@ def gradient_moments(
     groups: int | None = None,
     axis_name: sharding.AxisNames | None = None,
     mesh: jax.sharding.Mesh | None = None,
-) -> Callable[..., Any]:
+) -> MomentsFunction[Any]:
     """Mean loss, mean gradient and gradient variance of a batch.
 
     The variance is that of the per-example gradients g_i around their mean ḡ,
@@ -98,9 +111,9 @@ def gradient_moments(
         the cost. The mean gradient is always that of the whole batch.
       microbatch_size: Work through the batch (each device through its shard) in blocks of this
         size, which bounds the memory. It must divide the batch. Blocks that are all padding at the
-        end of the batch are skipped. In a process of several devices whose batch may be split over
-        them unseen (Auto axes and no `mesh`), a block takes a part of each device's rows, so that
-        fewer are skipped.
+        end of the batch are skipped. Under `jit` on Auto axes without `mesh`, an array does not
+        show how it is split over the devices: a process of several devices then takes each block
+        in equal parts from as many stretches of the batch, and fewer blocks are all padding.
       groups: Number of groups for "between": on one device, of the batch; on a mesh, of each shard
         (1 by default, so that the shards are the groups).
       axis_name: Mesh axis or axes that split the batch: inside your own `shard_map`, or together
@@ -129,195 +142,62 @@ def gradient_moments(
       >>> moments.mean.tolist(), float(moments.variance), int(moments.count)
       ([0.5, 1.0], 1.25, 2)
     """
-    options.check(method, variance, subsample, microbatch_size, groups)
-    if keep_batch_dim:
-        loss_fn = _of_one(loss_fn, has_aux)
-    loss_fn = checked(loss_fn, has_aux)
+    split.check_options(method, variance, subsample, microbatch_size, groups)
+    of_example = loss_and_aux(_of_one(loss_fn, has_aux) if keep_batch_dim else loss_fn, has_aux)
 
-    def compute(params: PyTree, batch: PyTree, mask: jax.Array | None = None) -> Any:
+    def on_shard(
+        axis_names: tuple[str, ...], params: PyTree, batch: PyTree, mask: jax.Array | None
+    ) -> tuple[GradientMoments, PyTree]:
+        params = sharding.vary(params, axis_names)
+        if method == "per_example" and microbatch_size is None:
+            return _reference(of_example, params, batch, mask, variance, axis_names)
+        size = batch_size_of(batch)
+        keep = sharding.vary(jnp.ones(size, jnp.bool_), axis_names) if mask is None else mask
+        real = jnp.sum(keep, dtype=jnp.int32)
+        count = sum_over(real, axis_names or None)
+        share = sharding.vary(1.0 / jnp.maximum(count, 1).astype(jnp.float32), axis_names)
+        task = Task(of_example, variance, subsample, axis_names)
+        estimate = functools.partial(ESTIMATORS[method], task, params, share)
+        sums, aux = over_blocks(
+            lambda examples: estimate(*examples),
+            (batch if mask is None else _fill(batch, keep), keep),
+            split.block_size(size, method, microbatch_size, groups, axis_names),
+            lanes=1 if axis_names else jax.device_count(),
+            keep=None if mask is None or method == "between" else keep,
+        )
+        if mask is not None:
+            sums = jax.tree.map(lambda s: jnp.where(real > 0, s, jnp.zeros_like(s)), sums)
+        total = sum_over(sums, axis_names or None)
+        return _moments(total, count, params, method, variance), aux
+
+    def compute(params: PyTree, batch: PyTree, mask: ArrayLike | None = None) -> Any:
         check_parameters(params)
-        options.check_mask(mask, batch_size_of(batch))
-        mesh_used, axes = sharding.resolve(mesh, axis_name, batch)
-
-        def on_shard(params: PyTree, batch: PyTree, mask: jax.Array | None) -> tuple[Any, Any]:
-            params = sharding.vary(params, axes)
-            if method == "per_example" and microbatch_size is None:
-                return _reference(loss_fn, params, batch, mask, variance, has_aux, axes)
-            size = batch_size_of(batch)
-            keep = sharding.vary(jnp.ones(size, jnp.bool_), axes) if mask is None else mask
-            real = jnp.sum(keep, dtype=jnp.int32)
-            count = sum_over(real, axes or None)
-            weight = sharding.vary(1.0 / jnp.maximum(count, 1).astype(jnp.float32), axes)
-            sums, aux = _add_up(
-                _estimator(loss_fn, method, variance, has_aux, subsample, axes),
-                (params, weight),
-                (batch if mask is None else _fill(batch, keep), keep),
-                options.block_size(size, method, microbatch_size, groups, axes),
-                lanes=1 if axes else jax.device_count(),
-                skip_padding=mask is not None and method != "between",
-            )
-            if mask is not None:
-                sums = jax.tree.map(lambda s: jnp.where(real > 0, s, jnp.zeros_like(s)), sums)
-            total = sum_over(sums, axes or None)
-            return _moments(total, count, params, method, variance), aux
-
-        if mesh_used is None:
-            moments, aux = on_shard(params, batch, mask)
-        else:
-            moments, aux = sharding.per_shard(
-                on_shard, mesh_used, axes, (sharding.WHOLE, sharding.SPLIT)
-            )(params, batch, mask)
+        split.check_mask(mask, batch_size_of(batch))
+        mesh_used, axis_names = sharding.resolve(mesh, axis_name, batch)
+        measure: Callable[..., Any] = functools.partial(on_shard, axis_names)
+        if mesh_used is not None:
+            out_specs = sharding.WHOLE, sharding.SPLIT
+            measure = sharding.per_shard(measure, mesh_used, axis_names, out_specs)
+        moments, aux = measure(params, batch, mask)
         return (moments, aux) if has_aux else moments
 
     return compute
 
 
 def _reference(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossAndAux,
     params: PyTree,
     batch: PyTree,
     mask: jax.Array | None,
     variance: Variance,
-    has_aux: bool,
-    axes: tuple[str, ...],
+    axis_names: tuple[str, ...],
 ) -> tuple[GradientMoments, PyTree]:
-    values, grads = per_example_value_and_grad(loss_fn, has_aux=has_aux, axis_name=axes or None)(
-        params, batch
-    )
-    losses, aux = values if has_aux else (values, ())
-    moments = moments_from_per_example(
-        losses, grads, mask, variance=variance, axis_name=axes or None
-    )
+    """The moments by their definition, from all gradients at once."""
+    axis_name = axis_names or None
+    gradients_of = per_example_value_and_grad(loss_fn, has_aux=True, axis_name=axis_name)
+    (losses, aux), grads = gradients_of(params, batch)
+    moments = moments_from_per_example(losses, grads, mask, variance=variance, axis_name=axis_name)
     return moments, aux
-
-
-def _estimator(
-    loss_fn: Callable[..., Any],
-    method: Method,
-    variance: Variance,
-    has_aux: bool,
-    subsample: int | None,
-    axes: tuple[str, ...],
-) -> Estimator:
-    """Returns the function that sums up one block of the batch."""
-
-    def factored(shared: ParamsAndWeight, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
-        params, weight = shared
-        weights, size = jnp.where(keep, weight, 0.0), keep.shape[0]
-        measured = options.measured(subsample, size, axes)
-        result = batch_sums(
-            loss_fn,
-            params,
-            batch,
-            weights,
-            variance=variance,
-            has_aux=has_aux,
-            measured=measured,
-            axes=axes,
-        )
-        step = size // measured
-        real = jnp.sum(keep[: step * measured : step], dtype=jnp.int32)
-        squares = jnp.sum(result.squares) if variance == "trace" else result.squares
-        shift = jax.tree.map(lambda g: g * jnp.sum(weights), result.shift)
-        value = _kept_sum(result.losses, keep) * weight
-        return Sums(value, result.gradient, squares, real, shift), result.aux
-
-    def per_example(shared: ParamsAndWeight, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
-        params, weight = shared
-        values, grads = per_example_value_and_grad(
-            loss_fn, has_aux=has_aux, axis_name=axes or None
-        )(params, batch)
-        losses, aux = values if has_aux else (values, ())
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32) * weight, grads)
-        squares = jax.tree.map(lambda g: _kept_sum(jnp.square(g), keep), grads)
-        return Sums(
-            _kept_sum(losses, keep) * weight,
-            jax.tree.map(lambda g: _kept_sum(g, keep), grads),
-            tree_sum(squares) if variance == "trace" else squares,
-            jnp.sum(keep, dtype=jnp.int32),
-        ), aux
-
-    def between(shared: ParamsAndWeight, batch: PyTree, keep: jax.Array) -> tuple[Sums, PyTree]:
-        params, weight = shared
-
-        def total(params: PyTree) -> tuple[jax.Array, PyTree]:
-            result = jax.vmap(loss_fn, (None, 0))(params, batch)
-            losses, aux = result if has_aux else (result, ())
-            return _kept_sum(losses, keep) * weight, aux
-
-        (value, aux), gradient = jax.value_and_grad(total, has_aux=True, allow_int=True)(params)
-        gradient = jax.tree.map(_float32_or_zero, gradient, params)
-        size = jnp.sum(keep, dtype=jnp.float32)
-        squares = jax.tree.map(lambda g: jnp.square(g) / jnp.maximum(size, 1.0), gradient)
-        summed = tree_sum(squares) if variance == "trace" else squares
-        return Sums(value, gradient, summed, (size > 0).astype(jnp.int32)), aux
-
-    return {"per_example": per_example, "between": between}.get(method, factored)
-
-
-def _add_up(
-    estimator: Estimator,
-    shared: ParamsAndWeight,
-    examples: tuple[PyTree, jax.Array],
-    block: int | None,
-    *,
-    lanes: int,
-    skip_padding: bool,
-) -> tuple[Sums, PyTree]:
-    """Applies an estimator to the whole batch at once, or block by block.
-
-    Where the batch may be split over `lanes` devices without our knowing, a block takes a part of
-    every device's examples, if it divides so.
-    """
-    batch, keep = examples
-    size: int = keep.shape[0]
-    if block is None or block == size:
-        return estimator(shared, batch, keep)
-    axes = tuple(compat.varying_axes(keep))
-    if axes or block % lanes or size % lanes:
-        lanes = 1
-    count = size // block
-
-    def by_block(x: jax.Array) -> jax.Array:
-        return x.reshape(lanes, count, block // lanes, *x.shape[1:])
-
-    def take(x: jax.Array, index: jax.Array) -> jax.Array:
-        taken = lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
-        return jnp.reshape(taken, (block, *taken.shape[2:]))
-
-    blocks = jax.tree.map(by_block, (batch, keep))
-
-    def evaluate(index: jax.Array) -> tuple[Sums, PyTree]:
-        batch, keep = jax.tree.map(lambda x: take(x, index), blocks)
-        return estimator(shared, batch, keep)
-
-    def step(index: jax.Array, carry: tuple[Sums, PyTree]) -> tuple[Sums, PyTree]:
-        sums, stacked = carry
-        more, aux = evaluate(index)
-        stacked = jax.tree.map(
-            lambda all_, x: lax.dynamic_update_index_in_dim(
-                all_, x.reshape(lanes, block // lanes, *x.shape[1:]), index, axis=1
-            ),
-            stacked,
-            aux,
-        )
-        return jax.tree.map(jnp.add, sums, more), stacked
-
-    def empty(shape: tuple[int, ...], like: Any) -> jax.Array:
-        zeros: jax.Array = sharding.vary(jnp.zeros(shape, like.dtype), axes)
-        return zeros
-
-    sums, aux = jax.eval_shape(evaluate, jnp.zeros((), jnp.int32))
-    start = (
-        jax.tree.map(lambda s: empty(s.shape, s), sums),
-        jax.tree.map(lambda a: empty((lanes, count, block // lanes, *a.shape[1:]), a), aux),
-    )
-    last: int | jax.Array = count
-    if skip_padding:
-        occupied = jnp.any(blocks[1], axis=(0, 2))
-        last = jnp.max(jnp.where(occupied, jnp.arange(1, count + 1), 0))
-    sums, aux = lax.fori_loop(0, last, step, start)
-    return sums, jax.tree.map(lambda a: a.reshape(size, *a.shape[3:]), aux)
 
 
 def _moments(
@@ -325,44 +205,25 @@ def _moments(
 ) -> GradientMoments:
     """Turns sums over the whole batch into moments; there are none of an empty one."""
     examples = jnp.maximum(count, 1).astype(jnp.float32)
-    units, mean = total.measured.astype(jnp.float32), total.gradient
+    measured, mean = total.measured.astype(jnp.float32), total.gradient
 
     def spread(squares: jax.Array, squared_mean: jax.Array) -> jax.Array:
         if method == "between":
-            freedom = jnp.where(units > 1, units - 1, jnp.nan)
+            freedom = jnp.where(measured > 1, measured - 1, jnp.nan)
             estimate = (examples * squares - squared_mean) / freedom * (examples - 1)
         else:
-            per_unit = examples / jnp.where(units > 0, units, jnp.nan)
-            estimate = examples * squares * per_unit - squared_mean
+            per_measured = examples / jnp.where(measured > 0, measured, jnp.nan)
+            estimate = examples * squares * per_measured - squared_mean
         return jnp.where(count > 0, jnp.maximum(estimate, 0.0), 0.0)
 
-    shifted = mean
+    if variance == "trace":
+        spreads: PyTree = spread(total.squares, tree_squared_norm(mean))
+    else:
+        spreads = jax.tree.map(spread, total.squares, jax.tree.map(jnp.square, mean))
     if jax.tree.leaves(total.shift):
-        shifted = jax.tree.map(jnp.add, mean, total.shift)
-    return GradientMoments(
-        total.value,
-        jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), shifted, params),
-        spread(total.squares, tree_squared_norm(mean))
-        if variance == "trace"
-        else jax.tree.map(spread, total.squares, jax.tree.map(jnp.square, mean)),
-        count,
-    )
-
-
-def _kept_sum(x: jax.Array, keep: jax.Array) -> jax.Array:
-    """Float32 sum over the examples that are kept, whatever the others hold."""
-    keep = keep.reshape(keep.shape + (1,) * (x.ndim - 1))
-    total: jax.Array = jnp.sum(
-        jnp.where(keep, x, jnp.zeros((), x.dtype)), axis=0, dtype=jnp.float32
-    )
-    return total
-
-
-def _float32_or_zero(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
-    """A gradient in float32; for a parameter that is not floating-point, zeros."""
-    if gradient.dtype == jax.dtypes.float0:
-        return jnp.zeros(jnp.shape(parameter), jnp.float32)
-    return jnp.asarray(gradient, jnp.float32)
+        mean = jax.tree.map(jnp.add, mean, total.shift)
+    mean = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), mean, params)
+    return GradientMoments(total.value, mean, spreads, count)
 
 
 def _fill(batch: PyTree, keep: jax.Array) -> PyTree:

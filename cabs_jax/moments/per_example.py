@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,44 @@ import jax.numpy as jnp
 from cabs_jax._arguments import check_parameters
 from cabs_jax.moments import sharding
 from cabs_jax.moments.rewriting import without_batched_convolutions
+from cabs_jax.statistics import PyTree
 
-PyTree = Any
+LossAndAux: TypeAlias = Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
+Values_co = TypeVar("Values_co", covariant=True)
+
+
+class PerExampleFunction(Protocol[Values_co]):
+    """`(params, batch) -> (losses, grads)`, with (losses, aux) for losses where there is aux."""
+
+    def __call__(self, params: PyTree, batch: PyTree) -> tuple[Values_co, PyTree]:
+        """Differentiates the loss of every example of a batch."""
+
+
+class Placement(TypedDict, total=False):
+    """Where the batch is split, as `per_example_value_and_grad` takes it."""
+
+    axis_name: sharding.AxisNames | None
+    mesh: jax.sharding.Mesh | None
+
+
+@overload
+def per_example_value_and_grad(
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: Literal[False] = False,
+    **placement: Unpack[Placement],
+) -> PerExampleFunction[jax.Array]: ...
+@overload
+def per_example_value_and_grad(
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: Literal[True],
+    **placement: Unpack[Placement],
+) -> PerExampleFunction[tuple[jax.Array, PyTree]]: ...
+@overload
+def per_example_value_and_grad(
+    loss_fn: Callable[..., Any], *, has_aux: bool, **placement: Unpack[Placement]
+) -> PerExampleFunction[Any]: ...
 
 
 def per_example_value_and_grad(
@@ -21,7 +57,7 @@ def per_example_value_and_grad(
     has_aux: bool = False,
     axis_name: sharding.AxisNames | None = None,
     mesh: jax.sharding.Mesh | None = None,
-) -> Callable[[PyTree, PyTree], tuple[Any, PyTree]]:
+) -> PerExampleFunction[Any]:
     """Per-example losses and gradients: what `update` takes when no variance is passed to it.
 
     The numbers are those of `jax.vmap(jax.value_and_grad(loss_fn), (None, 0))`, which is silently
@@ -60,20 +96,19 @@ def per_example_value_and_grad(
       >>> losses.tolist(), grads.tolist()
       ([0.5, 2.0], [[1.0, 0.0], [0.0, 2.0]])
     """
+    function = loss_and_aux(loss_fn, has_aux)
 
     def compute(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
         check_parameters(params)
-        mesh_used, axes = sharding.resolve(mesh, axis_name, batch)
+        mesh_used, axis_names = sharding.resolve(mesh, axis_name, batch)
 
         def on_shard(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
-            return _value_and_grad(loss_fn, has_aux, sharding.vary(params, axes), batch)
+            return _value_and_grad(function, sharding.vary(params, axis_names), batch)
 
-        if mesh_used is None:
-            return on_shard(params, batch)
-        sharded: tuple[Any, PyTree] = sharding.per_shard(on_shard, mesh_used, axes, sharding.SPLIT)(
-            params, batch
-        )
-        return sharded
+        if mesh_used is not None:
+            on_shard = sharding.per_shard(on_shard, mesh_used, axis_names, sharding.SPLIT)
+        (losses, aux), grads = on_shard(params, batch)
+        return (losses, aux) if has_aux else losses, grads
 
     return compute
 
@@ -91,23 +126,27 @@ def batch_size_of(batch: PyTree) -> int:
     if len(set(sizes.values())) != 1 or None in sizes.values():
         raise ValueError(
             "every leaf of a batch needs the same leading example axis;"
-            f" the leading axes here are {sizes or 'none at all'}"
+            f" the leading axes here are {sizes or 'none at all'}."
         )
     size = int(next(iter(sizes.values())))  # type: ignore[arg-type]
     if size == 0:
-        raise ValueError("the batch holds no examples; to skip a step, mask them all")
+        raise ValueError("the batch holds no examples; to skip a step, mask them all.")
     return size
 
 
-def checked(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[[PyTree, PyTree], Any]:
-    """The same per-example loss, which raises TypeError if it returns something else."""
+def loss_and_aux(loss_fn: Callable[..., Any], has_aux: bool) -> LossAndAux:
+    """The same per-example loss, checked when it is traced, as one that returns `(loss, aux)`.
 
-    def checked_loss(params: PyTree, example: PyTree) -> Any:
+    Without auxiliary data, `aux` is (). It raises TypeError if it returns something else.
+    """
+
+    def checked(params: PyTree, example: PyTree) -> tuple[jax.Array, PyTree]:
         result = loss_fn(params, example)
         _check_result(result, has_aux)
-        return result
+        loss, aux = result if has_aux else (result, ())
+        return loss, aux
 
-    return checked_loss
+    return checked
 
 
 def _check_result(result: Any, has_aux: bool) -> None:
@@ -115,39 +154,37 @@ def _check_result(result: Any, has_aux: bool) -> None:
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise TypeError(
             "with has_aux, loss_fn(params, example) must return (loss, aux); it returned"
-            f" {type(result).__name__}"
+            f" {type(result).__name__}."
         )
     loss = result[0] if has_aux else result
     if not isinstance(loss, jax.Array):
         raise TypeError(
             "loss_fn(params, example) must return one floating-point scalar per example; it"
-            f" returned {type(loss).__name__} (a pair of loss and aux needs has_aux=True)"
+            f" returned {type(loss).__name__} (a pair of loss and aux needs has_aux=True)."
         )
     if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
         raise TypeError(
             "loss_fn(params, example) must return one floating-point scalar per example;"
-            f" it returned shape {loss.shape} and dtype {loss.dtype}"
+            f" it returned shape {loss.shape} and dtype {loss.dtype}."
         )
 
 
-def _value_and_grad(
-    loss_fn: Callable[..., Any], has_aux: bool, params: PyTree, batch: PyTree
-) -> tuple[Any, PyTree]:
-    batch_size_of(batch)
-    value_and_grad = jax.value_and_grad(checked(loss_fn, has_aux), has_aux=has_aux, allow_int=True)
-
-    def derivative(params: PyTree, example: PyTree) -> tuple[Any, PyTree]:
-        value, gradient = value_and_grad(params, example)
-        return value, jax.tree.map(_or_zeros, gradient)
-
-    function = without_batched_convolutions(derivative)
-    result: tuple[Any, PyTree] = jax.vmap(function, (None, 0))(params, batch)
-    return result
-
-
-def _or_zeros(gradient: Any) -> jax.Array:
-    """The gradient; zeros where the parameter has none, being an integer."""
+def or_zeros(gradient: Any) -> jax.Array:
+    """The gradient; float32 zeros where the parameter has none, being an integer."""
     if gradient.dtype == jax.dtypes.float0:
         return jnp.zeros(gradient.shape, jnp.float32)
     result: jax.Array = gradient
+    return result
+
+
+def _value_and_grad(loss_fn: LossAndAux, params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
+    batch_size_of(batch)
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True, allow_int=True)
+
+    def derivative(params: PyTree, example: PyTree) -> tuple[Any, PyTree]:
+        values, gradient = value_and_grad(params, example)
+        return values, jax.tree.map(or_zeros, gradient)
+
+    function = without_batched_convolutions(derivative)
+    result: tuple[Any, PyTree] = jax.vmap(function, (None, 0))(params, batch)
     return result

@@ -8,11 +8,13 @@ from typing import Any
 import jax
 from jax import lax
 
-from cabs_jax.moments import compat
+from cabs_jax.moments import jaxprs
 from cabs_jax.moments.convolution import convolve
+from cabs_jax.statistics import PyTree
 
-PyTree = Any
 CONVOLUTION = "conv_general_dilated"
+
+Marked = tuple[Any, bool]  # a value, and whether it depends on the examples
 
 
 def without_batched_convolutions(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
@@ -24,12 +26,13 @@ def without_batched_convolutions(function: Callable[..., PyTree]) -> Callable[..
     """
 
     def rewritten(params: PyTree, *examples: PyTree) -> PyTree:
-        closed, out_tree = compat.trace(function, params, *examples)
+        closed, out_tree = jaxprs.trace(function, params, *examples)
         values = jax.tree.leaves((params, *examples))
-        if compat.contains(closed.jaxpr, CONVOLUTION):
+        if jaxprs.contains(closed.jaxpr, CONVOLUTION):
             shared = len(jax.tree.leaves(params))
             batched = [False] * shared + [True] * (len(values) - shared)
-            outputs, _ = _evaluate(closed.jaxpr, closed.consts, values, batched)
+            pairs = _evaluate(closed.jaxpr, closed.consts, values, batched)
+            outputs = [value for value, _ in pairs]
         else:
             outputs = jax.extend.core.jaxpr_as_fun(closed)(*values)
         return jax.tree.unflatten(out_tree, outputs)
@@ -37,84 +40,81 @@ def without_batched_convolutions(function: Callable[..., PyTree]) -> Callable[..
     return rewritten
 
 
-def convolves(equation: compat.Equation) -> bool:
+def convolves(equation: jaxprs.Equation) -> bool:
     """Whether an equation is a convolution, or holds one."""
-    return compat.name(equation) == CONVOLUTION or any(
-        compat.contains(inner, CONVOLUTION) for inner in compat.subjaxprs(equation)
+    return jaxprs.name(equation) == CONVOLUTION or any(
+        jaxprs.contains(inner, CONVOLUTION) for inner in jaxprs.subjaxprs(equation)
     )
 
 
 def _evaluate(
-    jaxpr: compat.Jaxpr, consts: Sequence[Any], values: Sequence[Any], batched: Sequence[bool]
-) -> tuple[list[Any], list[bool]]:
-    """Evaluates a jaxpr; returns its outputs and which of them depend on the examples."""
-    known = dict(zip(jaxpr.constvars, ((c, False) for c in consts), strict=True))
-    known |= dict(zip(jaxpr.invars, zip(values, batched, strict=True), strict=True))
+    jaxpr: jaxprs.Jaxpr, consts: Sequence[Any], values: Sequence[Any], batched: Sequence[bool]
+) -> list[Marked]:
+    """Evaluates a jaxpr whose inputs depend on the examples, or not."""
+    inputs = list(zip(values, batched, strict=True))
+    return jaxprs.walk(jaxpr, consts, inputs, jaxpr.eqns, _evaluate_equation, lambda c: (c, False))
 
-    def read(atom: compat.Atom) -> tuple[Any, bool]:
-        return (atom.val, False) if compat.is_literal(atom) else known[atom]
 
-    for equation in jaxpr.eqns:
-        inputs, flags = (
-            zip(*map(read, equation.invars), strict=True) if equation.invars else ((), ())
+def _evaluate_equation(equation: jaxprs.Equation, operands: list[Marked]) -> list[Marked]:
+    primitive = jaxprs.name(equation)
+    values, batched = [value for value, _ in operands], [flag for _, flag in operands]
+    if convolves(equation) and primitive in jaxprs.INLINED:
+        return _evaluate(*jaxprs.inner_jaxpr(equation), values, batched)
+    if primitive == CONVOLUTION and all(batched):
+        outputs = [convolve(*values, **equation.params)]
+    elif primitive == CONVOLUTION or not convolves(equation):
+        outputs = jaxprs.evaluate(equation, values)
+    elif primitive in CONTROL_FLOW:
+        outputs = CONTROL_FLOW[primitive](equation, values)
+    else:
+        raise NotImplementedError(
+            f"a convolution inside {primitive!r} cannot be rewritten for per-example gradients;"
+            " move it out of that construct, or please report it."
         )
-        outputs, out_flags = _evaluate_equation(equation, list(inputs), list(flags))
-        known |= dict(zip(equation.outvars, zip(outputs, out_flags, strict=True), strict=True))
-    results = [read(atom) for atom in jaxpr.outvars]
-    return [value for value, _ in results], [flag for _, flag in results]
+    return [(output, any(batched)) for output in outputs]
 
 
-def _evaluate_equation(
-    equation: compat.Equation, values: list[Any], batched: list[bool]
-) -> tuple[list[Any], list[bool]]:
-    kind, params = compat.name(equation), equation.params
-    everything = [any(batched)] * len(equation.outvars)
-    if kind == CONVOLUTION and all(batched):
-        return [convolve(*values, **params)], everything
-    if kind == CONVOLUTION or not convolves(equation):
-        return compat.evaluate(equation, values), everything
-    if kind in compat.INLINED:
-        return _evaluate(*compat.inner_jaxpr(equation), values, batched)
+def _rewritten(closed: Any) -> Callable[..., list[Any]]:
+    """The function of a closed jaxpr, as if all of its inputs depended on the examples."""
+    jaxpr, consts = jaxprs.open_jaxpr(closed)
+    return lambda *args: [value for value, _ in _evaluate(jaxpr, consts, args, [True] * len(args))]
 
-    def rewritten(closed: Any) -> Callable[..., list[Any]]:
-        inner, consts = compat.open_jaxpr(closed)
-        return lambda *args: _evaluate(inner, consts, args, [True] * len(args))[0]
 
-    if kind == "cond":
-        index, *operands = values
-        branches = [rewritten(branch) for branch in params["branches"]]
-        return lax.switch(index, branches, *operands), everything
-    if kind == "while":
-        test, body = rewritten(params["cond_jaxpr"]), rewritten(params["body_jaxpr"])
-        split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-        test_consts, body_consts, carry = (
-            values[: split[0]],
-            values[split[0] : split[1]],
-            values[split[1] :],
-        )
-        return lax.while_loop(
-            lambda state: test(*test_consts, *state)[0],
-            lambda state: body(*body_consts, *state),
-            carry,
-        ), everything
-    if kind == "scan":
-        consts, carry, xs = compat.split_scan(equation, values)
-        body = rewritten(params["jaxpr"])
-
-        def step(state: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-            out = body(*consts, *state, *x)
-            return out[: len(state)], out[len(state) :]
-
-        state, ys = lax.scan(
-            step,
-            carry,
-            xs,
-            length=params["length"],
-            reverse=params["reverse"],
-            unroll=params["unroll"],
-        )
-        return [*state, *ys], everything
-    raise NotImplementedError(
-        f"a convolution inside {kind!r} cannot be rewritten for per-example gradients; move it out"
-        " of that construct, or please report it"
+def _cond(equation: jaxprs.Equation, values: list[Any]) -> list[Any]:
+    outputs: list[Any] = lax.switch(
+        values[0], [_rewritten(branch) for branch in equation.params["branches"]], *values[1:]
     )
+    return outputs
+
+
+def _while(equation: jaxprs.Equation, values: list[Any]) -> list[Any]:
+    params = equation.params
+    test, body = _rewritten(params["cond_jaxpr"]), _rewritten(params["body_jaxpr"])
+    of_test = params["cond_nconsts"]
+    of_body = of_test + params["body_nconsts"]
+    outputs: list[Any] = lax.while_loop(
+        lambda state: test(*values[:of_test], *state)[0],
+        lambda state: body(*values[of_test:of_body], *state),
+        values[of_body:],
+    )
+    return outputs
+
+
+def _scan(equation: jaxprs.Equation, values: list[Any]) -> list[Any]:
+    consts, carry, xs = jaxprs.split_scan(equation, values)
+    body, params = _rewritten(equation.params["jaxpr"]), equation.params
+
+    def step(state: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        out = body(*consts, *state, *x)
+        return out[: len(state)], out[len(state) :]
+
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    state, ys = lax.scan(step, carry, xs, **options)
+    return [*state, *ys]
+
+
+CONTROL_FLOW: dict[str, Callable[[jaxprs.Equation, list[Any]], list[Any]]] = {
+    "cond": _cond,
+    "while": _while,
+    "scan": _scan,
+}

@@ -9,9 +9,9 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from cabs_jax.moments import compat
+from cabs_jax.moments import jaxprs
+from cabs_jax.statistics import PyTree
 
-PyTree = Any
 AxisNames = str | tuple[str, ...]
 SPLIT, WHOLE = "split", "whole"
 
@@ -35,7 +35,7 @@ def vary(tree: PyTree, axis_names: tuple[str, ...]) -> PyTree:
     """
 
     def cast(x: jax.Array) -> jax.Array:
-        missing = tuple(name for name in axis_names if name not in compat.varying_axes(x))
+        missing = tuple(name for name in axis_names if name not in jaxprs.varying_axes(x))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, tree) if axis_names else tree
@@ -53,9 +53,9 @@ def explicit_batch_axes(batch: PyTree) -> tuple[AbstractMesh | None, tuple[str, 
         if mesh.empty or not leaf.ndim or sharding.spec[0] is None:
             continue
         types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-        axes = as_axis_names(sharding.spec[0])
-        if all(types[name] == AxisType.Explicit for name in axes):
-            return mesh, axes
+        names = as_axis_names(sharding.spec[0])
+        if all(types[name] == AxisType.Explicit for name in names):
+            return mesh, names
     return None, ()
 
 
@@ -71,14 +71,14 @@ def resolve(
     Raises:
       ValueError: If the mesh has several axes and none was named.
     """
-    axes = as_axis_names(axis_name)
+    names = as_axis_names(axis_name)
     if mesh is None:
-        return (None, axes) if axes else explicit_batch_axes(batch)
-    if axes or len(mesh.axis_names) == 1:
-        return mesh, axes or tuple(mesh.axis_names)
+        return (None, names) if names else explicit_batch_axes(batch)
+    if names or len(mesh.axis_names) == 1:
+        return mesh, names or tuple(mesh.axis_names)
     raise ValueError(
         f"the mesh has axes {mesh.axis_names}: say which of them split the batch,"
-        ' for example axis_name="data"'
+        ' for example axis_name="data".'
     )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from cabs_jax.moments import compat
+from cabs_jax.moments import jaxprs
 
 
 def flops(function: Any, *args: Any) -> int:
@@ -29,7 +29,7 @@ def _of_jaxpr(jaxpr: Any) -> int:
 
 def _of_equation(equation: Any) -> int:
     kind, params = equation.primitive.name, equation.params
-    inner = [_of_jaxpr(jaxpr) for jaxpr in compat.subjaxprs(equation)]
+    inner = [_of_jaxpr(jaxpr) for jaxpr in jaxprs.subjaxprs(equation)]
     if kind == "scan":
         return int(params["length"]) * sum(inner)
     if kind == "cond":
@@ -62,8 +62,8 @@ def _of_convolution(equation: Any) -> int:
     )
     axes = zip(lhs_spec[2:], rhs_spec[2:], out_spec[2:], *settings, strict=True)
     for left, right, result, stride, (low, _), lhs_dilation, rhs_dilation in axes:
-        outputs, taps = np.arange(out[result])[:, None], np.arange(rhs[right])[None]
-        place = outputs * stride + taps * rhs_dilation - low
+        outputs, gradient_slots = np.arange(out[result])[:, None], np.arange(rhs[right])[None]
+        place = outputs * stride + gradient_slots * rhs_dilation - low
         inside = (place >= 0) & (place <= (lhs[left] - 1) * lhs_dilation)
         products *= int(np.sum(inside & (place % lhs_dilation == 0)))
     return 2 * products

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from cabs_jax.moments import compat
+from cabs_jax.moments import jaxprs
 from cabs_jax.moments.rewriting import CONVOLUTION, without_batched_convolutions
 from tests.cabs_jax.moments.oracle import assert_close, quick_jit
 from tests.cabs_jax.moments.zoo.case import convolution
@@ -71,9 +71,9 @@ PLACES = {
 
 def convolutions(jaxpr):
     for equation in jaxpr.eqns:
-        if compat.name(equation) == CONVOLUTION:
+        if jaxprs.name(equation) == CONVOLUTION:
             yield equation
-        for inner in compat.subjaxprs(equation):
+        for inner in jaxprs.subjaxprs(equation):
             yield from convolutions(inner)
 
 
@@ -98,7 +98,7 @@ def test_functions_without_convolutions_are_left_alone():
 
     w, x = jnp.ones((3, 2)), jnp.ones(3)
     rewritten = jax.make_jaxpr(without_batched_convolutions(function))(w, x)
-    assert [compat.name(e) for e in rewritten.eqns] == ["dot_general", "tanh"]
+    assert [jaxprs.name(e) for e in rewritten.eqns] == ["dot_general", "tanh"]
 
 
 def test_what_cannot_be_rewritten_is_refused_by_name():

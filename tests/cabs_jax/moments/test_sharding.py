@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cabs_jax import gradient_moments
-from cabs_jax.moments import compat, sharding
+from cabs_jax.moments import jaxprs, sharding
 from tests.cabs_jax.moments.oracle import QUICK, assert_close, expected, quick_jit, with_garbage
 from tests.cabs_jax.moments.zoo import EXAMPLES, ZOO
 
@@ -266,7 +266,7 @@ def test_an_uneven_subsample_is_refused():
 def test_vary_marks_what_is_replicated():
     def function(x, y):
         marked = sharding.vary({"x": x, "y": y, "z": 1.0 * y}, ("data",))
-        assert all("data" in compat.varying_axes(leaf) for leaf in jax.tree.leaves(marked))
+        assert all("data" in jaxprs.varying_axes(leaf) for leaf in jax.tree.leaves(marked))
         return x
 
     mesh = mesh_of(AxisType.Auto)

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from cabs_jax.moments import compat
+from cabs_jax.moments import jaxprs
 
-Atom = tuple[int, int]
+Dim = tuple[int, int]  # (size, stride)
 IDENTITIES = {"copy", "copy_p", "name", "optimization_barrier", "pvary"}
 
 
@@ -42,8 +42,8 @@ class View(NamedTuple):
     """
 
     leaf: int
-    axes: tuple[tuple[Atom, ...], ...]
-    looped: tuple[Atom, ...] = ()
+    axes: tuple[tuple[Dim, ...], ...]
+    looped: tuple[Dim, ...] = ()
     offset: int = 0
     windows: frozenset[Window] = frozenset()
     repeats: int = 1
@@ -64,14 +64,19 @@ def scanned(view: View) -> View:
     return view._replace(axes=view.axes[1:], looped=view.looped + view.axes[0])
 
 
-def merge(atoms: tuple[Atom, ...]) -> tuple[Atom, ...]:
+def repeated(view: View, length: int) -> View:
+    """The view of a step of a scan to which it is constant: each step sees the same again."""
+    return view._replace(repeats=view.repeats * length)
+
+
+def merge(dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
     """Joins neighbouring axes that together are one; drops those of size one.
 
     >>> merge(((2, 12), (3, 4), (4, 1)))
     ((24, 1),)
     """
-    merged: list[Atom] = []
-    for size, stride in atoms:
+    merged: list[Dim] = []
+    for size, stride in dims:
         if size == 1:
             continue
         if merged and merged[-1][1] == size * stride:
@@ -81,10 +86,10 @@ def merge(atoms: tuple[Atom, ...]) -> tuple[Atom, ...]:
     return tuple(merged)
 
 
-def layout(view: View, axes: tuple[int, ...]) -> tuple[Atom, ...]:
+def layout(view: View, axes: tuple[int, ...]) -> tuple[Dim, ...]:
     """The entries of the parameter that some axes of a view run through, in a normal form."""
-    atoms = [atom for axis in axes for atom in view.axes[axis]]
-    return merge(tuple(sorted(atoms, key=lambda atom: -atom[1])))
+    dims = [dim for axis in axes for dim in view.axes[axis]]
+    return merge(tuple(sorted(dims, key=lambda dim: -dim[1])))
 
 
 def in_order(view: View, axes: tuple[int, ...]) -> bool:
@@ -102,62 +107,63 @@ def disjoint(first: View, second: View) -> bool:
     )
 
 
-def through(view: View, equation: compat.Equation) -> list[View] | None:
+def through(view: View, equation: jaxprs.Equation) -> list[View] | None:
     """Follows a view through an equation that takes nothing else that is not a constant.
 
     Returns:
       A view for each output, or None where the equation does more than rearrange.
     """
-    kind, params = compat.name(equation), equation.params
+    primitive, params = jaxprs.name(equation), equation.params
     shapes = [out.aval.shape for out in equation.outvars]
-    if kind in IDENTITIES:
+    if primitive in IDENTITIES:
         return [view]
-    if kind == "convert_element_type":
+    if primitive == "convert_element_type":
         floating = jnp.issubdtype(params["new_dtype"], jnp.floating)
         return [view] if floating else None
-    if kind == "transpose":
+    if primitive == "transpose":
         return [view._replace(axes=tuple(view.axes[axis] for axis in params["permutation"]))]
-    if kind == "squeeze":
+    if primitive == "squeeze":
         kept = [a for axis, a in enumerate(view.axes) if axis not in params["dimensions"]]
         return [view._replace(axes=tuple(kept))]
-    if kind == "reshape" and params["dimensions"] is None:
+    if primitive == "reshape" and params["dimensions"] is None:
         seen = reshaped(view, shapes[0])
         return None if seen is None else [seen]
-    if kind == "broadcast_in_dim":
+    if primitive == "broadcast_in_dim":
         return _expanded(view, equation.invars[0].aval.shape, shapes[0], params)
-    if kind == "slice":
+    if primitive == "slice":
         strides = params["strides"] or (1,) * len(view.axes)
         if any(stride != 1 for stride in strides):
             return None
         return _sliced(view, params["start_indices"], params["limit_indices"])
-    if kind == "split":
+    if primitive == "split":
         return _split(view, equation.invars[0].aval.shape, params)
     return None
 
 
 def reshaped(view: View, shape: tuple[int, ...]) -> View | None:
-    """Deals the atoms out to new axes, splitting one where a new axis ends inside it."""
-    atoms = list(merge(tuple(atom for axis in view.axes for atom in axis)))
+    """Deals the (size, stride) pairs out to new axes, or None if a new axis ends across them."""
+    dims = list(merge(tuple(dim for axis in view.axes for dim in axis)))
     if 0 in shape:
         return None
-    axes: list[tuple[Atom, ...]] = []
+    axes: list[tuple[Dim, ...]] = []
     for size in shape:
-        axis: list[Atom] = []
+        axis: list[Dim] = []
+        # Fill the axis from the slowest dim on; one that is too long is cut, and its rest put back.
         while size > 1:
-            if not atoms:
+            if not dims:
                 return None
-            length, stride = atoms.pop(0)
+            length, stride = dims.pop(0)
             if size % length == 0:
                 axis.append((length, stride))
                 size //= length
             elif length % size == 0:
                 axis.append((size, stride * (length // size)))
-                atoms.insert(0, (length // size, stride))
+                dims.insert(0, (length // size, stride))
                 size = 1
             else:
                 return None
         axes.append(tuple(axis))
-    return None if atoms else view._replace(axes=tuple(axes))
+    return None if dims else view._replace(axes=tuple(axes))
 
 
 def _expanded(
@@ -165,7 +171,7 @@ def _expanded(
 ) -> list[View] | None:
     if math.prod(old) != math.prod(new):
         return None
-    axes: list[tuple[Atom, ...]] = [()] * len(new)
+    axes: list[tuple[Dim, ...]] = [()] * len(new)
     for axis, target in zip(view.axes, params["broadcast_dimensions"], strict=True):
         axes[target] = axis
     return [view._replace(axes=tuple(axes))]

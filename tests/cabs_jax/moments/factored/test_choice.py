@@ -5,15 +5,16 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from cabs_jax.moments.factored import trace_plan
-from cabs_jax.moments.modes import Mode, choose, is_small
+from cabs_jax.moments.factored.choice import Mode, choose, copies_are_cheap
+from cabs_jax.moments.factored.program import trace_program
+from cabs_jax.moments.per_example import loss_and_aux
 from tests.cabs_jax.moments.oracle import matches, names
 from tests.cabs_jax.moments.zoo import ZOO
 
 
 def choices(loss, params, batch, variance="trace"):
-    plan, _ = trace_plan(loss, params, batch)
-    return choose(plan, len(jax.tree.leaves(params)), variance)
+    program = trace_program(loss_and_aux(loss, False), params, batch)
+    return choose(program, len(jax.tree.leaves(params)), variance)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -34,7 +35,7 @@ def test_separate_uses_are_measured_in_place_and_overlapping_ones_collected():
 
     params = {"apart": jnp.ones((4, 3)), "twice": jnp.ones((4, 3))}
     apart, twice = choices(loss, params, jnp.ones((1, 4)))
-    assert (apart.mode, len(apart.sites)) == (Mode.IN_PLACE, 2)
+    assert (apart.mode, len(apart.sites), len(apart.uses)) == (Mode.IN_PLACE, 2, 2)
     assert (twice.mode, len(twice.sites)) == (Mode.COLLECTED, 2)
     assert "2 uses" in twice.reason
 
@@ -45,6 +46,7 @@ def test_squares_of_entries_of_a_parameter_used_twice_need_its_gradients():
 
     (choice,) = choices(loss, jnp.ones((3, 3)), jnp.ones((1, 3)), "diagonal")
     assert choice.mode is Mode.PER_EXAMPLE
+    assert not choice.uses
 
 
 def test_copies_of_a_bias_are_small_and_those_of_a_table_are_not():
@@ -55,5 +57,5 @@ def test_copies_of_a_bias_are_small_and_those_of_a_table_are_not():
         return jnp.sum(jnp.square(lax.dynamic_slice(p, (x[0].astype(jnp.int32),), (2,))))
 
     for loss, size, small in ((added, 3, True), (sliced, 9, False), (sliced, 2, True)):
-        (site,) = trace_plan(loss, jnp.ones(size), jnp.ones((1, 3)))[0].sites
-        assert is_small(site) == small
+        (site,) = trace_program(loss_and_aux(loss, False), jnp.ones(size), jnp.ones((1, 3))).sites
+        assert copies_are_cheap(site) == small

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cabs_jax.moments import cost, forms
+from cabs_jax.moments.factored import outer_products
 from tests.cabs_jax.moments.oracle import quick_jit
 
 EXAMPLES, P, Q = 6, 5, 3
@@ -43,13 +43,13 @@ KINDS = [
 def test_gradients_and_their_norms_and_squares(kind):
     both, g = factors(0, **kind), outer(factors(0, **kind))
     np.testing.assert_allclose(
-        quick_jit(lambda f: forms.gradients(f, P))(both), g, rtol=1e-5, atol=1e-6
+        quick_jit(lambda f: outer_products.gradients(f, P))(both), g, rtol=1e-5, atol=1e-6
     )
     norms = np.sum(g**2, axis=(1, 2, 3))
-    np.testing.assert_allclose(quick_jit(forms.gram_norms)([both]), norms, rtol=1e-5)
+    np.testing.assert_allclose(quick_jit(outer_products.gram_norms)([both]), norms, rtol=1e-5)
     if kind["positions"] == 1 and "one_hot" not in kind:
         np.testing.assert_allclose(
-            quick_jit(forms.square_sums)(both), np.sum(g**2, axis=0), rtol=1e-5
+            quick_jit(outer_products.square_sums)(both), np.sum(g**2, axis=0), rtol=1e-5
         )
 
 
@@ -62,16 +62,16 @@ def test_norms_of_a_sum_of_uses_hold_the_cross_terms(kinds):
     uses = [factors(i, **kind) for i, kind in enumerate((*kinds, kinds[0]))]
     g = sum(map(outer, uses))
     norms = np.sum(g**2, axis=(1, 2, 3))
-    np.testing.assert_allclose(quick_jit(forms.gram_norms)(uses), norms, rtol=1e-5)
+    np.testing.assert_allclose(quick_jit(outer_products.gram_norms)(uses), norms, rtol=1e-5)
 
 
 def test_results_of_half_precision_factors_are_float32():
     left, right = (f.astype(jnp.bfloat16) for f in factors(0, 7))
     g = outer((left.astype(jnp.float32), right.astype(jnp.float32)))
     for result, wanted in (
-        (forms.gradients((left, right), P), g),
-        (forms.gram_norms([(left, right)]), np.sum(g**2, axis=(1, 2, 3))),
-        (forms.square_sums((left[:, :, :1], right[:, :, :1])), None),
+        (outer_products.gradients((left, right), P), g),
+        (outer_products.gram_norms([(left, right)]), np.sum(g**2, axis=(1, 2, 3))),
+        (outer_products.square_sums((left[:, :, :1], right[:, :, :1])), None),
     ):
         assert result.dtype == jnp.float32
         if wanted is not None:
@@ -82,31 +82,7 @@ def test_results_of_half_precision_factors_are_float32():
 def test_factors_of_any_two_types_contract_in_float32(dtypes):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         left, right = (f.astype(d) for f, d in zip(factors(0, 7), dtypes, strict=True))
-        norms = forms.gram_norms([(left, right)])
+        norms = outer_products.gram_norms([(left, right)])
         assert norms.dtype == jnp.float32
         g = outer((left.astype(jnp.float32), right.astype(jnp.float32)))
         np.testing.assert_allclose(norms, np.sum(g**2, axis=(1, 2, 3)), rtol=1e-5)
-
-
-@pytest.mark.parametrize("examples", [1, 8, 16, 21, 24])
-@pytest.mark.parametrize("bytes_per_example", [1, 2**21, 2**40])
-def test_over_blocks_is_the_function_of_the_whole(examples, bytes_per_example):
-    x = jnp.arange(1.0, examples * 3 + 1).reshape(examples, 3)
-
-    def function(x):
-        return {"sum": x * x}, jnp.sum(x, axis=1)
-
-    sums, rows = quick_jit(lambda x: forms.over_blocks(function, x, bytes_per_example))(x)
-    np.testing.assert_allclose(sums["sum"], jnp.sum(x * x, axis=0), rtol=1e-6)
-    np.testing.assert_array_equal(rows, jnp.sum(x, axis=1))
-
-
-def test_over_blocks_really_works_in_blocks():
-    seen = []
-
-    def function(x):
-        seen.append(x.shape[0])
-        return (), x
-
-    forms.over_blocks(function, jnp.ones((64, 3)), cost.BLOCK_BYTES["cpu"] // 8)
-    assert set(seen) == {8}

@@ -1,6 +1,6 @@
-"""One rule per primitive: how a weight's gradient follows from its input and output cotangent.
+"""One rule per primitive: how a parameter's gradient follows from its input and output cotangent.
 
-Where a weight w meets an example in an equation y = f(w, x) that is linear in w, the gradient of
+Where a parameter w meets an example in an equation y = f(w, x) that is linear in w, the gradient of
 one example is a sum of outer products over positions t,
 
     g[k, p, q] = Σ_t  left[k, t, p] · right[k, t, q],
@@ -10,9 +10,10 @@ with `left` made of x, `right` made of the cotangent of y, and k running over gr
 
 To teach it a primitive:
 
-1. Write `def _rule(equation, operand) -> Rule | None`. `operand` says which input is the weight.
-   Return None for a case the rule does not cover: it is then differentiated example by example.
-2. In the `Rule`, give the shape to which the weight is to be reshaped so that every axis belongs
+1. Write `def _rule(equation, operand) -> Rule | None`. `operand` says which input is the
+   parameter. Return None for a case that the rule does not cover: it is then differentiated example
+   by example.
+2. In the `Rule`, give the shape to which the parameter is to be reshaped so that every axis belongs
    wholly to the groups, to `left` or to `right`; which axes those are, in the order in which they
    are flattened; and the number of positions.
 3. Give `factors(x, cotangent)`. Both arrive with a leading axis of examples, and in the layout of
@@ -31,17 +32,17 @@ import jax
 import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 
-from cabs_jax.moments import compat, convolution
+from cabs_jax.moments import convolution, jaxprs
 
 Factors = tuple[jax.Array, jax.Array]
 
 
 class Rule(NamedTuple):
-    """How the gradient of a weight is made of outer products.
+    """How the gradient of a parameter is made of outer products.
 
     Attributes:
-      operand: Which operand of the equation is the weight.
-      shape: Shape of the weight, its axes split where one belongs to two of the following.
+      operand: Which operand of the equation is the parameter.
+      shape: Shape of the parameter, its axes split where one belongs to two of the following.
       groups: Axes of that shape which stay apart.
       left: Axes that come from the input.
       right: Axes that come from the cotangent of the output.
@@ -64,24 +65,24 @@ class Rule(NamedTuple):
         count = [math.prod(self.shape[a] for a in axes) for axes in self[2:5]]
         return count[0], self.positions, count[1], count[2]
 
-    def assemble(self, gradient: jax.Array, weight_shape: tuple[int, ...]) -> jax.Array:
-        """Lays a gradient of shape (..., groups, p, q) out like the weight."""
+    def assemble(self, gradient: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Lays a gradient of shape (..., groups, p, q) out like the parameter."""
         lead = gradient.ndim - 3
         order = (*self.groups, *self.left, *self.right)
         gradient = gradient.reshape(*gradient.shape[:lead], *(self.shape[a] for a in order))
         back = [lead + order.index(axis) for axis in range(len(order))]
         gradient = gradient.transpose(*range(lead), *back)
-        return gradient.reshape(*gradient.shape[:lead], *weight_shape)
+        return gradient.reshape(*gradient.shape[:lead], *shape)
 
 
-def find_rule(equation: compat.Equation, operand: int) -> Rule | None:
-    """Returns the rule for a weight at one operand of an equation, None if none covers it."""
-    make = RULES.get(compat.name(equation))
+def find_rule(equation: jaxprs.Equation, operand: int) -> Rule | None:
+    """Returns the rule for a parameter at one operand of an equation, None if none covers it."""
+    make = RULES.get(jaxprs.name(equation))
     real = jnp.issubdtype(equation.invars[operand].aval.dtype, jnp.floating)
     return make(equation, operand) if make and real else None
 
 
-def _dot_general(equation: compat.Equation, operand: int) -> Rule | None:
+def _dot_general(equation: jaxprs.Equation, operand: int) -> Rule | None:
     contracting, batching = equation.params["dimension_numbers"]
     w_contract, x_contract = contracting[operand], contracting[1 - operand]
     w_batch, x_batch = batching[operand], batching[1 - operand]
@@ -97,6 +98,9 @@ def _dot_general(equation: compat.Equation, operand: int) -> Rule | None:
     q = math.prod(w_shape[a] for a in w_free)
 
     def factors(x: jax.Array, cotangent: jax.Array) -> Factors:
+        # x becomes (b, groups, positions, p). A dot_general puts out its batch axes, then the free
+        # axes of the first operand, then of the second: here (b, groups, positions, q), or
+        # (b, groups, q, positions) where the parameter comes first.
         examples = x.shape[0]
         left = x.transpose(0, *(1 + a for a in (*x_batch, *x_free, *x_contract)))
         left = left.reshape(examples, groups, positions, p)
@@ -109,7 +113,7 @@ def _dot_general(equation: compat.Equation, operand: int) -> Rule | None:
     return Rule(operand, w_shape, tuple(w_batch), tuple(w_contract), w_free, positions, factors)
 
 
-def _conv_general_dilated(equation: compat.Equation, operand: int) -> Rule | None:
+def _conv_general_dilated(equation: jaxprs.Equation, operand: int) -> Rule | None:
     params = equation.params
     if operand != 1 or params["batch_group_count"] != 1:
         return None
@@ -118,14 +122,17 @@ def _conv_general_dilated(equation: compat.Equation, operand: int) -> Rule | Non
     g = convolution.geometry(x_shape, w_shape, equation.outvars[0].aval.shape, params)
     kernel, positions = math.prod(g.kernel), g.batch * math.prod(g.output)
     features = rhs_spec[0]
+    # The axis of output features is split in two: its groups, and the filters of each.
     shape = (*w_shape[:features], g.groups, g.filters, *w_shape[features + 1 :])
     left = tuple(a if a < features else a + 1 for a in (*rhs_spec[2:], rhs_spec[1]))
 
     def factors(x: jax.Array, cotangent: jax.Array) -> Factors:
         examples = x.shape[0]
         x = convolution.channels_last(x, lhs_spec, lead=1)
+        # What each output position sees of the image: (b·images, positions, kernel, channels).
         cut = convolution.patches(x.reshape(-1, *x.shape[2:]), g)
         cut = cut.reshape(examples, positions, kernel, g.groups, g.channels)
+        # To (b, groups, positions, kernel, channels), the last two being p.
         cut = cut.transpose(0, 3, 1, 2, 4).reshape(examples, g.groups, positions, -1)
         out = convolution.channels_last(cotangent, out_spec, lead=1)
         out = out.reshape(examples, positions, g.groups, g.filters).swapaxes(1, 2)
@@ -134,7 +141,7 @@ def _conv_general_dilated(equation: compat.Equation, operand: int) -> Rule | Non
     return Rule(1, shape, (features,), left, (features + 1,), positions, factors)
 
 
-def _gather(equation: compat.Equation, operand: int) -> Rule | None:
+def _gather(equation: jaxprs.Equation, operand: int) -> Rule | None:
     """Rows of a table, as in an embedding."""
     numbers, table = equation.params["dimension_numbers"], equation.invars[0].aval.shape
     axis = numbers.start_index_map
@@ -159,6 +166,7 @@ def _gather(equation: compat.Equation, operand: int) -> Rule | None:
         indices = indices.reshape(examples, positions)
         # The number of rows may not fit narrower types.
         indices = indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices
+        # What was looked up, in front of what is in a row: (b, 1, positions, q).
         order = (*looked_up, *numbers.offset_dims)
         out = cotangent.transpose(0, *(1 + a for a in order)).reshape(examples, 1, positions, q)
         if mode == GatherScatterMode.FILL_OR_DROP:
@@ -174,7 +182,7 @@ def _others(rank: int, *axes: Any) -> tuple[int, ...]:
     return tuple(axis for axis in range(rank) if axis not in taken)
 
 
-RULES: dict[str, Callable[[compat.Equation, int], Rule | None]] = {
+RULES: dict[str, Callable[[jaxprs.Equation, int], Rule | None]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _conv_general_dilated,
     "gather": _gather,

@@ -8,14 +8,14 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from cabs_jax.moments import compat
+from cabs_jax.moments import jaxprs
 
 
 def test_trace_keeps_the_structure_of_the_result():
-    closed, tree = compat.trace(lambda x: {"a": x, "b": (2 * x,)}, jax.ShapeDtypeStruct((3,), "f4"))
+    closed, tree = jaxprs.trace(lambda x: {"a": x, "b": (2 * x,)}, jax.ShapeDtypeStruct((3,), "f4"))
     assert jax.tree.unflatten(tree, [1, 2]) == {"a": 1, "b": (2,)}
-    jaxpr, consts = compat.open_jaxpr(closed)
-    again, none = compat.open_jaxpr(jaxpr)
+    jaxpr, consts = jaxprs.open_jaxpr(closed)
+    again, none = jaxprs.open_jaxpr(jaxpr)
     assert again == jaxpr
     assert not none
     assert list(consts) == []
@@ -44,17 +44,17 @@ halved.defvjp(lambda x: (x, None), lambda _, g: (g / 2,))
 )
 def test_equations_are_evaluated_and_differentiated_as_by_jax(function, primitive):
     x = jnp.array([0.3, -1.0, 2.0])
-    closed, tree = compat.trace(function, x)
+    closed, tree = jaxprs.trace(function, x)
 
     def by_equations(x):
         known = {closed.jaxpr.invars[0]: x}
         for equation in closed.jaxpr.eqns:
-            values = [v.val if compat.is_literal(v) else known[v] for v in equation.invars]
-            known |= dict(zip(equation.outvars, compat.evaluate(equation, values), strict=True))
+            values = [v.val if jaxprs.is_literal(v) else known[v] for v in equation.invars]
+            known |= dict(zip(equation.outvars, jaxprs.evaluate(equation, values), strict=True))
         return jax.tree.unflatten(tree, [known[v] for v in closed.jaxpr.outvars])
 
-    names = {"jit": {"jit", "pjit"}, "checkpoint": compat.CHECKPOINTS}.get(primitive, {primitive})
-    assert any(compat.contains(closed.jaxpr, name) for name in names)
+    names = {"jit": {"jit", "pjit"}, "checkpoint": jaxprs.CHECKPOINTS}.get(primitive, {primitive})
+    assert any(jaxprs.contains(closed.jaxpr, name) for name in names)
     jax.tree.map(np.testing.assert_array_equal, by_equations(x), function(x))
 
     def total(f):
@@ -75,21 +75,21 @@ def test_call_like_equations_name_their_jaxpr(wrap):
         wrapped.defjvp(lambda p, t: (function(*p), t[0]))
     if wrap is jax.custom_vjp:
         wrapped.defvjp(lambda x: (function(x), None), lambda _, g: (g,))
-    closed, _ = compat.trace(wrapped, 1.0)
+    closed, _ = jaxprs.trace(wrapped, 1.0)
     (equation,) = closed.eqns
-    inner, _ = compat.inner_jaxpr(equation)
-    assert [compat.name(e) for e in inner.eqns] == ["sin", "mul"]
-    assert compat.contains(closed.jaxpr, "sin")
-    assert not compat.contains(closed.jaxpr, "cos")
+    inner, _ = jaxprs.inner_jaxpr(equation)
+    assert [jaxprs.name(e) for e in inner.eqns] == ["sin", "mul"]
+    assert jaxprs.contains(closed.jaxpr, "sin")
+    assert not jaxprs.contains(closed.jaxpr, "cos")
 
 
 def test_scan_operands_are_split():
     def function(c, h, xs):
         return lax.scan(lambda h, x: (h + c * x, h), h, xs)
 
-    closed, _ = compat.trace(function, 1.0, 2.0, jnp.ones(3))
-    (scan,) = [e for e in closed.eqns if compat.name(e) == "scan"]
-    assert compat.split_scan(scan, ["c", "h", "xs"]) == (["c"], ["h"], ["xs"])
+    closed, _ = jaxprs.trace(function, 1.0, 2.0, jnp.ones(3))
+    (scan,) = [e for e in closed.eqns if jaxprs.name(e) == "scan"]
+    assert jaxprs.split_scan(scan, ["c", "h", "xs"]) == (["c"], ["h"], ["xs"])
     assert {"jaxpr", "length", "reverse", "unroll"} <= scan.params.keys()
 
 
@@ -97,7 +97,7 @@ def test_varying_axes_inside_shard_map():
     seen = []
 
     def function(x, y):
-        seen.append((compat.varying_axes(x), compat.varying_axes(y)))
+        seen.append((jaxprs.varying_axes(x), jaxprs.varying_axes(y)))
         return x
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -105,4 +105,4 @@ def test_varying_axes_inside_shard_map():
         jnp.ones(8), jnp.ones(8)
     )
     assert seen[0] == ({"data"}, frozenset())
-    assert compat.varying_axes(jnp.ones(3)) == frozenset()
+    assert jaxprs.varying_axes(jnp.ones(3)) == frozenset()

@@ -1,28 +1,28 @@
-"""Checks the options of the gradient moments against each other and against the batch."""
+"""How a batch is split, and whether the options agree with it and with each other."""
 
 from __future__ import annotations
 
 import math
 from typing import Literal, get_args
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from cabs_jax.statistics import Variance
 
 Method = Literal["auto", "factored", "per_example", "between"]
 
 
-def measured(subsample: int | None, size: int, axes: tuple[str, ...]) -> int:
+def measured(subsample: int | None, size: int, axis_names: tuple[str, ...]) -> int:
     """Returns the number of examples of this block and device that are measured."""
     if subsample is None:
         return size
-    shards = math.prod(lax.axis_size(axis) for axis in axes)
+    shards = math.prod(lax.axis_size(axis) for axis in axis_names)
     if subsample % shards:
         raise ValueError(
             f"subsample={subsample} does not split evenly over {shards} shards of the batch;"
-            f" take a multiple of {shards}"
+            f" take a multiple of {shards}."
         )
     return min(subsample // shards, size)
 
@@ -32,33 +32,33 @@ def block_size(
     method: Method,
     microbatch_size: int | None,
     groups: int | None,
-    axes: tuple[str, ...],
-) -> int | None:
-    """Returns how many examples are worked on at a time; None for all.
+    axis_names: tuple[str, ...],
+) -> int:
+    """Returns how many examples are worked on at a time.
 
     Raises:
       ValueError: If the batch does not split so.
     """
     if method == "between":
-        shards = math.prod(lax.axis_size(axis) for axis in axes)
+        shards = math.prod(lax.axis_size(axis) for axis in axis_names)
         parts = groups or 1
         if parts * shards < 2:
             raise ValueError(
                 f'method="between" compares groups, and here there is {parts * shards}: pass'
-                " groups=2 or more, or split the batch over a mesh (mesh= or axis_name=)"
+                " groups=2 or more, or split the batch over a mesh (mesh= or axis_name=)."
             )
         if size % parts:
-            raise ValueError(f"groups={parts} does not divide the batch (or shard) of {size}")
+            raise ValueError(f"groups={parts} does not divide the batch (or shard) of {size}.")
         return size // parts
     if microbatch_size is not None and size % microbatch_size:
         raise ValueError(
             f"microbatch_size={microbatch_size} does not divide the batch (or shard) of {size}; pad"
-            " the batch and pass a mask"
+            " the batch and pass a mask."
         )
-    return microbatch_size
+    return microbatch_size or size
 
 
-def check(
+def check_options(
     method: Method,
     variance: Variance,
     subsample: int | None,
@@ -71,31 +71,31 @@ def check(
         ("variance", variance, get_args(Variance)),
     ):
         if value not in known:
-            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+            raise ValueError(f"{name} must be one of {known}, got {value!r}.")
     numbers = {"subsample": subsample, "microbatch_size": microbatch_size, "groups": groups}
     for name, number in numbers.items():
         if number is not None and not (isinstance(number, int) and number >= 1):
-            raise ValueError(f"{name} must be a positive int or None, got {number!r}")
+            raise ValueError(f"{name} must be a positive int or None, got {number!r}.")
     if subsample is not None and (method in {"per_example", "between"} or microbatch_size):
         raise ValueError(
             f"subsample={subsample} goes with the factored method on the whole batch, not with"
-            f" method={method!r} and microbatch_size={microbatch_size}"
+            f" method={method!r} and microbatch_size={microbatch_size}."
         )
     if groups is not None and method != "between":
-        raise ValueError(f'groups={groups} goes with method="between", not with {method!r}')
+        raise ValueError(f'groups={groups} goes with method="between", not with {method!r}.')
     if microbatch_size is not None and method == "between":
         raise ValueError(
             f'microbatch_size={microbatch_size} has no place in method="between", whose groups are'
-            " worked on one at a time; use groups="
+            " worked on one at a time; use groups=."
         )
 
 
-def check_mask(mask: jax.Array | None, size: int) -> None:
+def check_mask(mask: ArrayLike | None, size: int) -> None:
     """Raises unless a mask is None or a boolean array of shape (size,)."""
     if mask is None:
         return
-    if not hasattr(mask, "dtype") or mask.dtype != jnp.bool_:
-        found = getattr(mask, "dtype", type(mask).__name__)
-        raise TypeError(f"mask must be a boolean array, got {found}")
-    if mask.shape != (size,):
-        raise ValueError(f"mask must have shape ({size},) like the batch, got {mask.shape}")
+    found = getattr(mask, "dtype", type(mask).__name__)
+    if found != jnp.bool_:
+        raise TypeError(f"mask must be a boolean array, got {found}.")
+    if jnp.shape(mask) != (size,):
+        raise ValueError(f"mask must have shape ({size},) like the batch, got {jnp.shape(mask)}.")

@@ -3,23 +3,9 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cabs_jax.moments import cost
+from cabs_jax.moments.factored import cost
 
 size = st.integers(1, 4096)
-
-
-@given(st.integers(1, 5000), st.integers(0, 2**36), st.integers(1, 8))
-def test_blocks_hold_the_batch_and_fit_the_budget(examples, bytes_per_example, unit):
-    examples *= unit
-    block, count = cost.blocks(examples, bytes_per_example, unit)
-    assert block % unit == 0
-    assert examples <= block * count < examples + count * unit
-    assert block == unit or block * bytes_per_example <= cost.BLOCK_BYTES["cpu"]
-
-
-@given(st.integers(1, 1000))
-def test_what_fits_is_one_block(examples):
-    assert cost.blocks(examples, cost.BLOCK_BYTES["cpu"] // examples) == (examples, 1)
 
 
 @given(st.integers(1, 8), size, size, size)

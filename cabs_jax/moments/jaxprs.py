@@ -7,15 +7,19 @@ to a jaxpr, how to evaluate one equation, and which equations hold a jaxpr of th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
+
+from cabs_jax.statistics import PyTree
 
 Jaxpr: TypeAlias = Any  # jax.extend.core.Jaxpr: it has .invars, .constvars, .eqns and .outvars
 Equation: TypeAlias = Any  # jax.extend.core.JaxprEqn: it has .primitive, .invars, .outvars, .params
 Atom: TypeAlias = Any  # jax.extend.core.Var or Literal: it has .aval
-PyTree = Any
+Value = TypeVar("Value")
+Step = TypeVar("Step")
 
 CALLS = {"jit", "pjit", "closed_call", "core_call"}
 CHECKPOINTS = {"remat2", "checkpoint"}
@@ -46,6 +50,11 @@ def is_literal(atom: Atom) -> bool:
     return isinstance(atom, core.Literal)
 
 
+def carries_gradient(atom: Atom) -> bool:
+    """Whether a value can have a gradient, being of a real or complex type."""
+    return bool(jnp.issubdtype(atom.aval.dtype, jnp.inexact))
+
+
 def name(equation: Equation) -> str:
     """The name of an equation's primitive."""
     return str(equation.primitive.name)
@@ -74,6 +83,43 @@ def evaluate(equation: Equation, values: Sequence[Any]) -> list[Any]:
     with equation.ctx.manager:
         result = primitive.bind(*functions, *values, **params)
     return list(result) if primitive.multiple_results else [result]
+
+
+def floating_outputs(equation: Equation, operands: dict[int, Any]) -> list[Any]:
+    """Evaluates an equation on operands given by place; returns the outputs that have gradients."""
+    outputs = evaluate(equation, [operands[i] for i in range(len(operands))])
+    known = zip(outputs, equation.outvars, strict=True)
+    return [output for output, var in known if carries_gradient(var)]
+
+
+def walk(
+    jaxpr: Jaxpr,
+    consts: Sequence[Any],
+    inputs: Sequence[Value],
+    steps: Sequence[Step],
+    visit: Callable[[Step, list[Value]], Sequence[Value]],
+    constant: Callable[[Any], Value],
+) -> list[Value]:
+    """Goes through the equations of a jaxpr in order, and returns its outputs.
+
+    Args:
+      jaxpr: The jaxpr.
+      consts: Its constants.
+      inputs: Its inputs, in whatever form the walk works with.
+      steps: What to hand to `visit` for each equation: the equations themselves, or what is
+        known of them.
+      visit: `(step, operands) -> outputs` of one equation.
+      constant: Brings constants and literals into the form of the inputs.
+    """
+    known = dict(zip(jaxpr.constvars, map(constant, consts), strict=True))
+    known |= zip(jaxpr.invars, inputs, strict=True)
+
+    def read(atom: Atom) -> Value:
+        return constant(atom.val) if is_literal(atom) else known[atom]
+
+    for equation, step in zip(jaxpr.eqns, steps, strict=True):
+        known |= zip(equation.outvars, visit(step, list(map(read, equation.invars))), strict=True)
+    return list(map(read, jaxpr.outvars))
 
 
 def contains(jaxpr: Jaxpr, primitive_name: str) -> bool:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from cabs_jax.moments import compat, views
+from cabs_jax.moments import jaxprs
+from cabs_jax.moments.factored import views
 
 small = st.integers(1, 4)
 
@@ -161,4 +162,4 @@ def test_a_scanned_view_moves_its_leading_axis_into_the_loop():
 
 def test_equations_are_named():
     (equation,) = jax.make_jaxpr(lambda x: x.T)(jnp.ones((2, 3))).eqns
-    assert compat.name(equation) == "transpose"
+    assert jaxprs.name(equation) == "transpose"

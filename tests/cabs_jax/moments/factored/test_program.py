@@ -5,32 +5,30 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from cabs_jax.moments import compat
-from cabs_jax.moments.factored import trace_plan
-from cabs_jax.moments.tracing import CONSTANT, EXAMPLE, Kind, Parameter
+from cabs_jax.moments import jaxprs
+from cabs_jax.moments.factored.program import CONSTANT, EXAMPLE, Kind, Parameter, trace_program
 
 
-def planned(loss, params, *example_shape):
-    plan, _ = trace_plan(loss, params, jnp.ones((1, *example_shape)))
-    return plan
+def traced(loss, params, *example_shape):
+    return trace_program(loss, params, jnp.ones((1, *example_shape)))
 
 
-def steps(program):
-    for step in program.steps:
+def steps(body):
+    for step in body.steps:
         yield step
         if step.inner is not None:
             yield from steps(step.inner)
 
 
-def kinds(plan):
-    return {compat.name(step.equation): step.kind for step in steps(plan.program)}
+def kinds(program):
+    return {jaxprs.name(step.equation): step.kind for step in steps(program.body)}
 
 
-def sites(plan):
+def sites(program):
     return [
-        (compat.name(site.equation) if site.equation else None, sorted(leaves), site.depth)
-        for site in plan.sites
-        for _, parameter in site.weights
+        (jaxprs.name(site.equation) if site.equation else None, sorted(leaves), site.scans)
+        for site in program.sites
+        for _, parameter in site.parameters
         for leaves in [parameter.leaves]
     ]
 
@@ -40,20 +38,20 @@ def test_a_site_is_where_parameters_meet_the_example():
         squared = jnp.square(p["a"])
         return jnp.sum(jnp.tanh(x @ p["w"].T) * squared)
 
-    plan = planned(loss, {"a": jnp.ones(2), "w": jnp.ones((2, 3))}, 3)
-    assert sites(plan) == [("dot_general", [1], ()), ("mul", [0], ())]
-    product, scale = plan.sites
+    program = traced(loss, {"a": jnp.ones(2), "w": jnp.ones((2, 3))}, 3)
+    assert sites(program) == [("dot_general", [1], ()), ("mul", [0], ())]
+    product, scale = program.sites
     assert product.rule is not None
-    assert product.weights[0][1].view.axes == (((3, 1),), ((2, 3),))
+    assert product.parameters[0][1].view.axes == (((3, 1),), ((2, 3),))
     assert scale.rule is None
-    assert scale.weights[0][1].view is None
-    assert kinds(plan)["tanh"] is Kind.PLAIN
+    assert scale.parameters[0][1].view is None
+    assert kinds(program)["tanh"] is Kind.PLAIN
 
 
 def test_origins_of_the_loss():
-    plan = planned(lambda p, x: jnp.sum(p * x), jnp.ones(3), 3)
-    assert plan.program.outputs == (EXAMPLE,)
-    (origin, example) = plan.program.inputs
+    program = traced(lambda p, x: jnp.sum(p * x), jnp.ones(3), 3)
+    assert program.body.outputs == (EXAMPLE,)
+    (origin, example) = program.body.inputs
     assert isinstance(origin, Parameter)
     assert example is EXAMPLE
 
@@ -62,22 +60,22 @@ def test_origins_of_the_loss():
     "hide", [lax.stop_gradient, lambda w: w.astype(jnp.int32), lambda w: jnp.argmax(w)]
 )
 def test_no_site_where_no_gradient_flows(hide):
-    plan = planned(lambda p, x: jnp.sum(x * hide(p)), jnp.ones(3), 3)
-    assert plan.sites == ()
+    program = traced(lambda p, x: jnp.sum(x * hide(p)), jnp.ones(3), 3)
+    assert program.sites == ()
 
 
 def test_integer_parameters_are_constant():
-    plan = planned(lambda p, x: jnp.sum(x * p), jnp.arange(3), 3)
-    assert plan.program.inputs[0] is CONSTANT
-    assert plan.sites == ()
+    program = traced(lambda p, x: jnp.sum(x * p), jnp.arange(3), 3)
+    assert program.body.inputs[0] is CONSTANT
+    assert program.sites == ()
 
 
 def test_parameters_of_several_leaves_are_traced_to_all_of_them():
     def loss(p, x):
         return jnp.sum(jnp.concatenate([p["a"], p["b"]]) * x)
 
-    plan = planned(loss, {"a": jnp.ones(1), "b": jnp.ones(2)}, 3)
-    assert sites(plan) == [("mul", [0, 1], ())]
+    program = traced(loss, {"a": jnp.ones(1), "b": jnp.ones(2)}, 3)
+    assert sites(program) == [("mul", [0, 1], ())]
 
 
 def test_the_walk_goes_into_jit_checkpoint_and_scan():
@@ -96,18 +94,18 @@ def test_the_walk_goes_into_jit_checkpoint_and_scan():
         return jnp.sum(lax.scan(body, second(first(x)), p["ws"])[0])
 
     params = {"v": jnp.ones((3, 3)), "w": jnp.ones((3, 3)), "ws": jnp.ones((5, 3, 3))}
-    plan = planned(loss, params, 3)
-    assert sorted(sites(plan), key=str) == [
+    program = traced(loss, params, 3)
+    assert sorted(sites(program), key=str) == [
         ("dot_general", [0], ()),
         ("dot_general", [1], ()),
         ("dot_general", [2], (5, 2)),
     ]
-    found = {step.kind for step in steps(plan.program)}
+    found = {step.kind for step in steps(program.body)}
     assert found >= {Kind.CALL, Kind.CHECKPOINT, Kind.SCAN}
-    numbers = [step.site for step in steps(plan.program) if step.kind is Kind.SITE]
-    assert sorted(numbers) == list(range(len(plan.sites)))
-    (inner,) = [site for site in plan.sites if site.depth == (5, 2)]
-    view = inner.weights[0][1].view
+    numbers = [step.site for step in steps(program.body) if step.kind is Kind.SITE]
+    assert sorted(numbers) == list(range(len(program.sites)))
+    (inner,) = [site for site in program.sites if site.scans == (5, 2)]
+    view = inner.parameters[0][1].view
     assert view.looped == ((5, 9),)
     assert view.repeats == 2
 
@@ -121,9 +119,9 @@ def test_a_carry_that_comes_to_depend_on_the_example_does_so_from_the_start():
         (first, _, _), _ = lax.scan(body, (jnp.zeros(3), jnp.zeros(3), 0), None, length=3)
         return jnp.sum(first)
 
-    plan = planned(loss, jnp.ones(3), 3)
-    (scan,) = [step for step in steps(plan.program) if step.kind is Kind.SCAN]
-    _, carry, _ = compat.split_scan(scan.equation, scan.inner.inputs)
+    program = traced(loss, jnp.ones(3), 3)
+    (scan,) = [step for step in steps(program.body) if step.kind is Kind.SCAN]
+    _, carry, _ = jaxprs.split_scan(scan.equation, scan.inner.inputs)
     assert [origin is EXAMPLE for origin in carry] == [True, True, False]
 
 
@@ -131,20 +129,20 @@ def test_a_parameter_that_starts_a_carry_is_a_use_of_it():
     def loss(p, x):
         return jnp.sum(lax.scan(lambda h, _: (jnp.tanh(h + x), None), p, None, length=3)[0])
 
-    assert sites(planned(loss, jnp.ones(3), 3)) == [("scan", [0], ())]
+    assert sites(traced(loss, jnp.ones(3), 3)) == [("scan", [0], ())]
 
 
 def test_a_term_of_parameters_alone_is_no_site():
     def loss(p, x):
         return jnp.sum(x @ p) + jax.jit(lambda p: 0.1 * jnp.sum(jnp.square(p)))(p)
 
-    plan = planned(loss, jnp.ones((3, 2)), 3)
-    assert sites(plan) == [("dot_general", [0], ())]
-    assert Kind.SHIFT in {step.kind for step in steps(plan.program)}
+    program = traced(loss, jnp.ones((3, 2)), 3)
+    assert sites(program) == [("dot_general", [0], ())]
+    assert Kind.SHIFT in {step.kind for step in steps(program.body)}
 
 
 def test_a_factor_of_parameters_alone_is_a_site():
     def loss(p, x):
         return jnp.square(jnp.sum(x) + jnp.sum(p))
 
-    assert sites(planned(loss, jnp.ones(3), 3)) == [("add", [0], ())]
+    assert sites(traced(loss, jnp.ones(3), 3)) == [("add", [0], ())]

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from cabs_jax.moments import compat, forms
-from cabs_jax.moments.primitives import RULES, find_rule
+from cabs_jax.moments import jaxprs
+from cabs_jax.moments.factored import outer_products
+from cabs_jax.moments.factored.primitives import RULES, find_rule
 from tests.cabs_jax.moments.geometries import convolutions, numbers, products
 from tests.cabs_jax.moments.oracle import assert_close, quick_jit
 
@@ -17,7 +18,7 @@ EXAMPLES = 2
 
 
 def equation_of(function, *operands):
-    (equation,) = [e for e in jax.make_jaxpr(function)(*operands).eqns if compat.name(e) in RULES]
+    (equation,) = [e for e in jax.make_jaxpr(function)(*operands).eqns if jaxprs.name(e) in RULES]
     return equation
 
 
@@ -38,7 +39,7 @@ def check(function, operand, weight, x):
         assert factors[1].shape == (EXAMPLES, groups, positions, q)
         left = (EXAMPLES, positions) if rule.one_hot else (EXAMPLES, groups, positions, p)
         assert factors[0].shape == left
-        assembled = rule.assemble(forms.gradients(factors, p), weight.shape)
+        assembled = rule.assemble(outer_products.gradients(factors, p), weight.shape)
         pulled = [
             jax.vjp(lambda w, i=i: applied(w, x[i]), weight)[1](cotangent[i])[0]
             for i in range(EXAMPLES)

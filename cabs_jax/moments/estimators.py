@@ -1,0 +1,117 @@
+"""The methods: each turns one block of the batch into sums.
+
+An estimator is a function `(task, params, share, batch, keep) -> (sums, aux)`. `share` is 1/m, the
+part that each example has in the mean: it goes in where the backward pass starts, so that what
+comes out is the mean gradient and need not be touched again. `keep`, boolean of shape (block,), is
+False for padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cabs_jax.moments import split
+from cabs_jax.moments.factored.batch_sums import batch_sums
+from cabs_jax.moments.factored.values import Sample
+from cabs_jax.moments.per_example import LossAndAux, or_zeros, per_example_value_and_grad
+from cabs_jax.statistics import PyTree, Variance, tree_sum
+
+
+class Sums(NamedTuple):
+    """What is added up over blocks and devices, each example with its share 1/m.
+
+    Attributes:
+      value: Σ ℓ_i/m.
+      gradient: Σ g_i/m, float32.
+      squares: Σ ‖g_i/m‖² of the measured examples, or of the entries' squares; between groups of
+        n_k examples, Σ_k ‖Σ_i g_i/m‖²/n_k.
+      measured: Number of real examples measured, or of non-empty groups.
+      shift: Part of Σ g_i/m that is the same for every example and not in `gradient`, or ().
+    """
+
+    value: jax.Array
+    gradient: PyTree
+    squares: PyTree
+    measured: jax.Array
+    shift: PyTree = ()
+
+
+class Task(NamedTuple):
+    """What is to be summed up.
+
+    Attributes:
+      loss_fn: `loss_fn(params, example) -> (loss, aux)`.
+      variance: "trace" or "diagonal".
+      subsample: How many examples of the whole batch are measured; None for all.
+      axis_names: Mesh axes that split the batch, inside a shard_map.
+    """
+
+    loss_fn: LossAndAux
+    variance: Variance
+    subsample: int | None
+    axis_names: tuple[str, ...]
+
+
+def factored(
+    task: Task, params: PyTree, share: jax.Array, batch: PyTree, keep: jax.Array
+) -> tuple[Sums, PyTree]:
+    """Squares of the gradients of examples, from the inputs and cotangents of the layers."""
+    weights, size = jnp.where(keep, share, 0.0), keep.shape[0]
+    measured = split.measured(task.subsample, size, task.axis_names)
+    sample = Sample(size, measured, task.axis_names)
+    result = batch_sums(task.loss_fn, params, batch, weights, task.variance, sample)
+    step = size // measured
+    real = jnp.sum(keep[: step * measured : step], dtype=jnp.int32)
+    squares = jnp.sum(result.squares) if task.variance == "trace" else result.squares
+    shift = jax.tree.map(lambda g: g * jnp.sum(weights), result.shift)
+    value = _kept_sum(result.losses, keep) * share
+    return Sums(value, result.gradient, squares, real, shift), result.aux
+
+
+def per_example(
+    task: Task, params: PyTree, share: jax.Array, batch: PyTree, keep: jax.Array
+) -> tuple[Sums, PyTree]:
+    """Squares of the gradients of examples, each of which is held."""
+    axis_names = task.axis_names or None
+    gradients_of = per_example_value_and_grad(task.loss_fn, has_aux=True, axis_name=axis_names)
+    (losses, aux), grads = gradients_of(params, batch)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) * share, grads)
+    squares = jax.tree.map(lambda g: _kept_sum(jnp.square(g), keep), grads)
+    return Sums(
+        _kept_sum(losses, keep) * share,
+        jax.tree.map(lambda g: _kept_sum(g, keep), grads),
+        tree_sum(squares) if task.variance == "trace" else squares,
+        jnp.sum(keep, dtype=jnp.int32),
+    ), aux
+
+
+def between(
+    task: Task, params: PyTree, share: jax.Array, batch: PyTree, keep: jax.Array
+) -> tuple[Sums, PyTree]:
+    """Square of the gradient of a block, which is a group."""
+
+    def total(params: PyTree) -> tuple[jax.Array, PyTree]:
+        losses, aux = jax.vmap(task.loss_fn, (None, 0))(params, batch)
+        return _kept_sum(losses, keep) * share, aux
+
+    (value, aux), gradient = jax.value_and_grad(total, has_aux=True, allow_int=True)(params)
+    gradient = jax.tree.map(lambda g: or_zeros(g).astype(jnp.float32), gradient)
+    size = jnp.sum(keep, dtype=jnp.float32)
+    squares = jax.tree.map(lambda g: jnp.square(g) / jnp.maximum(size, 1.0), gradient)
+    summed = tree_sum(squares) if task.variance == "trace" else squares
+    return Sums(value, gradient, summed, (size > 0).astype(jnp.int32)), aux
+
+
+def _kept_sum(x: jax.Array, keep: jax.Array) -> jax.Array:
+    """Float32 sum over the examples that are kept, whatever the others hold."""
+    kept = jnp.where(keep.reshape(keep.shape + (1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+    return jnp.sum(kept, axis=0, dtype=jnp.float32)
+
+
+ESTIMATORS: dict[
+    split.Method, Callable[[Task, PyTree, jax.Array, PyTree, jax.Array], tuple[Sums, PyTree]]
+] = {"auto": factored, "factored": factored, "per_example": per_example, "between": between}

@@ -1,0 +1,158 @@
+"""Sums over a batch from one backward pass: of the gradients, and of their squares.
+
+The sorted per-example loss (see `program`) is evaluated for the whole batch by the `interpreter`.
+At each site a slot is added that changes nothing in the forward pass and whose derivative is what
+we want to know: the squared norms of the examples' gradients, their factors, or the gradients
+themselves (see `values` and `site_vjps`). One vector-Jacobian product then returns the ordinary
+gradient and the contents of all slots, and whatever the loss does on the way (checkpointing, scans,
+custom derivative rules) keeps working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cabs_jax.moments.factored import interpreter
+from cabs_jax.moments.factored.choice import Choice, Mode, choose
+from cabs_jax.moments.factored.collected import empty_factors, norms_of_sums
+from cabs_jax.moments.factored.primitives import Factors
+from cabs_jax.moments.factored.program import trace_program
+from cabs_jax.moments.factored.shift import shift_gradient
+from cabs_jax.moments.factored.values import Batched, Context, Sample, Shared, Value, to_batched
+from cabs_jax.statistics import PyTree, Variance
+
+
+class BatchSums(NamedTuple):
+    """Sums over the examples of a batch.
+
+    Attributes:
+      losses: Loss of each example, float32, shape (m,).
+      gradient: Σ_i w_i g_i, a float32 tree like the parameters.
+      squares: For the trace, ‖w_i g_i‖² of each measured example, shape (n,); for the diagonal,
+        Σ_i (w_i g_i)² over these, a float32 tree like the parameters.
+      shift: Gradient of the terms of the loss that depend on parameters alone, which is in neither
+        of the two, a float32 tree like the parameters; () if there are none.
+      aux: Auxiliary outputs of each example.
+    """
+
+    losses: jax.Array
+    gradient: PyTree
+    squares: PyTree
+    shift: PyTree
+    aux: PyTree
+
+
+class Slots(NamedTuple):
+    """All slots of an evaluation; every one is float32 and holds zeros.
+
+    Attributes:
+      norms: Squared norms, shape (n,).
+      gradients: Per-example gradients (n, *shape), by parameter.
+      squares: Sums of squared gradients, by parameter.
+      factors: Factors, by site.
+    """
+
+    norms: jax.Array
+    gradients: dict[int, jax.Array]
+    squares: dict[int, jax.Array]
+    factors: dict[int, Factors]
+
+
+def batch_sums(
+    loss_fn: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]],
+    params: PyTree,
+    batch: PyTree,
+    weights: jax.Array,
+    variance: Variance,
+    sample: Sample,
+) -> BatchSums:
+    """Sums losses, gradients and squared gradients over a batch.
+
+    Args:
+      loss_fn: `loss_fn(params, example) -> (loss, aux)`.
+      params: Parameters; those that are not floating-point get a zero gradient.
+      batch: Examples, stacked along the leading axis.
+      weights: Weight of each example's loss, float32, shape (m,).
+      variance: Whether squares are summed over entries ("trace") or over examples ("diagonal").
+      sample: The m examples, and the n of them whose squares are summed.
+    """
+    treedef: Any  # its stub has no methods
+    leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
+    program = trace_program(loss_fn, params, batch)
+    choices = choose(program, len(leaves), variance)
+    batched = [Batched(jnp.asarray(x)) for x in jax.tree.leaves(batch)]
+    differentiated, fixed = _split_leaves(leaves, choices, sample)
+
+    def weighted_loss(
+        differentiated: dict[int, jax.Array], slots: Slots
+    ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        context = Context(program, choices, variance, sample, slots.norms, slots.factors)
+        shared = [
+            Shared(leaf, slots.gradients.get(i), slots.squares.get(i))
+            for i, leaf in sorted((fixed | differentiated).items())
+        ]
+        inputs: list[Value] = [*shared, *batched]
+        outputs = interpreter.run(context, program.body, inputs)
+        arrays = [to_batched(sample, output).value for output in outputs]
+        losses, aux = jax.tree.unflatten(program.out_tree, arrays)
+        losses = losses.astype(jnp.float32)
+        return jnp.sum(jnp.where(weights != 0, losses * weights, 0.0)), (losses, aux)
+
+    derivative = jax.grad(weighted_loss, argnums=(0, 1), has_aux=True)
+    slots = _empty_slots(leaves, choices, variance, sample)
+    (gradients, slots), (losses, aux) = derivative(differentiated, slots)
+
+    if sample.is_whole:
+        gradients |= {i: jnp.sum(g, axis=0) for i, g in slots.gradients.items()}
+    if variance == "trace":
+        squares: PyTree = slots.norms + norms_of_sums(choices, slots.factors)
+        squares = squares + sum(
+            jnp.sum(jnp.square(g), axis=range(1, g.ndim)) for g in slots.gradients.values()
+        )
+    else:
+        of_gradients = {i: jnp.sum(jnp.square(g), axis=0) for i, g in slots.gradients.items()}
+        squares = treedef.unflatten(_or_zeros(slots.squares | of_gradients, leaves))
+    shifted = shift_gradient(program, leaves)
+    shift = treedef.unflatten(shifted) if shifted else ()
+    gradient = treedef.unflatten(_or_zeros(gradients, leaves))
+    return BatchSums(losses, gradient, squares, shift, aux)
+
+
+def _split_leaves(
+    leaves: list[jax.Array], choices: tuple[Choice, ...], sample: Sample
+) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
+    """Splits the parameters into those to differentiate and those to hold fixed, by number.
+
+    Held fixed are those that the loss does not depend on, and those whose gradient will be the sum
+    of the gradients of all examples.
+    """
+    summed = {Mode.UNUSED, Mode.PER_EXAMPLE} if sample.is_whole else {Mode.UNUSED}
+    numbered = dict(enumerate(leaves))
+    fixed = {i: leaf for i, leaf in numbered.items() if choices[i].mode in summed}
+    return {i: leaf for i, leaf in numbered.items() if i not in fixed}, fixed
+
+
+def _empty_slots(
+    leaves: list[jax.Array], choices: tuple[Choice, ...], variance: Variance, sample: Sample
+) -> Slots:
+    def shapes(mode: Mode) -> dict[int, tuple[int, ...]]:
+        return {i: leaves[i].shape for i, choice in enumerate(choices) if choice.mode is mode}
+
+    n, held = sample.measured, shapes(Mode.PER_EXAMPLE)
+    squared = shapes(Mode.IN_PLACE) if variance == "diagonal" else {}
+    return Slots(
+        norms=sample.zeros((n,)),
+        gradients={i: sample.zeros((n, *shape)) for i, shape in held.items()},
+        squares={i: sample.zeros(shape) for i, shape in squared.items()},
+        factors=empty_factors(choices, sample),
+    )
+
+
+def _or_zeros(known: dict[int, jax.Array], leaves: list[jax.Array]) -> list[jax.Array]:
+    """What is known of each parameter in float32, zeros where there is nothing."""
+    zeros = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
+    return [known.get(i, zero).astype(jnp.float32) for i, zero in enumerate(zeros)]

@@ -1,0 +1,151 @@
+"""Which way the gradient norm of each parameter is taken."""
+
+from __future__ import annotations
+
+import enum
+import math
+from typing import NamedTuple
+
+from cabs_jax.moments import jaxprs
+from cabs_jax.moments.factored import views
+from cabs_jax.moments.factored.cost import Sizes
+from cabs_jax.moments.factored.primitives import Rule
+from cabs_jax.moments.factored.program import Parameter, Program, Site
+from cabs_jax.moments.rewriting import convolves
+from cabs_jax.statistics import Variance
+
+LARGEST_INDEX = 2**24  # whole numbers up to here survive as float32
+
+
+class Mode(enum.Enum):
+    """How the per-example gradients of one parameter are measured.
+
+    Attributes:
+      UNUSED: The loss does not depend on it: its gradient is zero.
+      IN_PLACE: Its uses touch separate entries: the norm is taken where each use is
+        differentiated, from one use's factors alone.
+      COLLECTED: It is used several times in one layout: the factors of all uses are collected, and
+        the norm of their sum, cross terms included, is taken at the end.
+      PER_EXAMPLE: No rule covers all of its uses: its gradient is held for every example.
+    """
+
+    UNUSED = "unused"
+    IN_PLACE = "in place"
+    COLLECTED = "collected"
+    PER_EXAMPLE = "per example"
+
+
+class Use(NamedTuple):
+    """A use of a parameter at a site whose rule gives the factors of its gradient.
+
+    Attributes:
+      number: The number of the site.
+      site: The site.
+      rule: Its rule.
+      view: The parameter as the rule looks at it, in the rule's shape.
+    """
+
+    number: int
+    site: Site
+    rule: Rule
+    view: views.View
+
+    def sizes(self) -> Sizes:
+        """Returns (groups, positions, p, q), every step of the scans around it counted."""
+        groups, positions, p, q = self.rule.sizes()
+        return groups, positions * math.prod(self.site.scans), p, q
+
+    def layout(self) -> Layout | None:
+        """What two uses must share for their outer products to be added up as factors.
+
+        These are the entries of the parameter that the groups, the left and the right factor run
+        through, and where they start. None where there is no such order, or no room for it.
+        """
+        rule, view = self.rule, self.view
+        sides = rule.groups, rule.left, rule.right
+        if not all(views.in_order(view, side) for side in sides):
+            return None
+        if rule.one_hot and rule.sizes()[2] > LARGEST_INDEX:
+            return None
+        groups, left, right = (views.layout(view, side) for side in sides)
+        return groups, frozenset([left, right]), view.offset
+
+
+Layout = tuple[tuple[views.Dim, ...], frozenset[tuple[views.Dim, ...]], int]
+
+
+class Choice(NamedTuple):
+    """How a parameter is measured.
+
+    Attributes:
+      mode: The way chosen.
+      reason: Why, where it is not the obvious one.
+      sites: Numbers of the sites where it meets the example.
+      uses: The same as uses of rules; empty where the mode is PER_EXAMPLE or UNUSED.
+    """
+
+    mode: Mode
+    reason: str
+    sites: tuple[int, ...]
+    uses: tuple[Use, ...] = ()
+
+
+def choose(program: Program, num_params: int, variance: Variance) -> tuple[Choice, ...]:
+    """Chooses a mode for every parameter leaf."""
+    found: list[list[tuple[int, Parameter]]] = [[] for _ in range(num_params)]
+    for number, site in enumerate(program.sites):
+        for _, parameter in site.parameters:
+            for leaf in parameter.leaves:
+                found[leaf].append((number, parameter))
+    return tuple(_choose(program.sites, at, variance) for at in found)
+
+
+def _choose(
+    sites: tuple[Site, ...], found: list[tuple[int, Parameter]], variance: Variance
+) -> Choice:
+    """Chooses a mode for a parameter that was found at some sites, by number."""
+    numbers = tuple(dict.fromkeys(number for number, _ in found))
+    if not found:
+        return Choice(Mode.UNUSED, "the loss does not depend on it", ())
+    uses: list[Use] = []
+    for number, parameter in found:
+        use = _use(number, sites[number], parameter)
+        if isinstance(use, str):
+            return Choice(Mode.PER_EXAMPLE, use, numbers)
+        uses.append(use)
+    seen = [use.view for use in uses]
+    once = all(view.repeats == 1 for view in seen)
+    apart = all(views.disjoint(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    if once and apart:
+        return Choice(Mode.IN_PLACE, "", numbers, tuple(uses))
+    # Squares of entries need the whole gradient; so do slices that a scan takes in turn.
+    if variance == "diagonal" or any(view.looped for view in seen):
+        return Choice(Mode.PER_EXAMPLE, f"{len(uses)} uses", numbers)
+    layouts = {use.layout() for use in uses}
+    if len(layouts) == 1 and None not in layouts:
+        return Choice(Mode.COLLECTED, f"{len(uses)} uses", numbers, tuple(uses))
+    return Choice(Mode.PER_EXAMPLE, "its uses overlap in different layouts", numbers)
+
+
+def _use(number: int, site: Site, parameter: Parameter) -> Use | str:
+    """The use of a parameter at a site, or why its gradient there does not come as factors."""
+    primitive = jaxprs.name(site.equation) if site.equation else "the loss"
+    if site.rule is None:
+        return f"no rule for {primitive}"
+    if parameter.view is None:
+        return f"a computed weight of {primitive}"
+    view = views.reshaped(parameter.view, site.rule.shape)
+    return Use(number, site, site.rule, view) if view else f"an unusual view in {primitive}"
+
+
+def copies_are_cheap(site: Site) -> bool:
+    """Whether a copy of the parameters for each example is no larger than what the site puts out.
+
+    Where there is a convolution, such copies would make a convolution of two batched operands.
+    """
+    if site.equation is None or jaxprs.name(site.equation) == "scan":
+        return True
+    if convolves(site.equation):
+        return False
+    copied = sum(site.equation.invars[place].aval.size for place, _ in site.parameters)
+    return bool(copied <= sum(out.aval.size for out in site.equation.outvars))

@@ -1,0 +1,209 @@
+"""Evaluates a sorted per-example loss for a whole batch.
+
+The interpreter goes through the equations in order, as `jax.vmap` would, but keeps apart what is
+the same for all examples (`Shared`) and what is not (`Batched`). So a parameter stays one array,
+and is not copied for every example, until it meets the example at a site.
+
+On its way there a parameter may be reshaped, sliced, cast, or squared: equations that no example
+enters, evaluated once. Its slots have to come along, and what is put into them at the site has to
+find its way back to the parameter itself:
+
+* A view (reshape, transpose, slice) moves entries about. Slots are moved in the same way; JAX's own
+  derivative of that moves their cotangents back.
+* Any other function u = f(w) changes the gradient. The output is given new slots s, for the
+  gradients of the examples with respect to u; a derivative rule pulls each of them back through f
+  on its own, g_i = f'(w)ᵀ ∂ℓ/∂s_i, into the slots of w.
+
+The whole evaluation is differentiated once, by `batch_sums`. Checkpoints and scans stay what they
+were, and custom derivative rules of the user's are evaluated as one equation and keep their effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cabs_jax.moments import jaxprs
+from cabs_jax.moments.factored import views
+from cabs_jax.moments.factored.program import CONSTANT, Kind, SortedJaxpr, Step
+from cabs_jax.moments.factored.site_vjps import evaluate_site
+from cabs_jax.moments.factored.values import (
+    Batched,
+    Context,
+    Shared,
+    Value,
+    evaluate_batched,
+    slot_dtype,
+    to_batched,
+)
+from cabs_jax.statistics import PyTree
+
+REARRANGING = {"broadcast_in_dim", "reshape", "slice", "split", "squeeze", "transpose"}
+
+
+def run(context: Context, body: SortedJaxpr, inputs: Sequence[Value]) -> list[Value]:
+    """Evaluates a sorted jaxpr; its inputs and outputs are shared by the examples or batched."""
+
+    def visit(step: Step, values: list[Value]) -> Sequence[Value]:
+        return _evaluate(context, step, values)
+
+    return jaxprs.walk(body.jaxpr, body.consts, inputs, body.steps, visit, Shared)
+
+
+def _evaluate(context: Context, step: Step, values: list[Value]) -> Sequence[Value]:
+    equation, inner = step.equation, step.inner
+    if step.kind is Kind.SITE:
+        return evaluate_site(context, step.site, values)
+    if step.kind is Kind.SHIFT:
+        # Its gradient is the same for all examples, and is taken once, by `shift`.
+        fixed = [Shared(lax.stop_gradient(v.value)) if isinstance(v, Shared) else v for v in values]
+        return evaluate_batched(equation, fixed)
+    if inner is not None and step.kind is Kind.CALL:
+        return run(context, inner, values)
+    if inner is not None and step.kind is Kind.CHECKPOINT:
+        rematerialised = jax.checkpoint(
+            lambda values: run(context, inner, values),
+            prevent_cse=equation.params["prevent_cse"],
+            policy=equation.params["policy"],
+        )
+        outputs: list[Value] = rematerialised(values)
+        return outputs
+    if inner is not None and step.kind is Kind.SCAN:
+        return _scan(context, equation, inner, values)
+    if any(isinstance(value, Batched) for value in values):
+        return evaluate_batched(equation, values)
+    return _evaluate_shared(context, equation, [v for v in values if isinstance(v, Shared)])
+
+
+def _scan(
+    context: Context, equation: jaxprs.Equation, body: SortedJaxpr, values: list[Value]
+) -> list[Value]:
+    """Runs a scan for the whole batch: step t sees all examples.
+
+    The factors of a site in the body differ from step to step, so their slots are scanned over,
+    like the inputs of the scan. The slots of constants and the slot for norms are the same at
+    every step, and add up.
+    """
+    consts, carry, xs = jaxprs.split_scan(equation, values)
+    _, carry_origins, _ = jaxprs.split_scan(equation, body.inputs)
+    origins = [*carry_origins, *body.outputs[len(carry) :]]
+    slots = {n: context.factors[n] for n in _numbers(body) if n in context.factors}
+
+    def settle(outputs: list[Value]) -> list[Value]:
+        # A scan wants its carry alike at every step: batched from the start if ever.
+        return [
+            _strong(output if origin is CONSTANT else to_batched(context.sample, output))
+            for output, origin in zip(outputs, origins, strict=False)
+        ]
+
+    def step(state: list[Value], scanned: PyTree) -> tuple[list[Value], list[Value]]:
+        slices, factors = scanned
+        within = context._replace(factors=factors)
+        outputs = settle(run(within, body, [*consts, *state, *slices]))
+        return outputs[: len(state)], outputs[len(state) :]
+
+    options = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
+    scanned = [_swap_examples(x) for x in xs], slots
+    state, ys = lax.scan(step, settle(carry), scanned, **options)
+    return [*state, *map(_swap_examples, ys)]
+
+
+def _swap_examples(value: Value) -> Value:
+    """Swaps the axis of examples with that of a scan: (m, steps, ...) and (steps, m, ...)."""
+    if isinstance(value, Batched):
+        return Batched(value.value.swapaxes(0, 1))
+    if value.gradient_slots is None:
+        return value
+    return value._replace(gradient_slots=value.gradient_slots.swapaxes(0, 1))
+
+
+def _strong(value: Value) -> Value:
+    """Drops weak types, which would change from one step of a scan to the next."""
+    x = value.value
+    if not jax.typeof(x).weak_type:
+        return value
+    return value._replace(value=lax.convert_element_type(x, x.dtype))
+
+
+def _numbers(body: SortedJaxpr) -> list[int]:
+    """The numbers of all sites in a sorted jaxpr."""
+    found = [step.site for step in body.steps if step.site >= 0]
+    return found + [n for step in body.steps if step.inner for n in _numbers(step.inner)]
+
+
+def _evaluate_shared(
+    context: Context, equation: jaxprs.Equation, values: list[Shared]
+) -> list[Shared]:
+    """Evaluates an equation that no example enters, and brings the slots along."""
+    outputs = jaxprs.evaluate(equation, [v.value for v in values])
+    primitive = jaxprs.name(equation)
+    gradients = any(v.gradient_slots is not None for v in values)
+    squares = any(v.square_slots is not None for v in values)
+    if primitive == "stop_gradient" or not (gradients or squares):
+        return [Shared(output) for output in outputs]
+    if len(values) == 1:
+        (value,) = values
+        # Slots are float32 (or complex64) whatever the value is cast to.
+        cast = primitive == "convert_element_type" and _is_real(value.value, outputs[0])
+        if cast or primitive in views.IDENTITIES:
+            return [value._replace(value=outputs[0])]
+        if primitive in REARRANGING:
+            return _rearranged(equation, value, outputs)
+    if not gradients:  # a parameter whose squares are wanted is never measured behind this
+        return [Shared(output) for output in outputs]
+    slots = _new_slots(context, equation, values)
+    return [Shared(output, slots.get(i)) for i, output in enumerate(outputs)]
+
+
+def _rearranged(equation: jaxprs.Equation, value: Shared, outputs: list[Any]) -> list[Shared]:
+    """Moves slots as an equation moves the entries of its operand."""
+    none = [None] * len(outputs)
+    gradient_slots: Sequence[Any] = none
+    square_slots: Sequence[Any] = none
+    if value.gradient_slots is not None:  # (n, *shape): the same for every example
+        gradient_slots = jax.vmap(lambda x: jaxprs.evaluate(equation, [x]))(value.gradient_slots)
+    if value.square_slots is not None:
+        square_slots = jaxprs.evaluate(equation, [value.square_slots])
+    return [Shared(*parts) for parts in zip(outputs, gradient_slots, square_slots, strict=True)]
+
+
+def _new_slots(
+    context: Context, equation: jaxprs.Equation, values: list[Shared]
+) -> dict[int, jax.Array]:
+    """Slots for the per-example gradients of a function u = f(w) of parameters, by output.
+
+    What comes back to them is pulled back through f, one example at a time, into the slots of the
+    arguments w. Nothing goes to w itself: the gradient of the batch is the sum of these.
+    """
+    floating = [i for i, v in enumerate(equation.outvars) if jaxprs.carries_gradient(v)]
+    avals = [equation.outvars[i].aval for i in floating]
+    inner = {i: v.gradient_slots for i, v in enumerate(values) if v.gradient_slots is not None}
+    arguments = {i: values[i].value for i in inner}
+    others = {i: v.value for i, v in enumerate(values) if i not in inner}
+
+    @jax.custom_vjp
+    def slots(arguments: dict[int, Any], others: dict[int, Any], inner: Any) -> list[Any]:
+        n = context.sample.measured
+        return [context.sample.zeros((n, *aval.shape), slot_dtype(aval.dtype)) for aval in avals]
+
+    def forward(arguments: Any, others: Any, inner: Any) -> tuple[list[Any], Any]:
+        return slots(arguments, others, inner), (arguments, others)
+
+    def backward(saved: Any, cotangents: list[Any]) -> tuple[Any, Any, Any]:
+        arguments, others = saved
+        _, pull = jax.vjp(lambda w: jaxprs.floating_outputs(equation, w | others), arguments)
+        cast = [c.astype(aval.dtype) for c, aval in zip(cotangents, avals, strict=True)]
+        (pulled,) = jax.vmap(pull)(cast)  # (n, *u.shape) to (n, *w.shape)
+        into_inner = {i: g.astype(slot_dtype(g.dtype)) for i, g in pulled.items()}
+        return jax.tree.map(jnp.zeros_like, arguments), None, into_inner
+
+    slots.defvjp(forward, backward)
+    return dict(zip(floating, slots(arguments, others, inner), strict=True))
+
+
+def _is_real(*arrays: Any) -> bool:
+    return all(jnp.issubdtype(x.dtype, jnp.floating) for x in arrays)

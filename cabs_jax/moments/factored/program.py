@@ -1,0 +1,316 @@
+"""Where the parameters of a per-example loss meet the example.
+
+`trace_program` traces `loss_fn(params, example)` for one example and sorts the equations of its
+jaxpr by what they depend on. What depends on the example differs from one example to the next; what
+depends on the parameters alone is the same for all. An equation that takes some of both is a
+*site*: by the chain rule, the gradient of a parameter is the sum of what comes back from its sites.
+The walk goes into jit, checkpoint and scan; anything else that holds a jaxpr (cond, while, a custom
+derivative rule) is one equation to it.
+
+A term of the loss that depends on parameters alone, such as a penalty on their norm, is no site: it
+adds the same to the gradient of every example, which moves their mean and leaves their variance. It
+is a *shift*.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cabs_jax.moments import jaxprs
+from cabs_jax.moments.factored import primitives, views
+from cabs_jax.statistics import PyTree
+
+
+class Parameter(NamedTuple):
+    """What is known of a value that depends on parameters alone.
+
+    Attributes:
+      leaves: The parameters it depends on.
+      view: How it looks at the only one, where it does no more than look.
+    """
+
+    leaves: frozenset[int]
+    view: views.View | None
+
+
+class Example:
+    """Marks a value that depends on the example."""
+
+
+class Constant:
+    """Marks a value that depends on neither, or through which no gradient flows."""
+
+
+EXAMPLE, CONSTANT = Example(), Constant()
+Origin = Parameter | Example | Constant
+
+
+class Kind(enum.Enum):
+    """How an equation is evaluated for a batch."""
+
+    PLAIN = enum.auto()  # as it is, vmapped over what depends on the example
+    SITE = enum.auto()  # parameters meet the example
+    SHIFT = enum.auto()  # parameters add the same to the loss of every example
+    CALL = enum.auto()  # walk into the jaxpr inside
+    CHECKPOINT = enum.auto()  # walk into it, and keep it rematerialised
+    SCAN = enum.auto()  # walk into its body
+
+
+class Step(NamedTuple):
+    """One equation of a sorted jaxpr.
+
+    Attributes:
+      kind: How it is evaluated.
+      equation: The equation.
+      inner: The sorted jaxpr inside it, if the walk goes there.
+      site: Its number, if it is a site.
+      leaves: The parameters that a shift depends on.
+    """
+
+    kind: Kind
+    equation: jaxprs.Equation
+    inner: SortedJaxpr | None = None
+    site: int = -1
+    leaves: frozenset[int] = frozenset()
+
+
+class SortedJaxpr(NamedTuple):
+    """A jaxpr whose equations are sorted.
+
+    Attributes:
+      jaxpr: The jaxpr.
+      consts: Values of its constants.
+      steps: Its equations in order.
+      inputs: The origin of each input.
+      outputs: The origin of each output.
+    """
+
+    jaxpr: jaxprs.Jaxpr
+    consts: Sequence[Any]
+    steps: tuple[Step, ...]
+    inputs: tuple[Origin, ...]
+    outputs: tuple[Origin, ...]
+
+
+class Site(NamedTuple):
+    """A place where parameters meet the example.
+
+    Attributes:
+      equation: The equation. Where a parameter is not an operand but becomes a value of the
+        example's own: the scan whose carry it starts or is stored in, or None for the loss itself.
+      parameters: For each operand that depends on parameters alone: its place and origin.
+      rule: The rule of the equation's primitive, if there is one parameter and a rule covers it.
+      scans: Lengths of the scans around it, outermost first.
+    """
+
+    equation: jaxprs.Equation
+    parameters: tuple[tuple[int, Parameter], ...]
+    rule: primitives.Rule | None
+    scans: tuple[int, ...]
+
+
+class Program(NamedTuple):
+    """The sorted per-example loss.
+
+    Attributes:
+      body: Its jaxpr.
+      sites: Where parameters meet the example, in the order of their numbers.
+      out_tree: Structure of what it returns.
+    """
+
+    body: SortedJaxpr
+    sites: tuple[Site, ...]
+    out_tree: Any
+
+
+def trace_program(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree) -> Program:
+    """Traces `loss_fn(params, example)`, whose first output is the loss, and sorts it.
+
+    Args:
+      loss_fn: The per-example loss.
+      params: Its parameters; those that are not floating-point count as constants.
+      batch: Examples with a leading axis, or `ShapeDtypeStruct`s of them.
+    """
+    closed, out_tree = jaxprs.trace(loss_fn, params, jax.tree.map(_first, batch))
+    jaxpr, consts = jaxprs.open_jaxpr(closed)
+    leaves = jax.tree.leaves(params)
+    origins: list[Origin] = [
+        Parameter(frozenset([i]), views.whole(i, jnp.shape(leaf)))
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        else CONSTANT
+        for i, leaf in enumerate(leaves)
+    ]
+    origins += [EXAMPLE] * (len(jaxpr.invars) - len(leaves))
+    sites: list[Site] = []
+    body = _walk(jaxpr, consts, tuple(origins), (), sites, (True,))
+    sites += _copies(None, body.outputs[:1], ())
+    return Program(body, tuple(sites), out_tree)
+
+
+def shifting(body: SortedJaxpr) -> frozenset[int]:
+    """The parameters that add the same to the loss of every example."""
+    return frozenset[int]().union(
+        *(step.leaves for step in body.steps),
+        *(shifting(step.inner) for step in body.steps if step.inner),
+    )
+
+
+def _first(x: Any) -> Any:
+    """The first example of an array, or of what describes one.
+
+    Not by `eval_shape`, whose result is no valid argument where some mesh axes are manual.
+    """
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    return jax.lax.index_in_dim(x, 0, keepdims=False)
+
+
+def _walk(
+    jaxpr: jaxprs.Jaxpr,
+    consts: Sequence[Any],
+    inputs: tuple[Origin, ...],
+    scans: tuple[int, ...],
+    sites: list[Site],
+    summed: tuple[bool, ...] = (),
+) -> SortedJaxpr:
+    """Sorts a jaxpr and appends its sites to `sites`.
+
+    `summed` tells which of its first outputs enter the loss as terms of a sum.
+    """
+    terms = _terms(jaxpr, summed)
+    steps: list[Step] = []
+
+    def visit(equation: jaxprs.Equation, origins: list[Origin]) -> list[Origin]:
+        summed = tuple(var in terms for var in equation.outvars)
+        step, outputs = _sort(equation, tuple(origins), scans, sites, summed)
+        steps.append(step)
+        return [
+            origin if origin is EXAMPLE or jaxprs.carries_gradient(var) else CONSTANT
+            for var, origin in zip(equation.outvars, outputs, strict=True)
+        ]
+
+    outputs = jaxprs.walk(jaxpr, consts, inputs, jaxpr.eqns, visit, lambda _: CONSTANT)
+    return SortedJaxpr(jaxpr, consts, tuple(steps), inputs, tuple(outputs))
+
+
+def _sort(
+    equation: jaxprs.Equation,
+    origins: tuple[Origin, ...],
+    scans: tuple[int, ...],
+    sites: list[Site],
+    summed: tuple[bool, ...],
+) -> tuple[Step, Sequence[Origin]]:
+    """Sorts one equation; returns its step and where its outputs come from."""
+    primitive, of_example = jaxprs.name(equation), [EXAMPLE] * len(equation.outvars)
+    parameters = tuple((i, o) for i, o in enumerate(origins) if isinstance(o, Parameter))
+    if parameters and primitive in jaxprs.CALLS:
+        inner = _walk(*jaxprs.inner_jaxpr(equation), origins, scans, sites, summed)
+        return Step(Kind.CALL, equation, inner), inner.outputs
+    if EXAMPLE not in origins:
+        return Step(Kind.PLAIN, equation), _from_parameters(equation, [p for _, p in parameters])
+    if not parameters or not any(map(jaxprs.carries_gradient, equation.outvars)):
+        return Step(Kind.PLAIN, equation), of_example
+    if primitive == "add" and any(summed) and len(parameters) == 1:
+        return Step(Kind.SHIFT, equation, leaves=parameters[0][1].leaves), of_example
+    if primitive in jaxprs.CHECKPOINTS:
+        inner = _walk(*jaxprs.inner_jaxpr(equation), origins, scans, sites)
+        return Step(Kind.CHECKPOINT, equation, inner), inner.outputs
+    if primitive == "scan":
+        return _sort_scan(equation, origins, scans, sites)
+    rule = primitives.find_rule(equation, parameters[0][0]) if len(parameters) == 1 else None
+    sites.append(Site(equation, parameters, rule, scans))
+    return Step(Kind.SITE, equation, site=len(sites) - 1), of_example
+
+
+def _terms(jaxpr: jaxprs.Jaxpr, summed: tuple[bool, ...]) -> set[Any]:
+    """Variables that enter the loss as terms of a sum and are used for nothing else."""
+    outputs = jaxpr.outvars[: len(summed)]
+    read = [*outputs, *(v for equation in jaxpr.eqns for v in equation.invars)]
+    uses = Counter(v for v in read if not jaxprs.is_literal(v))
+    candidates = [v for v, term in zip(outputs, summed, strict=True) if term]
+    terms = {v for v in candidates if not jaxprs.is_literal(v) and uses[v] == 1}
+    for equation in reversed(jaxpr.eqns):
+        if jaxprs.name(equation) == "add" and equation.outvars[0] in terms:
+            operands = [v for v in equation.invars if not jaxprs.is_literal(v)]
+            terms |= {v for v in operands if uses[v] == 1}
+    return terms
+
+
+def _from_parameters(equation: jaxprs.Equation, parameters: list[Parameter]) -> list[Origin]:
+    """Origins of the outputs of an equation that no example enters."""
+    if not parameters or jaxprs.name(equation) == "stop_gradient":
+        return [CONSTANT] * len(equation.outvars)
+    leaves = frozenset[int]().union(*(parameter.leaves for parameter in parameters))
+    seen: Sequence[views.View | None] | None = None
+    if len(equation.invars) == 1 and parameters[0].view is not None:
+        seen = views.through(parameters[0].view, equation)
+    return [Parameter(leaves, view) for view in seen or [None] * len(equation.outvars)]
+
+
+def _sort_scan(
+    equation: jaxprs.Equation,
+    origins: tuple[Origin, ...],
+    scans: tuple[int, ...],
+    sites: list[Site],
+) -> tuple[Step, list[Origin]]:
+    """Sorts a scan: its body, and the parameters that become values of its carry."""
+    consts, starts, xs = jaxprs.split_scan(equation, origins)
+    within = (*scans, equation.params["length"])
+    consts = [_within_scan(origin, lambda v: views.repeated(v, within[-1])) for origin in consts]
+    xs = [_within_scan(origin, views.scanned) for origin in xs]
+    # A parameter that starts a carry becomes a value of its own, different for every example.
+    carry = [EXAMPLE if isinstance(origin, Parameter) else origin for origin in starts]
+    body, found = _sort_body(equation, consts, carry, xs, within, sites)
+    # What one step makes depend on the example, the next one is given: until nothing is added.
+    while (after := _merged(carry, body.outputs)) != carry:
+        carry = after
+        body, found = _sort_body(equation, consts, carry, xs, within, sites)
+    sites[:] = found
+    sites += _copies(equation, starts, scans)
+    sites += _copies(equation, body.outputs, within)
+    stacked = [CONSTANT if origin is CONSTANT else EXAMPLE for origin in body.outputs[len(carry) :]]
+    return Step(Kind.SCAN, equation, body), [*carry, *stacked]
+
+
+def _sort_body(
+    equation: jaxprs.Equation,
+    consts: list[Origin],
+    carry: list[Origin],
+    xs: list[Origin],
+    scans: tuple[int, ...],
+    sites: list[Site],
+) -> tuple[SortedJaxpr, list[Site]]:
+    """Sorts the body of a scan for a guess of its carry; returns it and the sites so far."""
+    found = list(sites)
+    jaxpr, consts_of_body = jaxprs.open_jaxpr(equation.params["jaxpr"])
+    return _walk(jaxpr, consts_of_body, (*consts, *carry, *xs), scans, found), found
+
+
+def _merged(carry: list[Origin], outputs: tuple[Origin, ...]) -> list[Origin]:
+    """What a carry depends on after one more step; once on the example, always on it."""
+    pairs = zip(carry, outputs, strict=False)
+    return [CONSTANT if old is CONSTANT and new is CONSTANT else EXAMPLE for old, new in pairs]
+
+
+def _copies(
+    equation: jaxprs.Equation, origins: Sequence[Origin], scans: tuple[int, ...]
+) -> list[Site]:
+    """Sites for parameters of which every example is given a copy of its own."""
+    return [
+        Site(equation, ((i, origin),), None, scans)
+        for i, origin in enumerate(origins)
+        if isinstance(origin, Parameter)
+    ]
+
+
+def _within_scan(origin: Origin, look: Callable[[views.View], views.View]) -> Origin:
+    """The origin of an operand of a scan, as one step of its body sees it."""
+    if not isinstance(origin, Parameter) or origin.view is None:
+        return origin
+    return origin._replace(view=look(origin.view))

@@ -1,0 +1,57 @@
+"""Terms of a loss that depend on parameters alone, such as a penalty on their norm.
+
+With ℓ_i = f_i(w) + r(w), every example's gradient is shifted by the same ∇r: it belongs to the mean
+and cancels from the variance. So it is left out of what is squared, where it would cost precision,
+and added to the mean at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cabs_jax.moments import jaxprs
+from cabs_jax.moments.factored.program import Kind, Program, SortedJaxpr, Step, shifting
+
+
+def shift_gradient(program: Program, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    """Gradient ∇r with respect to each parameter, float32; empty if there are no such terms."""
+    if not shifting(program.body):
+        return []
+    floating = {i: x for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)}
+    examples = [None] * (len(program.body.inputs) - len(leaves))
+
+    def terms(floating: dict[int, Any]) -> jax.Array:
+        values = [floating.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return _sum_terms(program.body, [*values, *examples])[0]
+
+    gradient = jax.grad(terms)(floating)
+    zeros = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
+    return [gradient.get(i, zero).astype(jnp.float32) for i, zero in enumerate(zeros)]
+
+
+def _sum_terms(body: SortedJaxpr, inputs: Sequence[Any]) -> tuple[jax.Array, list[Any]]:
+    """Sums the terms; returns the sum and the outputs of a sorted jaxpr.
+
+    What depends on the example is None throughout, and is not evaluated.
+    """
+    total = jnp.zeros((), jnp.float32)
+
+    def visit(step: Step, values: list[Any]) -> list[Any]:
+        nonlocal total
+        given = [value for value in values if value is not None]
+        if step.kind is Kind.CALL and step.inner is not None:
+            more, outputs = _sum_terms(step.inner, values)
+            total = total + more
+            return outputs
+        if step.kind is Kind.SHIFT:  # one operand is of the example, the other is the term
+            total = total + sum(given).astype(jnp.float32)
+        elif len(given) == len(values):
+            return jaxprs.evaluate(step.equation, values)
+        return [None] * len(step.equation.outvars)
+
+    outputs = jaxprs.walk(body.jaxpr, body.consts, inputs, body.steps, visit, lambda x: x)
+    return total, outputs

@@ -1,0 +1,256 @@
+"""Derivative rules for the sites of a loss, which also measure the gradients of the examples.
+
+At a site y_i = f(w, x_i) the parameter w is the same for all examples i, the operand x_i and the
+output y_i are the example's own. The backward pass arrives with the cotangents c_i = ∂ℓ/∂y_i of the
+whole batch, and by the chain rule
+
+    g_i = (∂y_i/∂w)ᵀ c_i   is the gradient of example i through this site,
+    Σ_i g_i                is what an ordinary derivative rule returns for w.
+
+So everything that a statistic of the g_i is made of is at hand here, and only here: once the sum is
+taken the examples cannot be told apart. Each site is therefore given a `jax.custom_vjp` of the form
+
+    forward(w, x, slot) = f(w, x)                     the slot is ignored
+    backward(c)         = Σ_i g_i,  (∂y_i/∂x_i)ᵀ c_i,  statistic of the g_i
+
+whose last entry JAX takes for the derivative with respect to the slot, and hands to the caller.
+
+Where a rule of `primitives` covers f, the g_i are sums of outer products of factors made of x and c
+(`_by_rule`), and what is returned depends on the mode that was chosen for the parameter:
+
+    IN_PLACE, trace       ‖g_i‖², shape (n,)                       `_norms`
+    IN_PLACE, diagonal    Σ_i g_i², shaped like w                  `_square_sums`
+    COLLECTED             the factors themselves                   `_factors`
+    PER_EXAMPLE           g_i, shape (n, *w.shape)                 `_gradients`
+
+Where none does, the mode is PER_EXAMPLE. If copies of w are no larger than what f puts out (a bias,
+say), every example is given one, and plain differentiation tells the gradients apart; else f is
+differentiated one example at a time (`_by_derivative`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cabs_jax.moments import jaxprs
+from cabs_jax.moments.blocks import sum_in_cache
+from cabs_jax.moments.factored import cost, outer_products
+from cabs_jax.moments.factored.choice import Mode, copies_are_cheap
+from cabs_jax.moments.factored.primitives import Rule
+from cabs_jax.moments.factored.program import Site
+from cabs_jax.moments.factored.values import (
+    Batched,
+    Context,
+    Sample,
+    Shared,
+    Value,
+    evaluate_batched,
+    slot_dtype,
+    to_batched,
+)
+from cabs_jax.moments.rewriting import without_batched_convolutions
+from cabs_jax.statistics import PyTree
+
+
+def evaluate_site(context: Context, number: int, values: list[Value]) -> list[Batched]:
+    """Evaluates an equation in which parameters meet the example."""
+    site = context.program.sites[number]
+    if site.rule is not None:
+        return [_by_rule(context, number, site, site.rule, values)]
+    if not copies_are_cheap(site):
+        return _by_derivative(context.sample, site, values)
+    places = {place for place, _ in site.parameters}
+    copied = [to_batched(context.sample, v) if i in places else v for i, v in enumerate(values)]
+    return evaluate_batched(site.equation, copied)
+
+
+class Residuals(NamedTuple):
+    """What the backward pass knows at a site with a rule.
+
+    Attributes:
+      w: The parameter.
+      x: The other operand, shape (m, ...).
+      cotangent: The cotangents of the output, shape (m, ...).
+      into_w: Computes the gradient of the batch as JAX would, Σ_i g_i, shaped like w.
+    """
+
+    w: jax.Array
+    x: jax.Array
+    cotangent: jax.Array
+    into_w: Callable[[], jax.Array]
+
+    def factors(self, sample: Sample, rule: Rule) -> tuple[jax.Array, jax.Array]:
+        """Factors of the measured examples' gradients."""
+        return rule.factors(sample.rows(self.x), sample.rows(self.cotangent))
+
+
+# Returns the gradient of the batch and the statistic that goes into the slot.
+Measure = Callable[[Sample, Rule, Residuals], tuple[jax.Array, PyTree]]
+
+
+def _by_rule(context: Context, number: int, site: Site, rule: Rule, values: list[Value]) -> Batched:
+    """A site whose primitive has a rule, and so one parameter and one other operand."""
+    parameter, other = values[rule.operand], values[1 - rule.operand]
+    assert isinstance(parameter, Shared)
+    measure, slot = _measure(context, number, site, parameter)
+    assert slot is not None  # without a slot, what it should return would be lost
+
+    def evaluate(w: jax.Array, x: jax.Array) -> jax.Array:
+        operands: list[Value] = [Batched(x), Batched(x)]
+        operands[rule.operand] = Shared(w)
+        (output,) = evaluate_batched(site.equation, operands)
+        return jnp.asarray(output.value)
+
+    @jax.custom_vjp
+    def apply(w: jax.Array, x: jax.Array, slot: PyTree) -> jax.Array:
+        return evaluate(w, x)
+
+    def forward(w: jax.Array, x: jax.Array, slot: PyTree) -> tuple[jax.Array, PyTree]:
+        return evaluate(w, x), (w, x)
+
+    def backward(saved: PyTree, cotangent: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
+        # The equation is linear in each operand: its derivative is its transpose.
+        w, x = saved
+        into_x = None
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            (into_x,) = jax.linear_transpose(lambda x: evaluate(w, x), x)(cotangent)
+
+        def into_w() -> jax.Array:
+            (gradient,) = jax.linear_transpose(lambda w: evaluate(w, x), w)(cotangent)
+            return jnp.asarray(gradient)
+
+        gradient, statistic = measure(context.sample, rule, Residuals(w, x, cotangent, into_w))
+        return gradient, into_x, statistic
+
+    apply.defvjp(forward, backward)
+    return Batched(apply(parameter.value, other.value, slot))
+
+
+def _measure(
+    context: Context, number: int, site: Site, parameter: Shared
+) -> tuple[Measure, PyTree]:
+    """What to measure at a site with a rule, and the slot that takes it."""
+    ((_, origin),) = site.parameters
+    # Several leaves behind one operand are all measured per example.
+    mode = context.choices[min(origin.leaves)].mode
+    if mode is Mode.PER_EXAMPLE:
+        return _gradients, parameter.gradient_slots
+    if mode is Mode.COLLECTED:
+        return _factors, context.factors.get(number)
+    if context.variance == "diagonal":
+        return _square_sums, parameter.square_slots
+    return _norms, context.norms
+
+
+def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
+    """Gradient of the batch and squared norms of the examples' gradients."""
+    rows = rule.sizes()[2]
+    direct = cost.prefers_direct(rule.sizes())
+    # Where the gradients of all examples are formed, their sum is the gradient of the batch.
+    reuses = direct and sample.is_whole
+
+    def block(operands: PyTree) -> tuple[PyTree, PyTree]:
+        factors = rule.factors(*operands)
+        if not direct:
+            return (), outer_products.gram_norms([factors])
+        g = outer_products.gradients(factors, rows)  # (examples of the block, groups, p, q)
+        return (g if reuses else ()), jnp.sum(g * g, axis=(1, 2, 3))
+
+    measured = (sample.rows(at.x), sample.rows(at.cotangent))
+    total, norms = sum_in_cache(block, measured, cost.norm_bytes(rule.sizes(), direct=direct))
+    if reuses:
+        return rule.assemble(total, at.w.shape).astype(at.w.dtype), norms
+    return at.into_w(), norms
+
+
+def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
+    """Gradient of the batch and the sum of the squares of the examples' gradients."""
+    _, positions, p, _ = rule.sizes()
+    if positions == 1 and not rule.one_hot:  # (left ⊗ right)² = left² ⊗ right²
+        squares = outer_products.square_sums(at.factors(sample, rule))
+        return at.into_w(), rule.assemble(squares, at.w.shape)
+
+    def block(operands: PyTree) -> tuple[PyTree, PyTree]:
+        g = outer_products.gradients(rule.factors(*operands), p)
+        return (g, g * g), ()
+
+    measured = (sample.rows(at.x), sample.rows(at.cotangent))
+    needed = cost.norm_bytes(rule.sizes(), direct=True)
+    (total, squares), _ = sum_in_cache(block, measured, needed)
+    squares = rule.assemble(squares, at.w.shape)
+    if sample.is_whole:
+        return rule.assemble(total, at.w.shape).astype(at.w.dtype), squares
+    return at.into_w(), squares
+
+
+def _factors(
+    sample: Sample, rule: Rule, at: Residuals
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Gradient of the batch and the factors of the examples' gradients."""
+    left, right = at.factors(sample, rule)
+    # Only floating-point slots have a cotangent; whole numbers up to 2²⁴ survive the cast.
+    return at.into_w(), (left.astype(jnp.float32) if rule.one_hot else left, right)
+
+
+def _gradients(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
+    """The examples' gradients; that of the batch is their sum, taken at the end."""
+    g = outer_products.gradients(at.factors(sample, rule), rule.sizes()[2])
+    g = rule.assemble(g, at.w.shape)  # (n, groups, p, q) to (n, *w.shape)
+    return (jnp.zeros_like(at.w) if sample.is_whole else at.into_w()), g
+
+
+def _by_derivative(sample: Sample, site: Site, values: list[Value]) -> list[Batched]:
+    """A site without a rule: its own derivative, taken example by example.
+
+    The operands are sorted, by place, into the parameters to be measured, what else is the same
+    for all examples, and what is the example's own.
+    """
+    equation = site.equation
+    slots = {i: v.gradient_slots for i, _ in site.parameters if isinstance(v := values[i], Shared)}
+    parameters = {i: values[i].value for i in slots}
+    fixed = {i: v.value for i, v in enumerate(values) if isinstance(v, Shared) and i not in slots}
+    examples = {i: v.value for i, v in enumerate(values) if isinstance(v, Batched)}
+    smooth = [i for i, x in examples.items() if jnp.issubdtype(x.dtype, jnp.inexact)]
+    floating = [i for i, v in enumerate(equation.outvars) if jaxprs.carries_gradient(v)]
+
+    @jax.custom_vjp
+    def apply(parameters: Any, fixed: Any, examples: Any, slots: Any) -> list[Any]:
+        operands: dict[int, Value] = {i: Batched(x) for i, x in examples.items()}
+        operands |= {i: Shared(x) for i, x in (parameters | fixed).items()}
+        outputs = evaluate_batched(equation, [operands[i] for i in range(len(operands))])
+        return [output.value for output in outputs]
+
+    def forward(parameters: Any, fixed: Any, examples: Any, slots: Any) -> tuple[list[Any], Any]:
+        return apply(parameters, fixed, examples, slots), (parameters, fixed, examples)
+
+    def of_one(shared: Any, example: Any, cotangents: Any) -> Any:
+        """The cotangents of the parameters and of the smooth operands, for one example."""
+        parameters, fixed = shared
+
+        def function(parameters: Any, smoothly: Any) -> list[Any]:
+            operands = fixed | example | parameters | smoothly
+            return jaxprs.floating_outputs(equation, operands)
+
+        _, pull = jax.vjp(function, parameters, {i: example[i] for i in smooth})
+        return pull(cotangents)
+
+    def backward(saved: Any, cotangents: Any) -> tuple[Any, Any, Any, Any]:
+        parameters, fixed, examples = saved
+        of_all = jax.vmap(without_batched_convolutions(of_one), (None, 0, 0))
+        floats = [cotangents[i] for i in floating]
+        gradients, into_smooth = of_all((parameters, fixed), examples, floats)  # g: (m, *w.shape)
+        into_parameters = {
+            # As in `_gradients`, the sum over the slots will be the gradient of the batch.
+            i: jnp.zeros_like(w) if sample.is_whole else jnp.sum(gradients[i], axis=0)
+            for i, w in parameters.items()
+        }
+        into_examples = {i: into_smooth.get(i) for i in examples}
+        into_slots = {i: sample.rows(g).astype(slot_dtype(g.dtype)) for i, g in gradients.items()}
+        return into_parameters, None, into_examples, into_slots
+
+    apply.defvjp(forward, backward)
+    return [Batched(output) for output in apply(parameters, fixed, examples, slots)]

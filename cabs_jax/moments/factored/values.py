@@ -1,0 +1,137 @@
+"""The values that a sorted loss is evaluated with, and the slots that travel with them.
+
+A *slot* is an argument that is added to the loss, filled with zeros, and never changes its value.
+We only want its derivative. There are two kinds:
+
+* Slots for gradients. Every example i is given its own copy w + s_i of a parameter, with s_i = 0;
+  then ∂ℓ/∂s_i is by definition the gradient g_i of that example.
+* Slots for statistics of gradients, such as ‖g_i‖². The forward pass ignores them; the derivative
+  rule of a site, which we write (`site_vjps`), returns the statistic in the place where the
+  derivative with respect to the slot belongs. JAX carries it back to the caller like any other
+  cotangent. Cotangents of one argument add up: a slot that is given to several sites returns the
+  sum of what they put in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cabs_jax.moments import jaxprs, sharding
+from cabs_jax.moments.factored.choice import Choice
+from cabs_jax.moments.factored.program import Program
+from cabs_jax.statistics import Variance
+
+
+class Shared(NamedTuple):
+    """A value that is the same for all examples.
+
+    Attributes:
+      value: The value.
+      gradient_slots: Slots for its per-example gradients, float32, shape (n, *value.shape) for n
+        measured examples, or None.
+      square_slots: Slots for the sum of their squares, float32, shaped like the value, or None.
+    """
+
+    value: Any
+    gradient_slots: Any = None
+    square_slots: Any = None
+
+
+class Batched(NamedTuple):
+    """A value with a leading axis of examples."""
+
+    value: Any
+
+
+Value = Shared | Batched
+
+
+class Sample(NamedTuple):
+    """The examples of a batch, and which of them are measured.
+
+    Attributes:
+      examples: Size m of the batch.
+      measured: How many of the examples are measured, n: evenly spread, or all of them.
+      axis_names: Mesh axes over which the batch varies, inside a shard_map.
+    """
+
+    examples: int
+    measured: int
+    axis_names: tuple[str, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all examples are measured."""
+        return self.measured == self.examples
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """Keeps the examples that are measured: (m, ...) to (n, ...)."""
+        if self.is_whole:
+            return x
+        step = self.examples // self.measured
+        if step * self.measured == self.examples:
+            return x.reshape(self.measured, step, *x.shape[1:])[:, 0]
+        return x[: step * self.measured : step]
+
+    def spread(self, slots: jax.Array) -> jax.Array:
+        """Puts slots where their examples stand, zeros elsewhere: (n, ...) to (m, ...)."""
+        if self.is_whole:
+            return slots
+        step = self.examples // self.measured
+        after = self.examples - (self.measured - 1) * step - 1
+        config = [(0, after, step - 1)] + [(0, 0, 0)] * (slots.ndim - 1)
+        return lax.pad(slots, jnp.zeros((), slots.dtype), config)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        """An empty slot."""
+        slot: jax.Array = sharding.vary(jnp.zeros(shape, dtype), self.axis_names)
+        return slot
+
+
+class Context(NamedTuple):
+    """What the evaluation of a batch needs to know.
+
+    Attributes:
+      program: The sorted loss.
+      choices: How each parameter is measured.
+      variance: "trace" or "diagonal".
+      sample: The examples.
+      norms: Slot for squared norms, shape (n,).
+      factors: Slots for factors, by the number of the site.
+    """
+
+    program: Program
+    choices: tuple[Choice, ...]
+    variance: Variance
+    sample: Sample
+    norms: jax.Array
+    factors: dict[int, tuple[jax.Array, jax.Array]]
+
+
+def slot_dtype(dtype: Any) -> Any:
+    """The dtype of a slot for gradients of a value: float32, or complex64 for a complex value."""
+    return jnp.complex64 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float32
+
+
+def to_batched(sample: Sample, value: Value) -> Batched:
+    """Gives every example a copy of its own of a shared value."""
+    if isinstance(value, Batched):
+        return value
+    copies = jnp.broadcast_to(value.value, (sample.examples, *jnp.shape(value.value)))
+    copies = sharding.vary(copies, sample.axis_names)
+    if value.gradient_slots is not None:
+        # The derivative by the slot of example i is the gradient of example i.
+        copies = copies + sample.spread(value.gradient_slots).astype(copies.dtype)
+    return Batched(copies)
+
+
+def evaluate_batched(equation: jaxprs.Equation, values: list[Value]) -> list[Batched]:
+    """Evaluates an equation for every example, without regard to slots."""
+    in_axes = [0 if isinstance(v, Batched) else None for v in values]
+    arrays = [v.value for v in values]
+    outputs = jax.vmap(lambda *xs: jaxprs.evaluate(equation, xs), in_axes)(*arrays)
+    return [Batched(output) for output in outputs]
