@@ -36,7 +36,14 @@ Moments_co = TypeVar("Moments_co", covariant=True)
 class MomentsFunction(Protocol[Moments_co]):
     """`(params, batch, mask=None) -> GradientMoments`, or `(moments, aux)` where there is aux."""
 
-    def __call__(self, params: PyTree, batch: PyTree, mask: ArrayLike | None = None) -> Moments_co:
+    def __call__(
+        self,
+        params: PyTree,
+        batch: PyTree,
+        mask: ArrayLike | None = None,
+        *,
+        averaged_params: PyTree = None,
+    ) -> Moments_co:
         """Measures a batch."""
 
 
@@ -123,10 +130,13 @@ def gradient_moments(
         groups.
 
     Returns:
-      A function `(params, batch, mask=None) -> GradientMoments`, or `(moments, aux)`. The leaves of
-      `batch` have shape (m, ...); `mask`, boolean (m,), is False for padding, which has no
-      influence whatever it holds. With nothing but padding, everything is 0; where `subsample` or
-      `groups` leaves nothing to measure, the variance is NaN.
+      A function `(params, batch, mask=None, *, averaged_params=None) -> GradientMoments`, or
+      `(moments, aux)`. The leaves of `batch` have shape (m, ...); `mask`, boolean (m,), is False
+      for padding, which has no influence whatever it holds. With nothing but padding, everything is
+      0; where `subsample` or `groups` leaves nothing to measure, the variance is NaN. With
+      `averaged_params`, a running average of the parameters such as `optax.ema` keeps,
+      `averaged_value` is their mean loss on the same batch, for one more forward pass: what
+      `cabs(optimal_value="estimated")` tells noise by.
 
     Raises:
       TypeError: If the loss is not a scalar, the mask not boolean, or a parameter complex.
@@ -146,10 +156,13 @@ def gradient_moments(
     of_example = loss_and_aux(_of_one(loss_fn, has_aux) if keep_batch_dim else loss_fn, has_aux)
 
     def on_shard(
-        axis_names: tuple[str, ...], params: PyTree, batch: PyTree, mask: jax.Array | None
+        axis_names: tuple[str, ...],
+        params_and_averaged: tuple[PyTree, PyTree],
+        batch: PyTree,
+        mask: jax.Array | None,
     ) -> tuple[GradientMoments, PyTree]:
-        params = sharding.vary(params, axis_names)
-        if method == "per_example" and microbatch_size is None:
+        params, averaged_params = sharding.vary(params_and_averaged, axis_names)
+        if method == "per_example" and microbatch_size is None and averaged_params is None:
             return _reference(of_example, params, batch, mask, variance, axis_names)
         size = batch_size_of(batch)
         keep = sharding.vary(jnp.ones(size, jnp.bool_), axis_names) if mask is None else mask
@@ -158,8 +171,17 @@ def gradient_moments(
         share = sharding.vary(1.0 / jnp.maximum(count, 1).astype(jnp.float32), axis_names)
         task = Task(of_example, variance, subsample, axis_names)
         estimate = functools.partial(ESTIMATORS[method], task, params, share)
+
+        def of_block(examples: tuple[PyTree, jax.Array]) -> tuple[PyTree, PyTree]:
+            of_params, rows = estimate(*examples)
+            if averaged_params is None:
+                return (of_params, None), rows
+            losses, _ = jax.vmap(functools.partial(of_example, averaged_params))(examples[0])
+            kept = jnp.where(examples[1], losses.astype(jnp.float32), 0)
+            return (of_params, jnp.sum(kept) * share), rows
+
         sums, aux = over_blocks(
-            lambda examples: estimate(*examples),
+            of_block,
             (batch if mask is None else _fill(batch, keep), keep),
             split.block_size(size, method, microbatch_size, groups, axis_names),
             lanes=1 if axis_names else jax.device_count(),
@@ -167,21 +189,39 @@ def gradient_moments(
         )
         if mask is not None:
             sums = jax.tree.map(lambda s: jnp.where(real > 0, s, jnp.zeros_like(s)), sums)
-        total = sum_over(sums, axis_names or None)
-        return _moments(total, count, params, method, variance), aux
+        total, averaged_value = sum_over(sums, axis_names or None)
+        moments = _moments(total, count, params, method, variance)
+        return moments._replace(averaged_value=averaged_value), aux
 
-    def compute(params: PyTree, batch: PyTree, mask: ArrayLike | None = None) -> Any:
+    def compute(
+        params: PyTree,
+        batch: PyTree,
+        mask: ArrayLike | None = None,
+        *,
+        averaged_params: PyTree = None,
+    ) -> Any:
         check_parameters(params)
+        if averaged_params is not None:
+            _check_like_parameters(averaged_params, params)
         split.check_mask(mask, batch_size_of(batch))
         mesh_used, axis_names = sharding.resolve(mesh, axis_name, batch)
         measure: Callable[..., Any] = functools.partial(on_shard, axis_names)
         if mesh_used is not None:
             out_specs = sharding.WHOLE, sharding.SPLIT
             measure = sharding.per_shard(measure, mesh_used, axis_names, out_specs)
-        moments, aux = measure(params, batch, mask)
+        moments, aux = measure((params, averaged_params), batch, mask)
         return (moments, aux) if has_aux else moments
 
     return compute
+
+
+def _check_like_parameters(averaged_params: PyTree, params: PyTree) -> None:
+    shapes, wanted = (jax.tree.map(jnp.shape, tree) for tree in (averaged_params, params))
+    if shapes != wanted:
+        raise ValueError(
+            f"averaged_params must be a tree like the parameters, of shapes {wanted}, got shapes "
+            f"{shapes}."
+        )
 
 
 def _reference(

@@ -217,7 +217,7 @@ def test_an_empty_mask_gives_zeros_by_other_methods(method):
     groups = {"groups": 2} if method == "between" else {}
     batch, mask = jnp.full((4, 3), jnp.nan), jnp.zeros(4, bool)
     function = quick_jit(gradient_moments(linear, method=method, **groups))
-    for leaf in function(jnp.ones(3), batch, mask):
+    for leaf in jax.tree.leaves(function(jnp.ones(3), batch, mask)):
         np.testing.assert_array_equal(leaf, 0)
 
 
@@ -484,3 +484,23 @@ def test_every_combination_of_options_is_computed_or_refused(values):
     m = jax.eval_shape(gradient_moments(linear, **options), jnp.ones(3), jnp.ones((8, 3)))
     assert m.mean.shape == (3,)
     assert m.variance.shape == (() if variance == "trace" else (3,))
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch_size": 4}, {"method": "per_example"}])
+def test_the_loss_of_averaged_weights_on_what_the_mask_keeps(options):
+    def loss_fn(params, example):
+        return jnp.sum((params["w"] @ example) ** 2)
+
+    rng = np.random.default_rng(0)
+    params, averaged = ({"w": jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)} for _ in range(2))
+    batch = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
+    mask = jnp.arange(8) < 5
+    measure = jax.jit(gradient_moments(loss_fn, **options))
+    moments = measure(params, batch, mask, averaged_params=averaged)
+    wanted = np.mean([loss_fn(averaged, example) for example in batch[:5]])
+    np.testing.assert_allclose(moments.averaged_value, wanted, rtol=1e-5)
+    plain = measure(params, batch, mask)
+    assert plain.averaged_value is None
+    np.testing.assert_allclose(plain.variance, moments.variance, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"averaged_params must be a tree like the parameters"):
+        measure(params, batch, mask, averaged_params={"w": jnp.zeros(3)})
