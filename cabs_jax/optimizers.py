@@ -13,11 +13,19 @@ from jax.typing import ArrayLike
 from cabs_jax import rules
 from cabs_jax._arguments import check_number
 from cabs_jax.rounding import RoundTo
-from cabs_jax.rules import ScalarOrSchedule
+from cabs_jax.rules import OptimalValue, ScalarOrSchedule
 from cabs_jax.state import AdaptBatchSizeState, CoupledState
 from cabs_jax.statistics import PyTree, Variance, tree_sum
 from cabs_jax.step_moments import read_moments
-from cabs_jax.transform import Sizing, adapt_batch_size, held, select, sizing, unless_empty
+from cabs_jax.transform import (
+    BeyondMax,
+    Sizing,
+    held,
+    select,
+    sizing,
+    transformation,
+    unless_empty,
+)
 
 
 def cabs(
@@ -29,10 +37,11 @@ def cabs(
     decay: ArrayLike = 0.95,
     scale: ArrayLike = 1.0,
     eps: ArrayLike = 0.0,
-    optimal_value: ArrayLike = 0.0,
+    optimal_value: OptimalValue = 0.0,
     debias: bool = False,
     initial_batch_size: ArrayLike | None = None,
     round_to: RoundTo = 1,
+    beyond_max: BeyondMax = "clip",
     axis_name: Hashable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Stochastic gradient descent whose batch size is coupled to its learning rate (CABS).
@@ -91,13 +100,18 @@ def cabs(
       decay: Constant of the running averages, in [0, 1).
       scale: Factor c ≥ 0 on the batch size.
       eps: ε ≥ 0, added to the denominator.
-      optimal_value: Lower bound F* on the loss.
+      optimal_value: Lower bound F* on the loss, or "estimated" for F − F* from the progress of the
+        loss itself, as `rules.cabs` describes; that needs `count` (or `moments`).
       debias: Whether the averages start at 0 and are divided by 1 − decay^n after n steps. If not,
         that of the loss starts at 1 and that of ξ at 0, as in the authors' code.
       initial_batch_size: Size of the first batch, within the bounds, rounded to a legal size; the
         smallest legal size by default.
       round_to: An int k for the nearest multiple of k, half to even; or an increasing tuple of
         legal sizes, for the nearest in ratio. The state always holds a legal size.
+      beyond_max: What a size above `max_batch_size` becomes: "clip" takes the largest size and the
+        full step; "scale_learning_rate" also multiplies α by `max_batch_size` over the size asked
+        for, which leaves the noise floor α·ξ/(4m) where the rule wants it. The rule goes on with
+        the nominal α. Where it asks for an infinite size, the last finite one counts.
       axis_name: Mapped axis over which path (a) is split, inside a `shard_map` of one's own.
 
     Returns:
@@ -143,23 +157,25 @@ def cabs(
         rules.check_learning_rate(learning_rate)
         rate = _effective(learning_rate, momentum)
     rule = rules.cabs(rate, scale=scale, eps=eps, optimal_value=optimal_value)
-    sizes: dict[str, Any] = {
-        "min_batch_size": min_batch_size,
-        "max_batch_size": max_batch_size,
-        "decay": decay,
-        "debias": debias,
-        "initial_batch_size": initial_batch_size,
-        "round_to": round_to,
-    }
+    rule_to_size = sizing(
+        rule,
+        min_batch_size=min_batch_size,
+        max_batch_size=max_batch_size,
+        decay=decay,
+        debias=debias,
+        initial_batch_size=initial_batch_size,
+        round_to=round_to,
+        beyond_max=beyond_max,
+    )
     if momentum is not None:
-        return _coupled(sizing(rule, **sizes), optax.trace(momentum), learning_rate, axis_name)
-    adapt = adapt_batch_size(rule, **sizes, axis_name=axis_name)
+        return _coupled(rule_to_size, optax.trace(momentum), learning_rate, axis_name)
+    adapt = transformation(rule_to_size, axis_name)
 
     def update(
         updates: PyTree, state: AdaptBatchSizeState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, AdaptBatchSizeState]:
         mean, new_state = adapt.update(updates, state, params, **extra_args)
-        return _scaled(mean, rules.at_step(learning_rate, state.step)), new_state
+        return _scaled(mean, _step_size(learning_rate, rule_to_size, state)), new_state
 
     return optax.GradientTransformationExtraArgs(adapt.init, update)
 
@@ -175,10 +191,11 @@ def cabs_adam(
     max_batch_size: ArrayLike = 2048,
     decay: ArrayLike = 0.95,
     scale: ArrayLike = 1.0,
-    optimal_value: ArrayLike = 0.0,
+    optimal_value: OptimalValue = 0.0,
     debias: bool = False,
     initial_batch_size: ArrayLike | None = None,
     round_to: RoundTo = 1,
+    beyond_max: BeyondMax = "clip",
     axis_name: Hashable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam, or AdamW, whose batch size is coupled to its step sizes.
@@ -225,10 +242,13 @@ def cabs_adam(
       max_batch_size: Largest size, at most 2**31 − 1.
       decay: Constant of the running averages of tr(AΣ̂)/α and of the loss, in [0, 1).
       scale: Factor c ≥ 0 on the batch size.
-      optimal_value: Lower bound F* on the loss.
+      optimal_value: Lower bound F* on the loss, or "estimated" for F − F* from the progress of the
+        loss itself, as `rules.cabs` describes; that needs `count` (or `moments`).
       debias: As in `cabs`.
       initial_batch_size: Size of the first batch; the smallest legal size by default.
       round_to: As in `cabs`.
+      beyond_max: As in `cabs`; exact for plain gradient descent, for Adam as good as A is a measure
+        of curvature.
       axis_name: Mapped axis over which path (a) is split, inside a `shard_map` of one's own.
 
     Returns:
@@ -277,6 +297,7 @@ def cabs_adam(
         debias=debias,
         initial_batch_size=initial_batch_size,
         round_to=round_to,
+        beyond_max=beyond_max,
     )
     direction = optax.chain(
         optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(weight_decay)
@@ -324,29 +345,29 @@ def _coupled(
         updates: PyTree,
         state: CoupledState,
         params: PyTree = None,
-        *,
-        value: Any = None,
-        gradient_variance: PyTree = None,
-        count: Any = None,
-        mask: Any = None,
         **extra_args: Any,
     ) -> tuple[PyTree, CoupledState]:
-        del extra_args
-        moments = read_moments(
-            updates, params, value, gradient_variance, count, mask, axis_name, variance
-        )
+        moments = read_moments(updates, params, axis_name, variance, **extra_args)
         xi, known = noise(moments.gradient_variance, state.direction)
-        # Only of the plain trace does ξ/(m − 1) tell the noise in ‖ḡ‖².
-        count_of_trace = moments.count if variance == "trace" else None
         adapted = rule_to_size.advance(
-            state.adapt, moments._replace(gradient_variance=xi, count=count_of_trace)
+            state.adapt,
+            moments._replace(gradient_variance=xi),
+            plain_trace=variance == "trace",
         )
         adapted = select(jnp.asarray(known), adapted, held(state.adapt, adapted))
         directed, direction_state = direction.update(moments.mean, state.direction, params)
-        scaled = _scaled(directed, rules.at_step(learning_rate, state.adapt.step))
+        scaled = _scaled(directed, _step_size(learning_rate, rule_to_size, state.adapt))
         return unless_empty(moments.count, scaled, CoupledState(adapted, direction_state), state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _step_size(
+    learning_rate: ScalarOrSchedule, rule_to_size: Sizing, state: AdaptBatchSizeState
+) -> ArrayLike:
+    nominal = rules.at_step(learning_rate, state.step)
+    # Left as it is, in its own precision, wherever nothing can scale it.
+    return nominal * rule_to_size.learning_rate_scale(state) if rule_to_size.beyond_max else nominal
 
 
 def _scaled(direction: PyTree, step_size: ArrayLike) -> PyTree:

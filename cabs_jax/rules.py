@@ -38,6 +38,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,7 @@ from cabs_jax.statistics import Statistics as Statistics
 from cabs_jax.statistics import noise_in_squared_norm
 
 Rule = Callable[[Statistics], ArrayLike]
+OptimalValue = ArrayLike | Literal["estimated"]
 ScalarOrSchedule = ArrayLike | Callable[[jax.Array], ArrayLike]
 
 
@@ -57,20 +59,41 @@ def cabs(
     *,
     scale: ArrayLike = 1.0,
     eps: ArrayLike = 0.0,
-    optimal_value: ArrayLike = 0.0,
+    optimal_value: OptimalValue = 0.0,
 ) -> Rule:
     """Couples the batch size to the learning rate: m = c·α·ξ / (F − F* + ε).
 
     Of the batch sizes that guarantee progress per step, this one makes the most of each example
     when α ≈ 1/L and ‖∇F‖² ≈ 2L(F − F*), L being the Lipschitz constant of the gradient.
 
+    With `optimal_value="estimated"` neither F* nor that luck with α is needed. F − F* is read off
+    the progress of the loss, and the noise is what it is seen to be:
+
+        m = 2c·m'·N / G,    N = min(α·ξ/(4m'), E),    G = (S₁ − S₇) / (1 − 1/7),
+
+    m' being the present size. Derivation: on a quadratic, gradient descent loses to noise a floor
+    of N = α·ξ/(2(2 − αL)·m), about α·ξ/(4m), and the loss falls fastest per example where that
+    floor is half of what is left, N = (F − F*)/2. S_η is the average of the loss over the n
+    examples seen, that at the n'-th having the weight (n'/n)^η; if F(n) = F* + A/n, it is
+    F* + (1 + 1/η)·A/n, so that two averages tell G = A/n. A loss that falls more slowly has more
+    left than G, which then is what can still be gained in a few times the examples. E, the running
+    average of F(w) − F(w̄), is the loss that noise is *seen* to cost, since averaged weights w̄ are
+    rid of it; without `averaged_value`, N = α·ξ/(4m') alone, and a plateau, where the loss does not
+    fall though noise is not to blame, makes the batch grow, which wastes examples.
+
+    Where E ≤ 0 noise costs nothing and the answer is the smallest size; else, where G ≤ 0, the loss
+    does not fall and the answer is the largest. Either is approached gradually: ln m moves by at
+    most min(0.02, 4m/n) a step, since the averages tell nothing faster. Assumed are a loss that is
+    the same function throughout (after a change of data or penalty the averages need as many
+    examples again), and losses drawn with the weights that the step starts from.
+
     Args:
       learning_rate: Learning rate α ≥ 0 of the step −α·ḡ; a scalar or a schedule, called with the
         index of the step. With heavy-ball momentum β the effective rate is α/(1 − β).
       scale: Factor c ≥ 0 on the batch size.
       eps: ε ≥ 0, added to the denominator.
-      optimal_value: Lower bound F* on the loss. Where F ≤ F* the answer is infinity (0 if
-        α·ξ = 0).
+      optimal_value: Lower bound F* on the loss, or "estimated", which needs `count`. Where F ≤ F*
+        the answer is infinity (0 if α·ξ = 0).
 
     Returns:
       The rule.
@@ -81,17 +104,43 @@ def cabs(
     References:
       Balles, Romero and Hennig, [Coupling Adaptive Batch Sizes with Learning
       Rates](https://arxiv.org/abs/1612.05086), 2017.
+      Shamir and Zhang, [Stochastic Gradient Descent for Non-smooth
+      Optimization](https://arxiv.org/abs/1212.1824), 2013, for the averages S_η.
     """
     check_learning_rate(learning_rate)
     check_number("scale", scale, "a non-negative number", lambda x: x >= 0)
     check_number("eps", eps, "a non-negative number", lambda x: x >= 0)
-    check_number("optimal_value", optimal_value, "a finite number", lambda _: True)
+    if isinstance(optimal_value, str):
+        if optimal_value != "estimated":
+            raise ValueError(
+                f'optimal_value must be a number or "estimated", got {optimal_value!r}.'
+            )
+        lower_bound = None
+    else:
+        check_number("optimal_value", optimal_value, "a finite number", lambda _: True)
+        lower_bound = optimal_value
+
+    def noise(statistics: Statistics) -> jax.Array:
+        alpha = _rate_at(learning_rate, statistics.step)
+        return _float32(scale) * alpha * _float32(statistics.gradient_variance)
+
+    def with_eps(gap: jax.Array) -> jax.Array:
+        return jnp.where(gap <= 0, gap, gap + _float32(eps))
 
     def rule(statistics: Statistics) -> jax.Array:
-        alpha = _rate_at(learning_rate, statistics.step)
-        noise = _float32(scale) * alpha * _float32(statistics.gradient_variance)
-        gap = _float32(statistics.value) - _float32(optimal_value)
-        return _ratio(noise, jnp.where(gap <= 0, gap, gap + _float32(eps)))
+        if lower_bound is not None:
+            gap = _float32(statistics.value) - _float32(lower_bound)
+            return _ratio(noise(statistics), with_eps(gap))
+        if statistics.estimated_gap is None:
+            raise ValueError(
+                'optimal_value="estimated" counts examples: pass moments= or count= to update, got '
+                "count=None."
+            )
+        floor = noise(statistics) / 2
+        if statistics.averaged_excess is not None:
+            excess = 2 * _float32(scale) * _float32(statistics.batch_size)
+            floor = jnp.minimum(floor, excess * statistics.averaged_excess)
+        return _gradually(_ratio(floor, with_eps(statistics.estimated_gap)), statistics)
 
     return rule
 
@@ -389,6 +438,15 @@ def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     quotient = jnp.where(denominator <= 0, jnp.inf, numerator / safe)
     answer = jnp.where(numerator <= 0, 0, quotient)
     return jnp.where(jnp.isnan(numerator), numerator, answer)
+
+
+def _gradually(target: jax.Array, statistics: Statistics) -> jax.Array:
+    """Returns a size on the way from the one before to the target."""
+    before, count, examples = statistics.raw_batch_size, statistics.count, statistics.examples
+    if before is None or count is None or examples is None:
+        raise ValueError("a rule that moves gradually needs raw_batch_size, count and examples.")
+    pace = jnp.minimum(0.02, 4 * _float32(count) / examples)
+    return jnp.clip(target, before * jnp.exp(-pace), before * jnp.exp(pace))
 
 
 def _float32(x: ArrayLike) -> jax.Array:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 
+from cabs_jax.progress import ExampleCount, Progress
 from cabs_jax.statistics import PyTree
 
 
@@ -17,6 +18,8 @@ class Info(NamedTuple):
       mean_gradient_squared_norm: ‖ḡ‖² of the step's mean gradient, noise included, float32.
       bound: −1 where the raw size lies below `min_batch_size`, 1 where it lies above
         `max_batch_size`, 0 where it lies between; int32.
+      learning_rate_scale: Factor on the step's learning rate, float32; below 1 where a smaller step
+        stands in for a batch beyond `max_batch_size`.
       non_finite: 1 where loss, gradient or the rule's answer was not finite, so that the batch size
         stayed as it was, else 0; int32. An infinite answer is a legal one and not flagged.
     """
@@ -26,6 +29,7 @@ class Info(NamedTuple):
     gradient_variance: jax.Array
     mean_gradient_squared_norm: jax.Array
     bound: jax.Array
+    learning_rate_scale: jax.Array
     non_finite: jax.Array
 
 
@@ -40,6 +44,10 @@ class AdaptBatchSizeState(NamedTuple):
       squared_gradient_norm_average: Running average of ‖ḡ‖² − ξ/(m − 1), float32.
       weight: How much of an average that started at 0 comes from the n steps averaged so far,
         1 − decay^n, float32; `debias` divides by it.
+      raw_batch_size: What the rule answered last, not rounded but within the bounds, float32; above
+        `max_batch_size` only where a smaller learning rate stands in for the rest.
+      examples: Exact number of examples seen; it stands still where `update` is given no `count`.
+      progress: Averages of the loss from which F − F* is estimated.
       info: What one wants to plot of the last step.
     """
 
@@ -49,6 +57,9 @@ class AdaptBatchSizeState(NamedTuple):
     gradient_variance_average: jax.Array
     squared_gradient_norm_average: jax.Array
     weight: jax.Array
+    raw_batch_size: jax.Array
+    examples: ExampleCount
+    progress: Progress
     info: Info
 
 

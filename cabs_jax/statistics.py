@@ -9,6 +9,7 @@ import jax.numpy as jnp
 PyTree = Any
 Variance = Literal["trace", "diagonal"]
 LANES = 16
+ABSURD = 2.0**32  # ratio of an average to a measurement beyond which it averages no such thing
 
 
 class GradientMoments(NamedTuple):
@@ -21,6 +22,8 @@ class GradientMoments(NamedTuple):
         or, where the diagonal was asked for, a float32 tree like the parameters of
         (1/m) Σ_i g_i² − ḡ².
       count: Number m of real (unmasked) examples, int32 scalar.
+      averaged_value: Mean loss of averaged weights on the same batch, float32 scalar; None where
+        it was not asked for.
 
     Example:
       >>> losses, grads = jnp.array([0.5, 1.5]), {"w": jnp.array([[3.0, 0.0], [1.0, 2.0]])}
@@ -33,6 +36,7 @@ class GradientMoments(NamedTuple):
     mean: PyTree
     variance: PyTree
     count: jax.Array  # type: ignore[assignment]  # tuple.count is not missed
+    averaged_value: jax.Array | None = None
 
 
 class Statistics(NamedTuple):
@@ -46,6 +50,14 @@ class Statistics(NamedTuple):
       count: Number m of real examples of this step's batch, int32 scalar, or None likewise.
       step: Index of this step, from 0, int32 scalar.
       batch_size: Batch size that was asked for this step, int32 scalar.
+      estimated_gap: Estimate of F − F* from the progress of the loss, float32 scalar, not positive
+        where the loss does not fall; None where `update` was given no `count`.
+      averaged_excess: Running average of F(w) − F(w̄), w̄ being averaged weights, float32 scalar;
+        None where `update` was given no `averaged_value`.
+      raw_batch_size: What the rule answered after the step before, not rounded but within the
+        bounds, float32 scalar: where a rule that moves gradually starts from.
+      examples: Number of examples seen, this step's included, float32 scalar, rounded from an exact
+        count; None where `update` was given no `count`.
     """
 
     value: jax.Array
@@ -54,6 +66,15 @@ class Statistics(NamedTuple):
     count: jax.Array | None  # type: ignore[assignment]
     step: jax.Array
     batch_size: jax.Array
+    estimated_gap: jax.Array | None = None
+    averaged_excess: jax.Array | None = None
+    raw_batch_size: jax.Array | None = None
+    examples: jax.Array | None = None
+
+
+def is_absurd(average: jax.Array, measured: jax.Array) -> jax.Array:
+    """Returns whether an average is so far from what is measured that it must be forgotten."""
+    return jnp.abs(average) > ABSURD * jnp.maximum(jnp.abs(measured), 1)
 
 
 def tree_squared_norm(tree: PyTree) -> jax.Array:

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from jax.tree_util import keystr
 
 from cabs_jax._arguments import check_parameters, is_traced
-from cabs_jax.statistics import PyTree, Variance, moments_from_per_example, tree_sum
+from cabs_jax.statistics import (
+    GradientMoments,
+    PyTree,
+    Variance,
+    moments_from_per_example,
+    tree_sum,
+)
 
 
 class StepMoments(NamedTuple):
@@ -26,38 +32,67 @@ class StepMoments(NamedTuple):
       gradient_variance: Trace of the gradient covariance, float32 scalar; or its diagonal, a
         float32 tree like the parameters.
       count: Number of real examples, int32 scalar; None where path (b) was not told.
+      averaged_value: Mean loss of averaged weights on the batch, float32 scalar, or None.
     """
 
     mean: PyTree
     value: jax.Array
     gradient_variance: PyTree
     count: jax.Array | None  # type: ignore[assignment]
+    averaged_value: jax.Array | None = None
 
 
 def read_moments(
     updates: PyTree,
     params: PyTree,
-    value: Any,
-    gradient_variance: PyTree,
-    count: Any,
-    mask: Any,
     axis_name: Hashable | None,
     variance: Variance = "trace",
+    *,
+    moments: GradientMoments | None = None,
+    value: Any = None,
+    gradient_variance: PyTree = None,
+    count: Any = None,
+    averaged_value: Any = None,
+    mask: Any = None,
+    **unknown: Any,
 ) -> StepMoments:
     """Returns the moments that the arguments of `update` hold, with the variance asked for.
 
+    Args:
+      updates: Per-example gradients (path a) or their mean (path b).
+      params: The parameters.
+      axis_name: Mapped axis over which path (a) is split.
+      variance: Whether the trace or the diagonal of the covariance is asked for.
+      moments: What `gradient_moments` returned; in place of all that follow.
+      value: Losses of the examples, or their mean.
+      gradient_variance: Trace or diagonal of the covariance, on path (b).
+      count: Number of real examples, on path (b).
+      averaged_value: Mean loss of averaged weights on the same batch; NaN: not measured.
+      mask: Which examples are real, on path (a).
+      **unknown: Arguments of other transformations, which are ignored.
+
     Raises:
-      TypeError: If a parameter is complex.
+      TypeError: If a parameter is complex, or `moments` are something else.
       ValueError: If they are incomplete, belong to both paths, or disagree in shape or dtype.
     """
+    del unknown
     if params is None:
         raise ValueError(
             "update got params=None: pass the parameters as its third argument, so that "
             "per-example gradients can be told from their mean."
         )
+    if moments is not None:
+        value, gradient_variance, count, averaged_value = _unpacked(
+            moments,
+            gradient_variance=gradient_variance,
+            count=count,
+            averaged_value=averaged_value,
+            mask=mask,
+        )
     if value is None:
         raise ValueError(
-            "update got value=None: pass value=, the per-example losses or their mean."
+            "update got value=None: pass moments=, what gradient_moments returned, or value=, the "
+            "per-example losses or their mean."
         )
     check_parameters(params)
     if not _same_structure(updates, params):
@@ -72,13 +107,39 @@ def read_moments(
                 f"count={count!r} belongs to mean gradients: pass gradient_variance= with it, "
                 "or mask= with per-example gradients."
             )
-        return _average(updates, params, value, mask, axis_name, variance)
+        read = _average(updates, params, value, mask, axis_name, variance)
+        return read._replace(averaged_value=_averaged_value(averaged_value))
     if mask is not None:
         raise ValueError(
             f"mask of shape {jnp.shape(mask)} belongs to per-example gradients: give it to "
             "gradient_moments, and count=moments.count to update."
         )
-    return _pass_on(updates, params, value, gradient_variance, count, variance)
+    read = _pass_on(updates, params, value, gradient_variance, count, variance)
+    return read._replace(averaged_value=_averaged_value(averaged_value))
+
+
+def _unpacked(moments: Any, **given: Any) -> tuple[Any, PyTree, Any, Any]:
+    if not isinstance(moments, GradientMoments):
+        raise TypeError(
+            f"moments must be what gradient_moments returned, got {type(moments).__name__}; with "
+            "has_aux=True that is the first of two."
+        )
+    twice = [name for name, argument in given.items() if argument is not None]
+    if twice:
+        raise ValueError(f"update got moments= and {twice[0]}=: leave {twice[0]}= out.")
+    return moments.value, moments.variance, moments.count, moments.averaged_value
+
+
+def _averaged_value(averaged_value: Any) -> jax.Array | None:
+    if averaged_value is None:
+        return None
+    array = jnp.asarray(averaged_value, jnp.float32)
+    if array.shape != ():
+        raise ValueError(
+            "averaged_value must be the mean loss of the averaged weights, a scalar, got shape "
+            f"{array.shape}."
+        )
+    return array
 
 
 def _average(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from cabs_jax import progress
 from cabs_jax._arguments import check_number
+from cabs_jax.progress import ExampleCount, Progress
 from cabs_jax.rounding import (
     LegalSizes,
     RoundTo,
@@ -21,10 +23,16 @@ from cabs_jax.rounding import (
 )
 from cabs_jax.rules import Rule
 from cabs_jax.state import AdaptBatchSizeState, Info
-from cabs_jax.statistics import PyTree, Statistics, noise_in_squared_norm, tree_squared_norm
+from cabs_jax.statistics import (
+    PyTree,
+    Statistics,
+    is_absurd,
+    noise_in_squared_norm,
+    tree_squared_norm,
+)
 from cabs_jax.step_moments import StepMoments, read_moments
 
-ABSURD = 2.0**32  # ratio of an average to a measurement beyond which it averages no such thing
+BeyondMax = Literal["clip", "scale_learning_rate"]
 
 
 def adapt_batch_size(
@@ -101,33 +109,33 @@ def adapt_batch_size(
       >>> print(updates["w"], cabs_jax.batch_size(state))
       [-0.2 -0.1] 16
     """
-    rule_to_size = sizing(
-        rule,
-        min_batch_size=min_batch_size,
-        max_batch_size=max_batch_size,
-        decay=decay,
-        debias=debias,
-        initial_batch_size=initial_batch_size,
-        round_to=round_to,
+    return transformation(
+        sizing(
+            rule,
+            min_batch_size=min_batch_size,
+            max_batch_size=max_batch_size,
+            decay=decay,
+            debias=debias,
+            initial_batch_size=initial_batch_size,
+            round_to=round_to,
+        ),
+        axis_name,
     )
+
+
+def transformation(
+    rule_to_size: Sizing, axis_name: Hashable | None
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the transformation that averages the gradient and tracks the batch size."""
 
     def init(params: PyTree) -> AdaptBatchSizeState:
         del params
         return rule_to_size.initial_state()
 
     def update(
-        updates: PyTree,
-        state: AdaptBatchSizeState,
-        params: PyTree = None,
-        *,
-        value: Any = None,
-        gradient_variance: PyTree = None,
-        count: Any = None,
-        mask: Any = None,
-        **extra_args: Any,
+        updates: PyTree, state: AdaptBatchSizeState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, AdaptBatchSizeState]:
-        del extra_args
-        moments = read_moments(updates, params, value, gradient_variance, count, mask, axis_name)
+        moments = read_moments(updates, params, axis_name, **extra_args)
         new_state = rule_to_size.advance(state, moments)
         return unless_empty(moments.count, moments.mean, new_state, state)
 
@@ -152,6 +160,8 @@ class Sizing(NamedTuple):
       first: Size of the first batch, not rounded yet.
       decay: Constant of the running averages.
       debias: Whether the averages are divided by their weight.
+      beyond_max: Whether `raw_batch_size` may pass the largest size, for a smaller learning rate
+        to stand in for the rest.
     """
 
     rule: Rule
@@ -159,6 +169,7 @@ class Sizing(NamedTuple):
     first: int | jax.Array
     decay: ArrayLike
     debias: bool
+    beyond_max: bool = False
 
     def initial_state(self) -> AdaptBatchSizeState:
         """Returns the state before the first step, no two leaves of which share their memory."""
@@ -170,21 +181,41 @@ class Sizing(NamedTuple):
             gradient_variance_average=jnp.zeros((), jnp.float32),
             squared_gradient_norm_average=jnp.zeros((), jnp.float32),
             weight=jnp.zeros((), jnp.float32),
+            raw_batch_size=jnp.copy(first),
+            examples=progress.no_examples(),
+            progress=progress.no_progress(),
             info=Info(
                 raw_batch_size=jnp.copy(first),
                 value=jnp.zeros((), jnp.float32),
                 gradient_variance=jnp.zeros((), jnp.float32),
                 mean_gradient_squared_norm=jnp.zeros((), jnp.float32),
                 bound=jnp.zeros((), jnp.int32),
+                learning_rate_scale=jnp.ones((), jnp.float32),
                 non_finite=jnp.zeros((), jnp.int32),
             ),
         )
 
-    def advance(self, state: AdaptBatchSizeState, moments: StepMoments) -> AdaptBatchSizeState:
-        """Returns the state after a step that had examples: averages, then rule, then rounding."""
+    def advance(
+        self, state: AdaptBatchSizeState, moments: StepMoments, *, plain_trace: bool = True
+    ) -> AdaptBatchSizeState:
+        """Returns the state after a step that had examples: averages, then rule, then rounding.
+
+        Args:
+          state: That before the step.
+          moments: What its batch said.
+          plain_trace: Whether `moments.gradient_variance` is ξ itself: only then does ξ/(m − 1)
+            tell the noise in ‖ḡ‖².
+        """
         biased_norm = tree_squared_norm(moments.mean)
-        averages = self._averages(state, moments, biased_norm)
-        raw = self._ask(state, moments, averages)
+        noise = None
+        if plain_trace and moments.count is not None:
+            noise = noise_in_squared_norm(moments.gradient_variance, moments.count)
+        averages = self._averages(state, moments, biased_norm, noise)
+        examples, progressed = self._progress(state, moments)
+        statistics = self._statistics(state, moments, averages, examples, progressed)
+        raw = self._ask(
+            statistics._replace(squared_gradient_norm=None) if noise is None else statistics
+        )
         answered = ~jnp.isnan(raw)
         info = Info(
             raw_batch_size=raw,
@@ -192,6 +223,7 @@ class Sizing(NamedTuple):
             gradient_variance=moments.gradient_variance,
             mean_gradient_squared_norm=biased_norm,
             bound=_bound(raw, self.legal),
+            learning_rate_scale=self.learning_rate_scale(state),
             non_finite=jnp.asarray(~answered, jnp.int32),
         )
         adapted = AdaptBatchSizeState(
@@ -201,6 +233,11 @@ class Sizing(NamedTuple):
             gradient_variance_average=averages.gradient_variance,
             squared_gradient_norm_average=averages.squared_gradient_norm,
             weight=averages.weight,
+            raw_batch_size=jnp.where(
+                answered, self._within_bounds(raw, state), state.raw_batch_size
+            ),
+            examples=examples,
+            progress=progressed,
             info=info,
         )
         measured = jnp.stack([moments.value, moments.gradient_variance, biased_norm])
@@ -209,8 +246,30 @@ class Sizing(NamedTuple):
         selected: AdaptBatchSizeState = select(jnp.isfinite(measured).all(), adapted, untouched)
         return selected
 
+    def learning_rate_scale(self, state: AdaptBatchSizeState) -> jax.Array:
+        """Returns what a step is multiplied by, in place of a batch beyond the largest size.
+
+        The noise floor of gradient descent, α·ξ/(4m), is the same for a step of α·max/m on a batch
+        of max examples as for one of α on m.
+        """
+        largest = jnp.asarray(self.legal.maximum, jnp.float32)
+        return jnp.minimum(1, largest / jnp.maximum(state.raw_batch_size, 1))
+
+    def _within_bounds(self, raw: jax.Array, state: AdaptBatchSizeState) -> jax.Array:
+        smallest = jnp.asarray(self.legal.minimum, jnp.float32)
+        largest = jnp.asarray(self.legal.maximum, jnp.float32)
+        if not self.beyond_max:
+            return jnp.clip(raw, smallest, largest)
+        # An infinite size has no finite stand-in: the last finite one stays.
+        finite = jnp.where(jnp.isinf(raw), jnp.maximum(state.raw_batch_size, largest), raw)
+        return jnp.maximum(finite, smallest)
+
     def _averages(
-        self, state: AdaptBatchSizeState, moments: StepMoments, biased_norm: jax.Array
+        self,
+        state: AdaptBatchSizeState,
+        moments: StepMoments,
+        biased_norm: jax.Array,
+        noise: jax.Array | None,
     ) -> _Averages:
         decay = jnp.asarray(self.decay, jnp.float32)
         weight = decay * state.weight + (1 - decay)
@@ -219,12 +278,10 @@ class Sizing(NamedTuple):
         def average(old: jax.Array, new: jax.Array) -> jax.Array:
             averaged = decay * old + (1 - decay) * new
             # One measurement of 1e38 would last until decay^n has taken it down: for 1,570 steps.
-            absurd = jnp.abs(old) > ABSURD * jnp.maximum(jnp.abs(new), 1)
-            return jnp.where(absurd, whole * new, averaged)
+            return jnp.where(is_absurd(old, new), whole * new, averaged)
 
         norm_average = state.squared_gradient_norm_average
-        if moments.count is not None:
-            noise = noise_in_squared_norm(moments.gradient_variance, moments.count)
+        if noise is not None:
             norm_average = average(norm_average, biased_norm - noise)
         return _Averages(
             value=average(state.value_average, moments.value),
@@ -233,23 +290,48 @@ class Sizing(NamedTuple):
             weight=weight,
         )
 
-    def _ask(
-        self, state: AdaptBatchSizeState, moments: StepMoments, averages: _Averages
-    ) -> jax.Array:
-        """Returns what the rule answers, a float32 scalar."""
-        divisor = averages.weight if self.debias else jnp.ones((), jnp.float32)
-        norm = averages.squared_gradient_norm / divisor
-        answer = self.rule(
-            Statistics(
-                value=averages.value / divisor,
-                gradient_variance=averages.gradient_variance / divisor,
-                squared_gradient_norm=None if moments.count is None else norm,
-                count=moments.count,
-                step=state.step,
-                batch_size=state.batch_size,
-            )
+    def _progress(
+        self, state: AdaptBatchSizeState, moments: StepMoments
+    ) -> tuple[ExampleCount, Progress]:
+        """Returns the count of examples and the averages over them, after the step."""
+        if moments.count is None:
+            return state.examples, state.progress
+        examples = progress.add_examples(state.examples, moments.count)
+        return examples, progress.advance(
+            state.progress,
+            moments.value,
+            moments.averaged_value,
+            moments.count,
+            progress.as_float32(examples),
+            first=state.weight == 0,
         )
-        raw = jnp.asarray(answer, jnp.float32)
+
+    def _statistics(
+        self,
+        state: AdaptBatchSizeState,
+        moments: StepMoments,
+        averages: _Averages,
+        examples: ExampleCount,
+        progressed: Progress,
+    ) -> Statistics:
+        divisor = averages.weight if self.debias else jnp.ones((), jnp.float32)
+        counted = moments.count is not None
+        return Statistics(
+            value=averages.value / divisor,
+            gradient_variance=averages.gradient_variance / divisor,
+            squared_gradient_norm=averages.squared_gradient_norm / divisor,
+            count=moments.count,
+            step=state.step,
+            batch_size=state.batch_size,
+            estimated_gap=progressed.gap if counted else None,
+            averaged_excess=None if moments.averaged_value is None else progressed.excess,
+            raw_batch_size=state.raw_batch_size,
+            examples=progress.as_float32(examples) if counted else None,
+        )
+
+    def _ask(self, statistics: Statistics) -> jax.Array:
+        """Returns what the rule answers, a float32 scalar."""
+        raw = jnp.asarray(self.rule(statistics), jnp.float32)
         if raw.shape != ():
             raise ValueError(f"the rule must return a scalar, got an array of shape {raw.shape}.")
         return raw
@@ -264,6 +346,7 @@ def sizing(
     debias: bool,
     initial_batch_size: ArrayLike | None,
     round_to: RoundTo,
+    beyond_max: BeyondMax = "clip",
 ) -> Sizing:
     """Checks the arguments of `adapt_batch_size`, which says what they mean and what is raised."""
     if not callable(rule):
@@ -274,13 +357,18 @@ def sizing(
     check_number("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
     legal = legal_sizes(min_batch_size, max_batch_size, round_to)
     first = check_initial_batch_size(initial_batch_size, legal)
-    return Sizing(rule, legal, first, decay, debias)
+    if beyond_max not in get_args(BeyondMax):
+        raise ValueError(
+            f"beyond_max must be one of {', '.join(map(repr, get_args(BeyondMax)))}, got "
+            f"{beyond_max!r}."
+        )
+    return Sizing(rule, legal, first, decay, debias, beyond_max != "clip")
 
 
 def held(old: AdaptBatchSizeState, new: AdaptBatchSizeState) -> AdaptBatchSizeState:
     """Returns the state after a step from which no batch size follows: it counts, and is shown."""
     info = new.info._replace(raw_batch_size=old.info.raw_batch_size, bound=old.info.bound)
-    return old._replace(step=new.step, info=info)
+    return old._replace(step=new.step, examples=new.examples, info=info)
 
 
 def _bound(raw: jax.Array, legal: LegalSizes) -> jax.Array:

@@ -36,8 +36,10 @@ compute = jax.jit(moments_from_per_example, static_argnames=("variance", "axis_n
 
 
 def assert_moments(moments, wanted, rtol=1e-5):
-    assert jax.tree.structure(tuple(moments)) == jax.tree.structure(wanted)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, 1e-6), tuple(moments), wanted)
+    assert jax.tree.structure(tuple(moments[:4])) == jax.tree.structure(wanted)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol, 1e-6), tuple(moments[:4]), wanted
+    )
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12).filter(any), st.sampled_from([0.0, 1e3]))

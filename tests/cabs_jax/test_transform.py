@@ -58,7 +58,7 @@ def test_initial_state_is_that_of_the_authors():
     assert state.weight == 0.0
     assert state.step == 0
     assert state.batch_size == 16
-    assert state.info == (16.0, 0.0, 0.0, 0.0, 0, 0)
+    assert state.info == (16.0, 0.0, 0.0, 0.0, 0, 1.0, 0)
     assert cabs(ALPHA, debias=True).init(PARAMS).value_average == 0.0
 
 
