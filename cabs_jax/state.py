@@ -44,8 +44,8 @@ class AdaptBatchSizeState(NamedTuple):
       squared_gradient_norm_average: Running average of ‖ḡ‖² − ξ/(m − 1), float32.
       weight: How much of an average that started at 0 comes from the n steps averaged so far,
         1 − decay^n, float32; `debias` divides by it.
-      raw_batch_size: What the rule answered last, not rounded but within the bounds, float32; above
-        `max_batch_size` only where a smaller learning rate stands in for the rest.
+      unrounded_batch_size: What the rule answered last, within the bounds but not rounded, float32;
+        above `max_batch_size` only where a smaller learning rate stands in for the rest.
       examples: Exact number of examples seen; it stands still where `update` is given no `count`.
       progress: Averages of the loss from which F − F* is estimated.
       info: What one wants to plot of the last step.
@@ -57,7 +57,7 @@ class AdaptBatchSizeState(NamedTuple):
     gradient_variance_average: jax.Array
     squared_gradient_norm_average: jax.Array
     weight: jax.Array
-    raw_batch_size: jax.Array
+    unrounded_batch_size: jax.Array
     examples: ExampleCount
     progress: Progress
     info: Info

@@ -160,8 +160,8 @@ class Sizing(NamedTuple):
       first: Size of the first batch, not rounded yet.
       decay: Constant of the running averages.
       debias: Whether the averages are divided by their weight.
-      beyond_max: Whether `raw_batch_size` may pass the largest size, for a smaller learning rate
-        to stand in for the rest.
+      beyond_max: Whether the unrounded size may pass the largest one, for a smaller learning rate to
+        stand in for the rest.
     """
 
     rule: Rule
@@ -181,7 +181,7 @@ class Sizing(NamedTuple):
             gradient_variance_average=jnp.zeros((), jnp.float32),
             squared_gradient_norm_average=jnp.zeros((), jnp.float32),
             weight=jnp.zeros((), jnp.float32),
-            raw_batch_size=jnp.copy(first),
+            unrounded_batch_size=jnp.copy(first),
             examples=progress.no_examples(),
             progress=progress.no_progress(),
             info=Info(
@@ -233,8 +233,8 @@ class Sizing(NamedTuple):
             gradient_variance_average=averages.gradient_variance,
             squared_gradient_norm_average=averages.squared_gradient_norm,
             weight=averages.weight,
-            raw_batch_size=jnp.where(
-                answered, self._within_bounds(raw, state), state.raw_batch_size
+            unrounded_batch_size=jnp.where(
+                answered, self._within_bounds(raw, state), state.unrounded_batch_size
             ),
             examples=examples,
             progress=progressed,
@@ -253,7 +253,7 @@ class Sizing(NamedTuple):
         of max examples as for one of α on m.
         """
         largest = jnp.asarray(self.legal.maximum, jnp.float32)
-        return jnp.minimum(1, largest / jnp.maximum(state.raw_batch_size, 1))
+        return jnp.minimum(1, largest / jnp.maximum(state.unrounded_batch_size, 1))
 
     def _within_bounds(self, raw: jax.Array, state: AdaptBatchSizeState) -> jax.Array:
         smallest = jnp.asarray(self.legal.minimum, jnp.float32)
@@ -261,7 +261,7 @@ class Sizing(NamedTuple):
         if not self.beyond_max:
             return jnp.clip(raw, smallest, largest)
         # An infinite size has no finite stand-in: the last finite one stays.
-        finite = jnp.where(jnp.isinf(raw), jnp.maximum(state.raw_batch_size, largest), raw)
+        finite = jnp.where(jnp.isinf(raw), jnp.maximum(state.unrounded_batch_size, largest), raw)
         return jnp.maximum(finite, smallest)
 
     def _averages(
@@ -325,7 +325,7 @@ class Sizing(NamedTuple):
             batch_size=state.batch_size,
             estimated_gap=progressed.gap if counted else None,
             averaged_excess=None if moments.averaged_value is None else progressed.excess,
-            raw_batch_size=state.raw_batch_size,
+            raw_batch_size=state.unrounded_batch_size,
             examples=progress.as_float32(examples) if counted else None,
         )
 

@@ -71,9 +71,7 @@ def measure(name: str, method: Any, batch_size: int) -> dict[str, Any]:
 
     def step(params: Any, state: Any, batch: Any, mask: Any) -> tuple[Any, Any]:
         m = moments_of(params, batch, mask=mask)
-        updates, state = optimizer.update(
-            m.mean, state, params, value=m.value, gradient_variance=m.variance, count=m.count
-        )
+        updates, state = optimizer.update(m.mean, state, params, moments=m)
         return optax.apply_updates(params, updates), state
 
     params, state = jax.device_put((net.params, optimizer.init(net.params)), whole)

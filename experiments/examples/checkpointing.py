@@ -64,9 +64,7 @@ def train(folder: Path, steps: int) -> list[float]:
     @jax.jit
     def train_step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
         m = moments_of(params, batch)
-        updates, state = optimizer.update(
-            m.mean, state, params, value=m.value, gradient_variance=m.variance, count=m.count
-        )
+        updates, state = optimizer.update(m.mean, state, params, moments=m)
         return optax.apply_updates(params, updates), state, m.value
 
     with ocp.CheckpointManager(folder.absolute()) as checkpoints:

@@ -32,9 +32,7 @@ def main(steps: int = 200) -> tuple[list[float], list[int]]:
     @jax.jit
     def train_step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
         m = cabs_jax.gradient_moments(loss_fn)(params, batch)
-        updates, state = optimizer.update(
-            m.mean, state, params, value=m.value, gradient_variance=m.variance, count=m.count
-        )
+        updates, state = optimizer.update(m.mean, state, params, moments=m)
         return eqx.apply_updates(params, updates), state, m.value
 
     losses, sizes = [], []

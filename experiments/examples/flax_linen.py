@@ -24,9 +24,7 @@ class TrainState(train_state.TrainState):
             moments.mean,
             self.opt_state,
             self.params,
-            value=moments.value,
-            gradient_variance=moments.variance,
-            count=moments.count,
+            moments=moments,
         )
         params = optax.apply_updates(self.params, updates)
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state)

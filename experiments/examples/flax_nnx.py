@@ -48,7 +48,7 @@ def main(steps: int = 200) -> tuple[list[float], list[int]]:
             return loss
 
         m = cabs_jax.gradient_moments(loss_fn, keep_batch_dim=True)(params, batch)
-        optimizer.update(model, m.mean, value=m.value, gradient_variance=m.variance, count=m.count)
+        optimizer.update(model, m.mean, moments=m)
         return m.value, cabs_jax.batch_size(optimizer.opt_state)[...]  # out of its nnx.Variable
 
     losses, sizes = [], []

@@ -90,9 +90,7 @@ def main(steps: int = 600, sizes: tuple[int, ...] = (8, 16, 32, 64, 128, 256)) -
     @jax.jit
     def train_step(params: Any, state: Any, batch: jax.Array) -> tuple[Any, Any, jax.Array]:
         m = moments_of(params, batch)
-        updates, state = optimizer.update(
-            m.mean, state, params, value=m.value, gradient_variance=m.variance, count=m.count
-        )
+        updates, state = optimizer.update(m.mean, state, params, moments=m)
         return optax.apply_updates(params, updates), state, m.value
 
     history = []

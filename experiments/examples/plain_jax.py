@@ -42,9 +42,7 @@ def main(steps: int = 200) -> tuple[list[float], list[int]]:
 
     def step(params: Any, state: Any, batch: Any, mask: jax.Array) -> tuple[Any, Any, jax.Array]:
         m = moments_of(params, batch, mask)
-        updates, state = optimizer.update(
-            m.mean, state, params, value=m.value, gradient_variance=m.variance, count=m.count
-        )
+        updates, state = optimizer.update(m.mean, state, params, moments=m)
         return optax.apply_updates(params, updates), state, m.value
 
     losses, sizes = [], []

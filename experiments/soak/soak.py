@@ -164,9 +164,7 @@ def make_step() -> TrainStep:
     @jax.jit
     def step(params: Any, state: Any, x: Any, mask: np.ndarray) -> tuple[Any, Any]:
         m = moments_of(params, x, mask=mask)
-        updates, state = optimizer.update(
-            m.mean, state, params, value=m.value, gradient_variance=m.variance, count=m.count
-        )
+        updates, state = optimizer.update(m.mean, state, params, moments=m)
         return optax.apply_updates(params, updates), state
 
     return step

@@ -9,6 +9,7 @@ DEFAULT_EXAMPLES = 100_000
 # A folder or archive of images has no entry and gets the net of the paper's CIFAR-10 experiment.
 DEFAULT_MODELS = {
     "digits": "digits_mlp",
+    "digits_noisy": "digits_mlp",
     "mnist": "mnist_2c2d",
     "cifar10": "cifar10_2c3d",
     "cifar100": "3c3d",
@@ -17,6 +18,7 @@ DEFAULT_MODELS = {
 FALLBACK_MODEL = "cifar10_2c3d"
 
 BUCKETS = "buckets"
+GATED_METHODS = ("cabs_estimated", "cabs_estimated_adam", "cabs_estimated_momentum")
 FIXED_SIZE_METHODS = ("constant", "constant_adam", "constant_momentum")
 SCHEDULES = ("constant", "step", "cosine")
 LARGEST_COUNT = 2**31 - 1  # of examples, which are counted in int32
@@ -78,6 +80,22 @@ class RunConfig:
         "evaluate on so many examples of either split, the same in every run (default: 2,000 of "
         "the training examples and all of the test examples)",
     )
+    test_evaluations: int | None = option(
+        None,
+        "evaluate on the test examples, all of them, at the last so many evaluations only "
+        "(default: at every one)",
+    )
+    averages: bool = option(
+        False,
+        "also average the weights, with a decay of 0.99 a step and with polynomial decay, and "
+        "evaluate both averages",
+    )
+    record_variance: bool = option(
+        False, "measure the gradient variance where the method does not need it, too"
+    )
+    stop_without_progress: bool = option(
+        False, "end a run whose training loss is above 0.99 times its first after half of it"
+    )
     seed: int = option(0, "of the initial parameters and of the order of the examples")
     width: float = option(1.0, "multiplies the channels and units of the net's hidden layers")
     theta: float = option(
@@ -107,6 +125,7 @@ class RunConfig:
             "examples",
             "evaluations",
             "evaluation_examples",
+            "test_evaluations",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -158,6 +177,11 @@ class RunConfig:
     def fixed_size(self) -> bool:
         """Whether every batch has `batch_size` examples."""
         return self.method in FIXED_SIZE_METHODS
+
+    @property
+    def gated(self) -> bool:
+        """Whether the method asks for the loss of averaged weights."""
+        return self.method in GATED_METHODS
 
     @property
     def limit(self) -> tuple[str, int]:

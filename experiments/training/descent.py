@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import cabs_jax
 from cabs_jax.state import AdaptBatchSizeState
 
 MILESTONES = (0.5, 0.75)  # fractions of the examples of a run
@@ -101,7 +102,7 @@ def descend(
     direction: optax.GradientTransformation,
     rate: Rate,
 ) -> optax.GradientTransformationExtraArgs:
-    """Steps by −rate along the direction of the mean gradient; `update` needs `count`."""
+    """Steps by −rate along the direction of the mean gradient; `update` needs `moments`."""
 
     def init(params: Any) -> DescentState:
         zero = jnp.zeros((), jnp.int32)
@@ -114,10 +115,11 @@ def descend(
         state: DescentState,
         params: Any = None,
         *,
-        count: jax.Array,
+        moments: cabs_jax.GradientMoments,
         **extra_args: Any,
     ) -> tuple[Any, DescentState]:
-        mean, adapted = adapt.update(updates, state.adapt, params, count=count, **extra_args)
+        count = moments.count
+        mean, adapted = adapt.update(updates, state.adapt, params, moments=moments, **extra_args)
         directed, direction_state = direction.update(mean, state.direction, params)
         learning_rate = rate(Observed(state.examples, count, adapted))
         steps = jax.tree.map(lambda d: -learning_rate.astype(d.dtype) * d, directed)

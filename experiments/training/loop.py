@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import cabs_jax
-from experiments.training import run_folder
+from experiments.training import averages, run_folder
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.config import RunConfig
 from experiments.training.evaluate import Evaluation
@@ -49,6 +49,8 @@ class Loop:
     evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)  # the last one
     dispatched: deque[tuple[int, int, int, StepInfo]] = dataclasses.field(default_factory=deque)
     diverged: bool = False
+    first_loss: float = math.inf  # on the training examples, of the initial parameters
+    without_progress: bool = False
 
     @property
     def done(self) -> int:
@@ -63,7 +65,7 @@ class Loop:
     @property
     def finished(self) -> bool:
         """Whether no step is left to make."""
-        return self.diverged or self.done >= self.config.limit[1]
+        return self.diverged or self.without_progress or self.done >= self.config.limit[1]
 
     def dispatch_step(self) -> None:
         """Starts the next step; its numbers are futures."""
@@ -106,22 +108,42 @@ class Loop:
 
     def evaluate(self) -> None:
         """Evaluates the parameters as they are, with the clock stopped."""
-        on_train = self.evaluate_on(self.params, self.train_subset)
-        on_test = self.evaluate_on(self.params, self.test_subset)
+        with_test = self.evaluations_due > self.config.evaluations - (
+            self.config.test_evaluations or self.config.evaluations + 1
+        )
         self.evaluation = {
             "step": self.step,
             "examples": self.examples,
             "epoch": self.examples / self.train_size,
             "seconds": self.seconds,
             "compile_seconds": self.compile_seconds + self.train_step.seconds_waited,
-            "train_loss": on_train.loss,
-            "train_accuracy": on_train.accuracy,
-            "test_loss": on_test.loss,
-            "test_accuracy": on_test.accuracy,
+            **self._evaluated(self.params, with_test),
         }
+        if self.config.averages:
+            for name in averages.NAMES:
+                averaged = self._evaluated(getattr(self.opt_state, name), with_test)
+                self.evaluation |= {f"{name}_{key}": value for key, value in averaged.items()}
         self.evaluations_file.write(self.evaluation)
         self.evaluated = self.evaluations_due
+        self._judge_progress(self.evaluation["train_loss"])
         self.started = time.perf_counter() - self.seconds
+
+    def _evaluated(self, params: PyTree, with_test: bool) -> dict[str, float | None]:
+        on_train = self.evaluate_on(params, self.train_subset)
+        on_test = self.evaluate_on(params, self.test_subset) if with_test else None
+        return {
+            "train_loss": on_train.loss,
+            "train_accuracy": on_train.accuracy,
+            "test_loss": on_test and on_test.loss,
+            "test_accuracy": on_test and on_test.accuracy,
+        }
+
+    def _judge_progress(self, loss: float) -> None:
+        if self.step == 0:
+            self.first_loss = loss
+        half_done = 2 * self.done >= self.config.limit[1]
+        stuck = not loss <= 0.99 * self.first_loss
+        self.without_progress = self.config.stop_without_progress and half_done and stuck
 
     def save(self, checkpoints: Checkpoints, identity: dict[str, Any]) -> None:
         """Writes a checkpoint of this moment, from which `set_state` continues."""
@@ -137,6 +159,7 @@ class Loop:
             "compilations": self.compilations + self.train_step.compilations,
             "evaluation": self.evaluation,
             "evaluated": self.evaluated,
+            "first_loss": self.first_loss,
             "dispatched": [
                 (*counts, [_decimal(x) for x in jax.device_get(info)])
                 for *counts, info in self.dispatched
@@ -150,6 +173,7 @@ class Loop:
         self.step, self.examples, self.seconds = saved["step"], saved["examples"], saved["seconds"]
         self.compile_seconds, self.compilations = saved["compile_seconds"], saved["compilations"]
         self.evaluation, self.evaluated = saved["evaluation"], saved["evaluated"]
+        self.first_loss = saved["first_loss"]
         self.dispatched.extend((*counts, StepInfo(*info)) for *counts, info in saved["dispatched"])
         self.loader.set_state(saved["loader"])
         self.started = time.perf_counter() - self.seconds
@@ -165,6 +189,7 @@ class Loop:
             "compile_seconds": self.compile_seconds + self.train_step.seconds_waited,
             "compilations": self.compilations + self.train_step.compilations,
             "diverged": self.diverged,
+            "without_progress": self.without_progress,
         }
 
 

@@ -8,7 +8,7 @@ import optax
 
 import cabs_jax
 from cabs_jax import rules
-from experiments.training import descent
+from experiments.training import averages, descent
 from experiments.training.config import BUCKETS, RunConfig
 
 Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
@@ -39,12 +39,13 @@ def build(config: RunConfig) -> Optimizer:
         raise ValueError(
             f"unknown method {config.method!r}; known methods: {', '.join(sorted(METHODS))}."
         )
-    return METHODS[config.method](config)
+    optimizer = METHODS[config.method](config)
+    return averages.with_averages(optimizer) if config.averages or config.gated else optimizer
 
 
 def variance(config: RunConfig) -> Literal["trace", "diagonal"]:
     """What the optimizer needs to know of the gradient's covariance."""
-    return "diagonal" if config.method == "cabs_adam" else "trace"
+    return "diagonal" if config.method in ("cabs_adam", "cabs_estimated_adam") else "trace"
 
 
 def learning_rate(state: optax.OptState) -> jax.Array:
@@ -110,7 +111,7 @@ def _geometric_growth(config: RunConfig) -> Optimizer:
     return _descend(config, rule)
 
 
-def _coupled(config: RunConfig, optimizer: Callable[..., Optimizer], **options: float) -> Optimizer:
+def _coupled(config: RunConfig, optimizer: Callable[..., Optimizer], **options: Any) -> Optimizer:
     """A complete optimizer of `cabs_jax`, its learning rate shown in the state."""
     injected: Callable[..., Optimizer] = optax.inject_hyperparams(
         optimizer, static_args=tuple(_sizes(config))
@@ -123,6 +124,15 @@ METHODS: dict[str, Callable[[RunConfig], Optimizer]] = {
     "big_batch": _big_batch,
     "cabs": lambda config: _descend(config, rules.cabs(config.learning_rate)),
     "cabs_adam": lambda config: _coupled(config, cabs_jax.cabs_adam),
+    "cabs_estimated": lambda config: _descend(
+        config, rules.cabs(config.learning_rate, optimal_value="estimated")
+    ),
+    "cabs_estimated_adam": lambda config: _coupled(
+        config, cabs_jax.cabs_adam, optimal_value="estimated"
+    ),
+    "cabs_estimated_momentum": lambda config: _coupled(
+        config, cabs_jax.cabs, momentum=config.momentum, optimal_value="estimated"
+    ),
     "cabs_momentum": lambda config: _coupled(config, cabs_jax.cabs, momentum=config.momentum),
     "constant": _constant,
     "constant_adam": lambda config: _constant(config, optax.scale_by_adam()),

@@ -34,26 +34,35 @@ class SharedPrograms:
     def __init__(self, model: models.Model):
         self.evaluate = make_evaluate(model.predict)
         gradients = {
-            "none": _plain_gradient(model.loss),
-            "trace": cabs_jax.gradient_moments(model.loss),
-            "diagonal": cabs_jax.gradient_moments(model.loss, variance="diagonal"),
+            ("none", False): _plain_gradient(model.loss),
+            ("trace", False): cabs_jax.gradient_moments(model.loss),
+            ("trace", True): _gated_gradient(model.loss, "trace"),
+            ("diagonal", False): cabs_jax.gradient_moments(model.loss, variance="diagonal"),
+            ("diagonal", True): _gated_gradient(model.loss, "diagonal"),
         }
         self._gradients = {
-            variance: cabs_jax.CompiledStep(gradient, batch_argnums=(1, 2))
-            for variance, gradient in gradients.items()
+            kind: cabs_jax.CompiledStep(gradient, batch_argnums=(1, 2))
+            for kind, gradient in gradients.items()
         }
         self._updates: dict[RunConfig, cabs_jax.CompiledStep] = {}
 
     def train_step(self, config: RunConfig) -> "SharedStep":
         """The train step of a run, for the state of the optimizer that `config` asks for."""
-        kind = dataclasses.replace(config, seed=0, learning_rate=1.0)
+        # Only what the update depends on tells two of them apart.
+        kind = dataclasses.replace(
+            config, seed=0, learning_rate=1.0, record_variance=False, test_evaluations=None
+        )
         if kind not in self._updates:
             self._updates[kind] = cabs_jax.CompiledStep(
                 _update_at_any_rate(kind), batch_argnums=2, donate_argnums=(0, 1)
             )
         variance = measured_variance(config)
         return SharedStep(
-            self._gradients[variance], self._updates[kind], config.learning_rate, variance != "none"
+            self._gradients[variance, config.gated],
+            self._updates[kind],
+            config.learning_rate,
+            measured=variance != "none",
+            gated=config.gated,
         )
 
 
@@ -68,7 +77,8 @@ def cache_settings(folder: Path) -> dict[str, Any]:
 
 def measured_variance(config: RunConfig) -> Literal["none", "trace", "diagonal"]:
     """What of the gradient's covariance the method's batch size depends on."""
-    if config.fixed_size or config.method == "geometric_growth":
+    needed = not config.fixed_size and config.method != "geometric_growth"
+    if not (needed or config.record_variance):
         return "none"
     return methods.variance(config)
 
@@ -81,9 +91,12 @@ class SharedStep:
         gradient: cabs_jax.CompiledStep,
         update: cabs_jax.CompiledStep,
         learning_rate: float,
+        *,
         measured: bool,
+        gated: bool,
     ):
-        self._gradient, self._update, self._measured = gradient, update, measured
+        self._gradient, self._update = gradient, update
+        self._measured, self._gated = measured, gated
         self._learning_rate = jnp.float32(learning_rate)
         self._compilations, self._seconds_waited = self._totals()
 
@@ -91,7 +104,8 @@ class SharedStep:
         self, params: PyTree, opt_state: PyTree, batch: PyTree, mask: jax.Array | None = None
     ) -> tuple[PyTree, PyTree, StepInfo]:
         """Runs the step; the variance it tells is NaN where it was not measured."""
-        moments = self._gradient(params, batch, mask)
+        measured_at = (params, opt_state.exponential) if self._gated else params
+        moments = self._gradient(measured_at, batch, mask)
         params, opt_state, info = self._update(params, opt_state, moments, self._learning_rate)
         return (
             params,
@@ -123,6 +137,21 @@ def _update_at_any_rate(config: RunConfig) -> Callable[..., tuple[PyTree, PyTree
         return make_update(methods.build(traced))(params, opt_state, moments)
 
     return update
+
+
+def _gated_gradient(
+    loss: Callable[[PyTree, PyTree], jax.Array], variance: Literal["trace", "diagonal"]
+) -> Callable[..., cabs_jax.GradientMoments]:
+    """As `cabs_jax.gradient_moments`, of a pair of parameters and averaged ones."""
+    moments_of = cabs_jax.gradient_moments(loss, variance=variance)
+
+    def moments(
+        params_and_averaged: tuple[PyTree, PyTree], batch: PyTree, mask: jax.Array | None = None
+    ) -> cabs_jax.GradientMoments:
+        params, averaged = params_and_averaged
+        return moments_of(params, batch, mask, averaged_params=averaged)
+
+    return moments
 
 
 def _plain_gradient(

@@ -23,6 +23,7 @@ def make_train_step(
     loss: Callable[[Any, Any], jax.Array],
     optimizer: optax.GradientTransformationExtraArgs,
     variance: Literal["trace", "diagonal"] = "trace",
+    gated: bool = False,
 ) -> Callable[..., tuple[Any, Any, StepInfo]]:
     """`train_step(params, opt_state, batch, mask=None) -> (params, opt_state, StepInfo)`.
 
@@ -31,6 +32,7 @@ def make_train_step(
       optimizer: As `methods.build` makes them.
       variance: What the optimizer needs to know, as `methods.variance` says. The metrics
         get the trace in either case.
+      gated: Whether the optimizer asks for the loss of its exponentially averaged weights.
     """
     moments_of = cabs_jax.gradient_moments(loss, variance=variance)
     update = make_update(optimizer)
@@ -38,7 +40,8 @@ def make_train_step(
     def train_step(
         params: Any, opt_state: Any, batch: Any, mask: Any = None
     ) -> tuple[Any, Any, StepInfo]:
-        return update(params, opt_state, moments_of(params, batch, mask=mask))
+        averaged = opt_state.exponential if gated else None
+        return update(params, opt_state, moments_of(params, batch, mask, averaged_params=averaged))
 
     return train_step
 
@@ -51,14 +54,7 @@ def make_update(
     def update(
         params: Any, opt_state: Any, moments: cabs_jax.GradientMoments
     ) -> tuple[Any, Any, StepInfo]:
-        updates, opt_state = optimizer.update(
-            moments.mean,
-            opt_state,
-            params,
-            value=moments.value,
-            gradient_variance=moments.variance,
-            count=moments.count,
-        )
+        updates, opt_state = optimizer.update(moments.mean, opt_state, params, moments=moments)
         info = StepInfo(
             loss=moments.value,
             gradient_variance=optax.tree.sum(moments.variance),

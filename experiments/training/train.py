@@ -177,7 +177,7 @@ def _under_way(
             lag=config.lag,
         ) as loader,
         cabs_jax.CompiledStep(
-            make_train_step(model.loss, optimizer, methods.variance(config)),
+            make_train_step(model.loss, optimizer, methods.variance(config), config.gated),
             sizes,
             batch_argnums=(2, 3),
             donate_argnums=(0, 1),
@@ -196,7 +196,9 @@ def _under_way(
             train_subset=_subset(
                 dataset.train, config.evaluation_examples or TRAIN_EXAMPLES_EVALUATED
             ),
-            test_subset=_subset(dataset.test, config.evaluation_examples),
+            test_subset=_subset(
+                dataset.test, None if config.test_evaluations else config.evaluation_examples
+            ),
             train_size=len(dataset.train["label"]),
             metrics_file=metrics_file,
             evaluations_file=evaluations_file,

@@ -79,7 +79,7 @@ def run(tx, losses, *, count=16, variance=100.0, averaged=None):
 
 
 def sizes_of(states):
-    return [float(state.raw_batch_size) for state in states]
+    return [float(state.unrounded_batch_size) for state in states]
 
 
 def test_a_loss_at_its_floor_makes_the_batch_grow_gradually_and_to_the_largest():
@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_finite_counts_its_examples_and_nothing_else(bad):
     tx = cabs_jax.cabs(0.5, optimal_value="estimated")
     good, after_bad = run(tx, [2.0, bad])
     assert after_bad.progress == good.progress
-    assert after_bad.raw_batch_size == good.raw_batch_size
+    assert after_bad.unrounded_batch_size == good.unrounded_batch_size
     assert after_bad.examples == (0, 32)
 
 

@@ -12,20 +12,16 @@ from experiments.training.step import make_train_step
 
 PARAMS = {"w": jnp.ones(3)}
 GRADS = {"w": jnp.full(3, 2.0)}
-SCALES_THE_STEP = ["cabs_adam", "constant_adam", "noise_scale"]
+SCALES_THE_STEP = ["cabs_adam", "cabs_estimated_adam", "constant_adam", "noise_scale"]
 
 
 def update(config, *, value=1.0, variance=0.0, state=None):
     optimizer = methods.build(config)
     state = optimizer.init(PARAMS) if state is None else state
-    return optimizer.update(
-        GRADS,
-        state,
-        PARAMS,
-        value=jnp.float32(value),
-        gradient_variance=jnp.float32(variance),
-        count=cabs_jax.batch_size(state),
+    moments = cabs_jax.GradientMoments(
+        jnp.float32(value), GRADS, jnp.float32(variance), cabs_jax.batch_size(state)
     )
+    return optimizer.update(GRADS, state, PARAMS, moments=moments)
 
 
 def rates_and_sizes(config, steps):
@@ -141,9 +137,8 @@ def test_adam_couples_to_its_second_moment():
     optimizer, diagonal = methods.build(config), {"w": jnp.array([100.0, 600.0, 1_700.0])}
     state = optimizer.init(PARAMS)
     for size in (16, 30):  # from the second step on: 0.05 · 0.5 · 2400 / |2|
-        updates, state = optimizer.update(
-            GRADS, state, PARAMS, value=1.0, gradient_variance=diagonal, count=16
-        )
+        moments = cabs_jax.GradientMoments(jnp.float32(1), GRADS, diagonal, jnp.int32(16))
+        updates, state = optimizer.update(GRADS, state, PARAMS, moments=moments)
         assert cabs_jax.batch_size(state) == size
         np.testing.assert_allclose(updates["w"], -0.5, rtol=1e-5)
         assert methods.learning_rate(state) == 0.5
