@@ -160,8 +160,8 @@ class Sizing(NamedTuple):
       first: Size of the first batch, not rounded yet.
       decay: Constant of the running averages.
       debias: Whether the averages are divided by their weight.
-      beyond_max: Whether the unrounded size may pass the largest one, for a smaller learning rate to
-        stand in for the rest.
+      beyond_max: Whether the unrounded size may pass the largest one, for a smaller learning rate
+        to stand in for the rest.
     """
 
     rule: Rule
