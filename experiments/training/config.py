@@ -9,6 +9,7 @@ DEFAULT_EXAMPLES = 100_000
 # A folder or archive of images has no entry and gets the net of the paper's CIFAR-10 experiment.
 DEFAULT_MODELS = {
     "digits": "digits_mlp",
+    "digits_noisy": "digits_mlp",
     "mnist": "mnist_2c2d",
     "cifar10": "cifar10_2c3d",
     "cifar100": "3c3d",
