@@ -10,6 +10,7 @@ from cyclopts.exceptions import UnknownCommandError
 from experiments import commands
 from experiments.commands import add_modules
 from experiments.errors import Interrupted, UserError
+from experiments.escape import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, CycloptsError) as error:
         return _fail(str(error))
     except Interrupted as error:
-        print(f"interrupted by {error}", file=sys.stderr)
+        print(f"interrupted by {printable(error)}", file=sys.stderr)
         return 128 + error.signal
     except KeyboardInterrupt:
         print("interrupted; what was written stays", file=sys.stderr)
@@ -56,5 +57,5 @@ def _shown(default: Any) -> Any:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     return 2

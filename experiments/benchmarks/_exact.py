@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PyTree = Any
+from cabs_jax.statistics import PyTree
 
 
 class Exact(NamedTuple):

@@ -11,11 +11,11 @@ import numpy as np
 import optax
 
 import cabs_jax
+from cabs_jax.statistics import PyTree
 from experiments import datasets
 from experiments.training import models
-from experiments.training.step import make_train_step
+from experiments.training.step import make_train_step, mean_loss
 
-PyTree = Any
 SIZES = cabs_jax.buckets(16, 2048)
 LEARNING_RATE = 0.5
 
@@ -109,15 +109,6 @@ def bare_call(problem: Problem) -> Iterator[Any]:
     while True:
         params, state, info = call(params, state, batch)
         yield jax.block_until_ready(info)
-
-
-def mean_loss(loss: Callable[[PyTree, PyTree], jax.Array]) -> Callable[..., jax.Array]:
-    """The mean over a batch, of which a mask may mark the examples."""
-
-    def mean(params: PyTree, batch: PyTree, mask: jax.Array | None = None) -> jax.Array:
-        return jnp.mean(jax.vmap(loss, (None, 0))(params, batch), where=mask)
-
-    return mean
 
 
 def sgd_loop(problem: Problem, sizes: Iterator[int], pad: bool = False) -> Iterator[Any]:

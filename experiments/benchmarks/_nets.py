@@ -3,16 +3,15 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from cabs_jax.statistics import PyTree
 from experiments.training import models
-
-PyTree = Any
 
 
 class Net(NamedTuple):

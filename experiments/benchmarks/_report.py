@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cyclopts import Parameter
+from tabulate import tabulate
 
 from experiments import environment
 from experiments.commands import Flag
@@ -25,19 +26,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table: the first column to the left, the others to the right.
 
     >>> print(markdown(["net", "time"], [["mlp", "1.0"]]))
-    | net | time |
-    |:----|-----:|
-    | mlp |  1.0 |
+    | net   |   time |
+    |:------|-------:|
+    | mlp   |    1.0 |
     """
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = [":" + "-" * (widths[0] + 1), *("-" * (width + 1) + ":" for width in widths[1:])]
-    return "\n".join([line(header), "|" + "|".join(rule) + "|", *map(line, rows)])
+    align = ("left", *["right"] * (len(header) - 1))
+    return str(tabulate(rows, header, "pipe", colalign=align, disable_numparse=True))
 
 
 def milliseconds(seconds: float) -> str:

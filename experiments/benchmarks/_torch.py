@@ -11,7 +11,8 @@ from backpack.extensions import BatchL2Grad, SumGradSquared, Variance
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 from torch import Tensor, nn
 
-PyTree = Any
+from cabs_jax.statistics import PyTree
+
 NETS = ("mnist_2c2d", "cifar10_2c3d", "mlp")
 
 

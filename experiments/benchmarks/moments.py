@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import track
 
 import cabs_jax
+from cabs_jax.statistics import PyTree
 from experiments.benchmarks import _exact, _flops, _nets, _report, _timing
+from experiments.training.step import mean_loss
 
-PyTree = Any
 SUBSAMPLE = 32
 COLUMNS: dict[str, dict[str, Any]] = {
     "per_example": {"method": "per_example"},
@@ -114,7 +115,7 @@ def measure(
     """Measures the plain gradient and every column."""
     batch = jax.tree.map(jnp.asarray, net.examples(batch_size))
     operands = net.params, batch
-    plain = compiled(plain_gradient(net.loss), operands)
+    plain = compiled(jax.value_and_grad(mean_loss(net.loss)), operands)
     plain_seconds: list[float] = []
     cells: list[Cell] = []
     for column in columns:
@@ -131,15 +132,6 @@ def measure(
         cells.append(_cell((model, batch_size, column), program, plain, seconds, errors))
     alone = {"plain": plain_seconds}
     return [_cell((model, batch_size, "plain"), plain, plain, alone, (None, None)), *cells]
-
-
-def plain_gradient(loss_fn: Callable[..., Any]) -> Callable[[PyTree, PyTree], Any]:
-    """Value and gradient of the mean loss: what a training step without CABS computes."""
-
-    def mean_loss(params: PyTree, batch: PyTree) -> jax.Array:
-        return jnp.mean(jax.vmap(loss_fn, (None, 0))(params, batch))
-
-    return jax.value_and_grad(mean_loss)
 
 
 def compiled(function: Callable[..., Any], operands: tuple[PyTree, PyTree]) -> Executable:

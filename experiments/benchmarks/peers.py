@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.progress import track
 
 import cabs_jax
+from cabs_jax.statistics import PyTree
 from experiments.benchmarks import _exact, _nets, _report, _timing
-from experiments.benchmarks.moments import compiled, on, plain_gradient
+from experiments.benchmarks.moments import compiled, on
 from experiments.errors import UserError
+from experiments.training.step import mean_loss
 
-PyTree = Any
 NETS = ("mnist_2c2d", "cifar10_2c3d", "mlp")
 PLAIN = {"cabs_jax": "JAX", "BackPACK": "PyTorch", "Opacus": "PyTorch"}
 CAPTION = """\
@@ -108,7 +109,7 @@ def ours(net: _nets.Net, examples: PyTree) -> dict[str, Callable[[], Any]]:
         return on(compiled(function, operands), operands)
 
     return {
-        "JAX": on(compiled(plain_gradient(net.loss), operands), operands),
+        "JAX": on(compiled(jax.value_and_grad(mean_loss(net.loss)), operands), operands),
         "cabs_jax trace": variance("trace"),
         "cabs_jax diagonal": variance("diagonal"),
     }

@@ -24,7 +24,6 @@ from experiments.benchmarks._loops import (
     cabs_loop,
     compiled_step,
     digits,
-    mean_loss,
     optimizer_for,
     replay,
     sgd_loop,
@@ -32,6 +31,7 @@ from experiments.benchmarks._loops import (
     train,
 )
 from experiments.commands import Flag
+from experiments.training.step import mean_loss
 
 FIXED = (16, 64, 256, 1024)
 SEEDS = 5

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.escape import for_terminal
+from experiments.escape import for_terminal, printable
 from experiments.training.config import RunConfig
 
 REFRESH_SECONDS = 0.1
@@ -34,11 +34,9 @@ def progress_bars(console: Console) -> Progress:
 
 
 def observer(bars: Progress, label: str, config: RunConfig) -> Callable[[dict[str, Any]], None]:
-    """Adds a bar to `bars` and returns what moves it: `observe` of `experiments.train.train`."""
+    """Adds a bar to `bars` and returns what moves it: the `observe` of `train`."""
     unit, total = config.limit
-    task = bars.add_task(
-        for_terminal(label).plain, total=total, loss=float("nan"), batch_size=0, rate=0.0
-    )
+    task = bars.add_task(printable(label), total=total, loss=float("nan"), batch_size=0, rate=0.0)
     drawn, examples, seconds = 0.0, 0, 0.0
 
     def observe(metrics: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from experiments import datasets
 from experiments.commands import Flag
 from experiments.commands import _display as display
 from experiments.errors import UserError, user_errors
+from experiments.escape import for_terminal
 from experiments.training import checkpoint, figure, methods, models, run_folder
 from experiments.training.checkpoint import Checkpoints, Schedule
 from experiments.training.config import RunConfig
@@ -119,7 +120,7 @@ def run(
             run_folder.check_unused(out)
         finished = resume and out is not None and is_finished(out, mesh)
         if finished and (not writes or (out / run_folder.FIGURE).exists()):  # type: ignore[operator]
-            print(f"{out} holds a finished run; there is nothing to resume")
+            print(for_terminal(f"{out} holds a finished run; there is nothing to resume"))
             return
         experiment = set_up(config, data_dir)
         if out is None and writes:
@@ -132,7 +133,7 @@ def run(
     if finished:
         with user_errors(ValueError, OSError):
             draw({label: out}, figure_path, title_of(experiment))
-        print(f"{out} holds a finished run, whose figure was missing: {figure_path}")
+        print(for_terminal(f"{out} holds a finished run, whose figure was missing: {figure_path}"))
         return
     with user_errors(OSError), Checkpoints(out / checkpoint.FOLDER, schedule) as checkpoints:
         train_and_plot({label: experiment}, {label: out}, figure_path, mesh, checkpoints, resume)
@@ -213,7 +214,7 @@ def train_and_plot(
     with user_errors(OSError):
         draw(folders, figure_path, title)
     console.print(display.summary_table(summaries))
-    console.print(f"figure: {figure_path}", soft_wrap=True)
+    console.print(for_terminal(f"figure: {figure_path}"), soft_wrap=True)
 
 
 def draw(folders: Mapping[str, Path], figure_path: Path, title: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.sweeps import plan as plans
 from experiments.sweeps import sweep
-from experiments.training import run_folder as records
+from experiments.training import run_folder
 from experiments.training.config import RunConfig
 
 FILE = "results.jsonl"
@@ -201,13 +201,13 @@ def save(results: Results, path: Path) -> None:
             }
         )
     header = {"plan": results.plan_text, "environments": environments}
-    with records.replacing(path) as partial:
+    with run_folder.replacing(path) as partial:
         lines = (json.dumps(row, separators=(",", ":"), allow_nan=False) for row in [header, *rows])
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _thin(run: plans.Run, folder: Path) -> Result:
-    record = records.read(folder)
+    record = run_folder.read(folder)
     steps, evaluations = record.metrics, record.evaluations
     size = steps["batch_size"].astype(int)
     boundaries = evaluations["step"].astype(int)

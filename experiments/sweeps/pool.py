@@ -12,6 +12,7 @@ from typing import Any
 from rich.progress import Progress, TaskID
 
 from experiments import environment
+from experiments.escape import printable
 from experiments.sweeps.plan import Run
 from experiments.sweeps.worker import work, write_error
 
@@ -82,7 +83,9 @@ class Pool:
     def _give(self, worker: _Worker) -> None:
         worker.run = self._todo.popleft() if self._todo else None
         if worker.run is not None:
-            self._bars.update(worker.bar, description=worker.run.name, completed=0, note="")
+            self._bars.update(
+                worker.bar, description=printable(worker.run.name), completed=0, note=""
+            )
         with contextlib.suppress(BrokenPipeError):  # it died: the pipe's end will tell
             worker.connection.send(worker.run)
 

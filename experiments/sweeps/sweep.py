@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from experiments.escape import for_terminal
 from experiments.sweeps.plan import Run
 from experiments.sweeps.pool import Pool
 from experiments.sweeps.worker import ENVIRONMENT as ENVIRONMENT
@@ -93,10 +94,12 @@ def sweep(
             if how == "done":
                 diverged += bool(told["diverged"])
                 if not console.is_terminal:
-                    console.print(_line(run, told), markup=False, soft_wrap=True)
+                    console.print(for_terminal(_line(run, told)), soft_wrap=True)
                 continue
             (failed if how == "failed" else elsewhere)[run.name] = told
-            console.print(f"{how}: {run.name}: {told.splitlines()[-1]}", markup=False)
+            console.print(
+                for_terminal(f"{how}: {run.name}: {told.splitlines()[-1]}"), soft_wrap=True
+            )
     finished = len(todo) - len(failed) - len(elsewhere)
     return Outcome(kept, finished, diverged, failed, elsewhere)
 
@@ -125,7 +128,7 @@ def is_finished(folder: Path, config: RunConfig) -> bool:
 
 def _bars(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),

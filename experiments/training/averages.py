@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-PyTree = Any
+from cabs_jax.statistics import PyTree
 
 DECAY = 0.99  # of the exponential average, a step
 POWER = 3.0  # of the polynomial-decay average

@@ -11,14 +11,13 @@ import jax
 import numpy as np
 
 import cabs_jax
+from cabs_jax.statistics import PyTree
 from experiments.training import averages, run_folder
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.config import RunConfig
 from experiments.training.evaluate import Evaluation
 from experiments.training.shared_programs import SharedStep
 from experiments.training.step import StepInfo
-
-PyTree = Any
 
 
 @dataclasses.dataclass

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 
 import cabs_jax
+from cabs_jax.statistics import PyTree
 from experiments.training import methods, models
 from experiments.training.config import RunConfig
 from experiments.training.evaluate import make_evaluate
-from experiments.training.step import StepInfo, make_update
-
-PyTree = Any
+from experiments.training.step import StepInfo, make_update, mean_loss
 
 
 class SharedPrograms:
@@ -158,15 +157,12 @@ def _plain_gradient(
     loss: Callable[[PyTree, PyTree], jax.Array],
 ) -> Callable[..., cabs_jax.GradientMoments]:
     """As `cabs_jax.gradient_moments`, but the variance is 0, unmeasured."""
-
-    def mean_loss(params: PyTree, batch: PyTree, mask: jax.Array | None) -> jax.Array:
-        losses = jax.vmap(loss, (None, 0))(params, batch)
-        return jnp.mean(losses, where=mask)
+    gradient = jax.value_and_grad(mean_loss(loss))
 
     def moments(
         params: PyTree, batch: PyTree, mask: jax.Array | None = None
     ) -> cabs_jax.GradientMoments:
-        value, mean = jax.value_and_grad(mean_loss)(params, batch, mask)
+        value, mean = gradient(params, batch, mask)
         size = len(jax.tree.leaves(batch)[0])
         count = jnp.asarray(size if mask is None else jnp.sum(mask), jnp.int32)
         return cabs_jax.GradientMoments(value, mean, jnp.zeros((), jnp.float32), count)

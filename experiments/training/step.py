@@ -1,12 +1,14 @@
 """One step of training: gradient moments, the optimizer and the next batch size."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import cabs_jax
+from cabs_jax.statistics import PyTree
 from experiments.training import methods
 
 
@@ -19,12 +21,25 @@ class StepInfo(NamedTuple):
     next_batch_size: jax.Array
 
 
+def mean_loss(loss: Callable[[PyTree, PyTree], jax.Array]) -> Callable[..., jax.Array]:
+    """`mean(params, batch, mask=None)`, the mean of the examples' losses that training descends.
+
+    Args:
+      loss: Maps (params, example) to a scalar.
+    """
+
+    def mean(params: PyTree, batch: PyTree, mask: jax.Array | None = None) -> jax.Array:
+        return jnp.mean(jax.vmap(loss, (None, 0))(params, batch), where=mask)
+
+    return mean
+
+
 def make_train_step(
-    loss: Callable[[Any, Any], jax.Array],
+    loss: Callable[[PyTree, PyTree], jax.Array],
     optimizer: optax.GradientTransformationExtraArgs,
     variance: Literal["trace", "diagonal"] = "trace",
     gated: bool = False,
-) -> Callable[..., tuple[Any, Any, StepInfo]]:
+) -> Callable[..., tuple[PyTree, PyTree, StepInfo]]:
     """`train_step(params, opt_state, batch, mask=None) -> (params, opt_state, StepInfo)`.
 
     Args:
@@ -38,8 +53,8 @@ def make_train_step(
     update = make_update(optimizer)
 
     def train_step(
-        params: Any, opt_state: Any, batch: Any, mask: Any = None
-    ) -> tuple[Any, Any, StepInfo]:
+        params: PyTree, opt_state: PyTree, batch: PyTree, mask: jax.Array | None = None
+    ) -> tuple[PyTree, PyTree, StepInfo]:
         averaged = opt_state.exponential if gated else None
         return update(params, opt_state, moments_of(params, batch, mask, averaged_params=averaged))
 
@@ -48,12 +63,12 @@ def make_train_step(
 
 def make_update(
     optimizer: optax.GradientTransformationExtraArgs,
-) -> Callable[[Any, Any, cabs_jax.GradientMoments], tuple[Any, Any, StepInfo]]:
+) -> Callable[[PyTree, PyTree, cabs_jax.GradientMoments], tuple[PyTree, PyTree, StepInfo]]:
     """`update(params, opt_state, moments) -> (params, opt_state, StepInfo)`."""
 
     def update(
-        params: Any, opt_state: Any, moments: cabs_jax.GradientMoments
-    ) -> tuple[Any, Any, StepInfo]:
+        params: PyTree, opt_state: PyTree, moments: cabs_jax.GradientMoments
+    ) -> tuple[PyTree, PyTree, StepInfo]:
         updates, opt_state = optimizer.update(moments.mean, opt_state, params, moments=moments)
         info = StepInfo(
             loss=moments.value,

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import cabs_jax
+from cabs_jax.statistics import PyTree
 from experiments import datasets
 from experiments.training import methods, models, run_folder
 from experiments.training.checkpoint import Checkpoints
@@ -22,8 +23,6 @@ from experiments.training.evaluate import make_evaluate
 from experiments.training.loop import Loop
 from experiments.training.shared_programs import SharedPrograms
 from experiments.training.step import make_train_step
-
-PyTree = Any
 
 TRAIN_EXAMPLES_EVALUATED = 2_000
 

@@ -67,9 +67,9 @@ def whole_folder(root):
     folder.mkdir(parents=True)
     (root / sweep.PLAN).write_text(text)
     run_folder.write_json(folder / run_folder.CONFIG, dataclasses.asdict(run.config))
-    run_folder.write_json(
-        folder / run_folder.SUMMARY, {"diverged": False, "examples": 64, "steps": 2}
-    )
+    summary = dict.fromkeys(run_folder.SUMMARY_KEYS, 1.0)
+    summary |= {"diverged": False, "examples": 64, "steps": 2}
+    run_folder.write_json(folder / run_folder.SUMMARY, summary)
     run_folder.write_json(folder / sweep.ENVIRONMENT, {"system": "Linux"})
     steps = [{"step": i, "batch_size": 32, "examples": 32 * i, "seconds": i} for i in (1, 2)]
     evaluations = [
