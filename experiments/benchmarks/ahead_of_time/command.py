@@ -1,0 +1,154 @@
+"""What `bench tpu` and `bench gpu` share: their options, the workers, and the outcome."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from experiments.benchmarks import _nets, _report
+from experiments.benchmarks.ahead_of_time import check, costs, programs, table, targets
+from experiments.benchmarks.ahead_of_time.language_model import SIZES
+from experiments.benchmarks.ahead_of_time.worker import Job
+from experiments.errors import user_errors
+
+
+def option(default: Any, help_text: str, **settings: Any) -> Any:
+    """A field of options, with what `argparse` needs to know beside its type."""
+    metadata = {"help": help_text, **settings}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to compile, and what to do with the figures."""
+
+    nets: list[str] = option(list(_nets.NAMES), "nets to compile", choices=_nets.NAMES, nargs="*")
+    batches: list[int] = option([], "batch sizes (default: the net's own)", nargs="+", type=int)
+    lm: list[str] = option([], "language models to compile too", choices=list(SIZES), nargs="+")
+    columns: list[str] = option(
+        list(programs.COLUMNS), "what to compile", choices=programs.COLUMNS, nargs="+"
+    )
+    hottest: int = option(0, "how many of the longest kernels to list for each program", type=int)
+    out: Path | None = option(None, "writes all numbers as JSON", type=Path)
+    check: Path | None = option(
+        None, "fails where a ratio rose by more than 10 %% over this file, written by --out",
+        type=Path,
+    )  # fmt: skip
+    hlo: Path | None = option(None, "folder to write the compiled texts to", type=Path)
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+def parse(kind: type[OptionsT], name: str, description: str, argv: Sequence[str]) -> OptionsT:
+    """The options of `python -m experiments bench NAME`."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m experiments bench {name}", description=description, allow_abbrev=False
+    )
+    for field in dataclasses.fields(kind):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        parser.add_argument(f"--{field.name}", default=default, **field.metadata)
+    return kind(**vars(parser.parse_args(argv)))
+
+
+def bench(target: targets.Target, options: Options) -> int:
+    """Compiles, prints the table, and returns the exit status.
+
+    Returns:
+      1 if a ratio rose over that of `--check`, or a program did not compile; else 0.
+
+    Raises:
+      UserError: If what compiles for the target is not installed, or a file cannot be used.
+    """
+    targets.check_installed(target.platform)
+    with user_errors(OSError, ValueError):
+        baseline = json.loads(options.check.read_text())["cells"] if options.check else None
+        if options.hlo is not None:
+            options.hlo.mkdir(parents=True, exist_ok=True)
+    cells: list[table.Cell] = []
+    failures: list[str] = []
+    packages = _packages(target.platform)
+    for job in jobs(target, options):
+        failure = None
+        with Console(stderr=True).status(f"{target.name} {job.net} {job.batch_size}"):
+            found, failure = _run(job)
+        cells += found
+        if failure is not None:
+            failures.append(f"{job.net} {job.batch_size}: {failure}")
+        _report.write_json(
+            options.out, {"versions": packages, "cells": [cell.to_json() for cell in cells]}
+        )
+    print(f"{target.name}, compiled, not run; {packages}\n\n{table.table(cells, target)}")
+    print(f"\n{costs.MODELS[target.platform]}")
+    if options.hottest:
+        print(f"\n{table.hottest(cells, options.hottest)}")
+    for failure in failures:
+        print(f"\nnot compiled: {failure}")
+    if baseline is None:
+        return int(bool(failures))
+    outcome = check.compare(cells, [table.Cell.from_json(cell) for cell in baseline])
+    print(f"\n{outcome.text}")
+    return int(bool(failures) or not outcome.passed)
+
+
+def jobs(target: targets.Target, options: Options) -> Iterator[Job]:
+    """One for each net and batch size."""
+    nets = [*options.nets, *(programs.LM_PREFIX + size for size in options.lm)]
+    folder = None if options.hlo is None else str(options.hlo.resolve())
+    for net in nets:
+        for size in options.batches or programs.batch_sizes(net):
+            yield Job(target.platform, target.name, net, size, options.columns, folder)
+
+
+def _run(job: Job) -> tuple[list[table.Cell], str | None]:
+    """What a worker finds, and the last line of what it says if it ends before its time.
+
+    It is a process of its own, for the compilers abort theirs where they fail.
+    """
+    command = [sys.executable, "-m", "experiments.benchmarks.ahead_of_time.worker"]
+    with tempfile.TemporaryFile("w+") as errors:
+        done = subprocess.run(
+            command,
+            input=json.dumps(job._asdict()),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=targets.environment(job.platform),
+            text=True,
+            check=False,
+        )
+        errors.seek(0)
+        said = [line.strip() for line in errors if line.strip()]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    cells = [
+        table.Cell.from_json(
+            {"target": job.target, "net": job.net, "batch_size": job.batch_size, **result}
+        )
+        for result in found
+    ]
+    if done.returncode == 0:
+        return cells, None
+    return cells, said[-1] if said else f"the compiler ended with status {done.returncode}"
+
+
+def _packages(platform: str) -> str:
+    names = {"tpu": ("jax", "jaxlib", "libtpu"), "cuda": ("jax", "jaxlib", "jax-cuda12-plugin")}
+    return ", ".join(f"{name} {_report.version(name)}" for name in names[platform])
+
+
+def finish(status: int) -> None:
+    """Ends the process with a status other than 0."""
+    if status:
+        raise SystemExit(status)
+
+
