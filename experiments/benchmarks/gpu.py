@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import field
 
 from experiments.benchmarks.ahead_of_time import command, targets
 
@@ -10,7 +11,9 @@ from experiments.benchmarks.ahead_of_time import command, targets
 class GpuOptions(command.Options):
     """The options of `bench gpu`."""
 
-    device: str = command.option("h100", "GPU to compile for", choices=list(targets.GPUS))
+    device: str = field(
+        default="h100", metadata={"help": "GPU to compile for", "choices": tuple(targets.GPUS)}
+    )
 
 
 def run(options: GpuOptions) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import field
 
 from experiments.benchmarks.ahead_of_time import command, targets
 
@@ -10,7 +11,9 @@ from experiments.benchmarks.ahead_of_time import command, targets
 class TpuOptions(command.Options):
     """The options of `bench tpu`."""
 
-    topology: str = command.option("v5e:1x1", "TPU slice, such as v5e:2x2, v5p:2x2x1 or v6e:1x1")
+    topology: str = field(
+        default="v5e:1x1", metadata={"help": "TPU slice, such as v5e:2x2, v5p:2x2x1 or v6e:1x1"}
+    )
 
 
 def run(options: TpuOptions) -> int:

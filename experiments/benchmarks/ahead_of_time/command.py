@@ -7,8 +7,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -19,31 +21,45 @@ from experiments.benchmarks.ahead_of_time.worker import Job
 from experiments.errors import user_errors
 
 
-def option(default: Any, help_text: str, **settings: Any) -> Any:
-    """A field of options, with what `argparse` needs to know beside its type."""
-    metadata = {"help": help_text, **settings}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to compile, and what to do with the figures."""
+    """What to compile, and what to do with the figures.
 
-    nets: list[str] = option(list(_nets.NAMES), "nets to compile", choices=_nets.NAMES, nargs="*")
-    batches: list[int] = option([], "batch sizes (default: the net's own)", nargs="+", type=int)
-    lm: list[str] = option([], "language models to compile too", choices=list(SIZES), nargs="+")
-    columns: list[str] = option(
-        list(programs.COLUMNS), "what to compile", choices=programs.COLUMNS, nargs="+"
+    The metadata of a field are what `argparse.ArgumentParser.add_argument` needs beside its name.
+    """
+
+    nets: tuple[str, ...] = field(
+        default=_nets.NAMES,
+        metadata={"help": "nets to compile", "choices": _nets.NAMES, "nargs": "*"},
     )
-    hottest: int = option(0, "how many of the longest kernels to list for each program", type=int)
-    out: Path | None = option(None, "writes all numbers as JSON", type=Path)
-    check: Path | None = option(
-        None, "fails where a ratio rose by more than 10 %% over this file, written by --out",
-        type=Path,
-    )  # fmt: skip
-    hlo: Path | None = option(None, "folder to write the compiled texts to", type=Path)
+    batches: tuple[int, ...] = field(
+        default=(),
+        metadata={"help": "batch sizes (default: the net's own)", "nargs": "+", "type": int},
+    )
+    lm: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "language models, too", "choices": tuple(SIZES), "nargs": "+"},
+    )
+    columns: tuple[str, ...] = field(
+        default=programs.COLUMNS,
+        metadata={"help": "what to compile", "choices": programs.COLUMNS, "nargs": "+"},
+    )
+    hottest: int = field(
+        default=0, metadata={"help": "list so many of a program's longest kernels", "type": int}
+    )
+    out: Path | None = field(
+        default=None, metadata={"help": "writes all numbers as JSON", "type": Path}
+    )
+    check: Path | None = field(
+        default=None,
+        metadata={
+            "help": "file of --out; fails where a ratio is over 10 percent above its own",
+            "type": Path,
+        },
+    )
+    hlo: Path | None = field(
+        default=None, metadata={"help": "folder to write the compiled texts to", "type": Path}
+    )
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)
@@ -54,11 +70,8 @@ def parse(kind: type[OptionsT], name: str, description: str, argv: Sequence[str]
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments bench {name}", description=description, allow_abbrev=False
     )
-    for field in dataclasses.fields(kind):
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        parser.add_argument(f"--{field.name}", default=default, **field.metadata)
+    for item in dataclasses.fields(kind):
+        parser.add_argument(f"--{item.name}", default=item.default, **item.metadata)
     return kind(**vars(parser.parse_args(argv)))
 
 
@@ -108,7 +121,7 @@ def jobs(target: targets.Target, options: Options) -> Iterator[Job]:
     folder = None if options.hlo is None else str(options.hlo.resolve())
     for net in nets:
         for size in options.batches or programs.batch_sizes(net):
-            yield Job(target.platform, target.name, net, size, options.columns, folder)
+            yield Job(target.platform, target.name, net, size, list(options.columns), folder)
 
 
 def _run(job: Job) -> tuple[list[table.Cell], str | None]:
@@ -143,12 +156,10 @@ def _run(job: Job) -> tuple[list[table.Cell], str | None]:
 
 def _packages(platform: str) -> str:
     names = {"tpu": ("jax", "jaxlib", "libtpu"), "cuda": ("jax", "jaxlib", "jax-cuda12-plugin")}
-    return ", ".join(f"{name} {_report.version(name)}" for name in names[platform])
+    return ", ".join(f"{name} {version(name)}" for name in names[platform])
 
 
 def finish(status: int) -> None:
     """Ends the process with a status other than 0."""
     if status:
         raise SystemExit(status)
-
-

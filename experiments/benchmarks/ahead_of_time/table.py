@@ -90,7 +90,9 @@ def hottest(cells: Sequence[Cell], number: int) -> str:
             share = _ratio(hot.seconds, cell.costs.seconds)
             of_plain = _ratio(hot.seconds, plain.get(cell.place, math.nan))
             source = hot.source.replace("closed_call/", "")[-90:]
-            lines.append(f"  {share:4.0%} = {of_plain:.2f}× plain  ×{hot.runs} {hot.name}  {source}")
+            lines.append(
+                f"  {share:4.0%} = {of_plain:.2f}× plain  ×{hot.runs} {hot.name}  {source}"
+            )
     return "\n".join(lines)
 
 

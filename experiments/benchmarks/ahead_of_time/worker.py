@@ -70,9 +70,7 @@ def compiled(function: Any, operands: tuple[Any, ...], mesh: Mesh) -> Any:
     return jax.jit(function).lower(*placed).compile()
 
 
-def _costs(
-    job: Job, column: str, work: programs.Work, target: targets.Target, mesh: Mesh
-) -> Costs:
+def _costs(job: Job, column: str, work: programs.Work, target: targets.Target, mesh: Mesh) -> Costs:
     started = time.perf_counter()
     program = compiled(programs.program(column, work, mesh), (work.params, work.batch), mesh)
     elapsed = time.perf_counter() - started
