@@ -233,6 +233,8 @@ def _moved(
 def _read(module: hlo.Module, fused: hlo.Computation, value: hlo.Instruction) -> int:
     """Bytes of a value that its users in a fusion read: only slices of it, or all."""
     whole, read = value.arrays[0].stored_bytes, 0
+    if value.is_root:
+        return whole
     for user in hlo.users(fused, value.name):
         places = [n for n, name in enumerate(user.operands) if name == value.name]
         if user.opcode == "bitcast":
@@ -244,7 +246,7 @@ def _read(module: hlo.Module, fused: hlo.Computation, value: hlo.Instruction) ->
         elif user.opcode == "fusion":
             inner = module.computations[user.called["calls"]]
             read += sum(_read(module, inner, hlo.parameters(inner)[n]) for n in places)
-        elif user.opcode != "tuple":
+        else:
             return whole
     return min(read, whole)
 

@@ -93,6 +93,26 @@ ENTRY %main (a: f32[10,1]) -> f32[10,1] {
     assert (kernel.memory_bytes, kernel.nearby_bytes, kernel.flops) == (8192, 8192, 10)
 
 
+def test_what_a_nested_fusion_passes_on_is_read():
+    (kernel,) = kernels("""
+%view (q: f32[4,8]) -> f32[32] {
+  %q = f32[4,8]{1,0} parameter(0)
+  ROOT %flat = f32[32]{0} bitcast(%q)
+}
+
+%fused (p: f32[4,8]) -> f32[32] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %v = f32[32]{0} fusion(%p), kind=kLoop, calls=%view
+  ROOT %n = f32[32]{0} negate(%v)
+}
+
+ENTRY %main (a: f32[4,8]) -> f32[32] {
+  %a = f32[4,8]{1,0} parameter(0)
+  ROOT %f = f32[32]{0} fusion(%a), kind=kLoop, calls=%fused
+}""")
+    assert kernel.memory_bytes == 2 * 128
+
+
 def test_a_fusion_that_updates_in_place_writes_the_update_alone():
     (kernel,) = kernels("""
 %fused (p0: f32[100,32], p1: f32[1,32], p2: s32[]) -> f32[100,32] {
