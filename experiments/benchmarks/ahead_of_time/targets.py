@@ -3,7 +3,6 @@
 import importlib.util
 import os
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,12 +81,10 @@ def check_installed(platform: str) -> None:
     """Raises `UserError` if what compiles for a platform is not installed."""
     module, extra = {"tpu": ("libtpu", "tpu"), "cuda": ("jax_cuda12_plugin", "gpu")}[platform]
     if importlib.util.find_spec(module) is None:
-        hint = f"pip install 'cabs_jax[{extra}]'"
-        if platform == "cuda":  # its dependencies are the CUDA libraries, which nothing here needs
-            hint = "pip install --no-deps jax-cuda12-plugin=={0} jax-cuda12-pjrt=={0}".format(
-                version("jax")
-            )
-        raise UserError(f"{module} is not installed, which compiles for {platform}: {hint}")
+        raise UserError(
+            f"{module} is not installed, which compiles for {platform}; "
+            f"pip install 'cabs_jax[{extra}]'."
+        )
 
 
 def environment(platform: str) -> dict[str, str]:
