@@ -45,6 +45,7 @@ class Costs(NamedTuple):
       temporary_bytes: Memory needed beside arguments and results.
       compile_seconds: To trace and compile.
       hottest: The kernels that take most of the time, the longest first.
+      operations: Seconds by the operation that kernels come from, such as "dot_general".
     """
 
     seconds: float
@@ -56,6 +57,7 @@ class Costs(NamedTuple):
     temporary_bytes: int
     compile_seconds: float
     hottest: list[Hot]
+    operations: dict[str, float]
 
 
 def costs(
@@ -65,7 +67,10 @@ def costs(
     times = [seconds(kernel, target) for kernel in kernels]
     launched = [kernel for kernel in kernels if not kernel.is_transfer]
     collectives: dict[str, int] = {}
-    for kernel in kernels:
+    operations: dict[str, float] = {}
+    for time, kernel in zip(times, kernels, strict=True):
+        operation = kernel.source.rpartition("/")[2] or kernel.opcode
+        operations[operation] = operations.get(operation, 0.0) + time
         for kind, nbytes in kernel.collectives.items():
             collectives[kind] = collectives.get(kind, 0) + nbytes * kernel.runs
     return Costs(
@@ -78,6 +83,7 @@ def costs(
         temporary_bytes,
         compile_seconds,
         _hottest(zip(times, kernels, strict=True)),
+        operations,
     )
 
 

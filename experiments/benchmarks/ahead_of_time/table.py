@@ -81,19 +81,33 @@ def table(cells: Sequence[Cell], target: Target) -> str:
 
 
 def hottest(cells: Sequence[Cell], number: int) -> str:
-    """The longest kernels of each program, as shares of its time and multiples of the plain's."""
-    plain = {cell.place: cell.costs.seconds for cell in cells if cell.column == "plain"}
+    """Where each program's time is, and where it is more or less than the plain step's.
+
+    First the longest kernels, as shares of the program's time and multiples of the plain step's;
+    then the operations that it spends most more on than the plain step.
+    """
+    plain = {cell.place: cell.costs for cell in cells if cell.column == "plain"}
     lines = []
     for cell in cells:
+        reference = plain.get(cell.place, cell.costs)
         lines.append(f"{cell.net} {cell.batch_size} {cell.column}")
+        if excess := _excess(cell.costs, reference, number):
+            lines.append(f"  over plain: {excess}")
         for hot in cell.costs.hottest[:number]:
             share = _ratio(hot.seconds, cell.costs.seconds)
-            of_plain = _ratio(hot.seconds, plain.get(cell.place, math.nan))
+            times = f"{share:4.0%} = {_ratio(hot.seconds, reference.seconds):.2f}× plain"
             source = hot.source.replace("closed_call/", "")[-90:]
-            lines.append(
-                f"  {share:4.0%} = {of_plain:.2f}× plain  ×{hot.runs} {hot.name}  {source}"
-            )
+            lines.append(f"  {times}  ×{hot.runs} {hot.name}  {source}")
     return "\n".join(lines)
+
+
+def _excess(costs: Costs, plain: Costs, number: int) -> str:
+    """The operations with the largest differences, as multiples of the plain step's time."""
+    names = {*costs.operations, *plain.operations}
+    more = {n: costs.operations.get(n, 0.0) - plain.operations.get(n, 0.0) for n in names}
+    largest = sorted(names, key=lambda n: (-abs(more[n]), n))[:number]
+    shown = [(n, _ratio(more[n], plain.seconds)) for n in largest]
+    return ", ".join(f"{n} {share:+.2f}" for n, share in shown if abs(share) >= 0.005)
 
 
 def _ratio(value: float, reference: float) -> float:

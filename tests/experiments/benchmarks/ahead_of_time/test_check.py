@@ -6,7 +6,9 @@ from experiments.benchmarks.ahead_of_time.targets import tpu
 
 
 def cells(**ratios):
-    plain = Costs(1e-3, 0.0, 10, 1000, 5000, {}, 2000, 1.0, [Hot(1e-3, 1, "f (fusion)", "")])
+    plain = Costs(
+        1e-3, 0.0, 10, 1000, 5000, {}, 2000, 1.0, [Hot(1e-3, 1, "f (fusion)", "")], {"add": 1e-3}
+    )
     dearer = {name: getattr(plain, name) * ratio for name, ratio in ratios.items()}
     return [
         table.Cell("v5e:1x1", "mlp", 128, "plain", plain),
@@ -40,3 +42,9 @@ def test_the_table_shows_multiples_of_the_plain_step():
     assert "1.5 M" in plain
     assert "2.00×" in trace
     assert "3.00×" in trace
+
+
+def test_the_operations_that_cost_more_than_in_the_plain_step_are_named():
+    plain, trace = cells(seconds=1.5)
+    trace = trace._replace(costs=trace.costs._replace(operations={"add": 1e-3, "slice": 5e-4}))
+    assert "over plain: slice +0.50\n" in table.hottest([plain, trace], 5)
