@@ -93,12 +93,10 @@ def bench(target: targets.Target, options: Options) -> int:
     failures: list[str] = []
     packages = _packages(target.platform)
     for job in jobs(target, options):
-        failure = None
         with Console(stderr=True).status(f"{target.name} {job.net} {job.batch_size}"):
-            found, failure = _run(job)
+            found, failed = _run(job)
         cells += found
-        if failure is not None:
-            failures.append(f"{job.net} {job.batch_size}: {failure}")
+        failures += [f"{job.net} {job.batch_size} {failure}" for failure in failed]
         _report.write_json(
             options.out, {"versions": packages, "cells": [cell.to_json() for cell in cells]}
         )
@@ -124,10 +122,10 @@ def jobs(target: targets.Target, options: Options) -> Iterator[Job]:
             yield Job(target.platform, target.name, net, size, list(options.columns), folder)
 
 
-def _run(job: Job) -> tuple[list[table.Cell], str | None]:
-    """What a worker finds, and the last line of what it says if it ends before its time.
+def _run(job: Job) -> tuple[list[table.Cell], list[str]]:
+    """What a worker finds, and what did not compile, with the reason.
 
-    It is a process of its own, for the compilers abort theirs where they fail.
+    It is a process of its own, for the compilers may abort theirs where they fail.
     """
     command = [sys.executable, "-m", "experiments.benchmarks.ahead_of_time.worker"]
     with tempfile.TemporaryFile("w+") as errors:
@@ -143,15 +141,13 @@ def _run(job: Job) -> tuple[list[table.Cell], str | None]:
         errors.seek(0)
         said = [line.strip() for line in errors if line.strip()]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    cells = [
-        table.Cell.from_json(
-            {"target": job.target, "net": job.net, "batch_size": job.batch_size, **result}
-        )
-        for result in found
-    ]
-    if done.returncode == 0:
-        return cells, None
-    return cells, said[-1] if said else f"the compiler ended with status {done.returncode}"
+    place = {"target": job.target, "net": job.net, "batch_size": job.batch_size}
+    cells = [table.Cell.from_json(place | result) for result in found if "costs" in result]
+    failed = [f"{result['column']}: {result['error']}" for result in found if "error" in result]
+    if done.returncode:
+        ended = f"after {len(found)} programs: the worker ended with status {done.returncode}"
+        failed.append(f"{ended}; {said[-1] if said else ''}")
+    return cells, failed
 
 
 def _packages(platform: str) -> str:

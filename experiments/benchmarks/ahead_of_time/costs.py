@@ -89,10 +89,10 @@ def costs(
 
 def seconds(kernel: Kernel, target: Target) -> float:
     """The time of all runs of a kernel: estimated by the compiler, else by a roofline."""
-    if kernel.is_transfer or (kernel.collectives and target.platform == "tpu"):
-        return 0.0
     if kernel.estimated_cycles is not None:
         return kernel.runs * kernel.estimated_cycles / target.hertz
+    if kernel.is_transfer or kernel.sends:
+        return 0.0
     moving = kernel.memory_bytes / target.memory_bandwidth
     moving = max(moving, kernel.nearby_bytes / target.nearby_bandwidth)
     computing = kernel.elementwise / target.elementwise_rate + sum(

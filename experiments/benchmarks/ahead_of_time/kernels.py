@@ -61,7 +61,9 @@ class Kernel(NamedTuple):
       products: Operations of contractions, two for a multiplication and an addition, by precision:
         "bfloat16", "float32" (default precision) and "float32-highest".
       elementwise: Operations of everything else, one for each entry.
-      collectives: Bytes that a device sends or receives, by kind of collective.
+      collectives: Bytes that a device sends or receives, by kind of collective. One that a TPU
+        spreads over several fusions, so that it runs beside their products, is at the first.
+      sends: Whether it takes part in a collective.
       estimated_cycles: The compiler's own estimate, or None.
       is_transfer: Whether it is a copy that runs beside other kernels.
     """
@@ -75,6 +77,7 @@ class Kernel(NamedTuple):
     products: dict[str, int]
     elementwise: int
     collectives: dict[str, int]
+    sends: bool
     estimated_cycles: int | None
     is_transfer: bool
 
@@ -109,27 +112,30 @@ def kernels(text: str) -> list[Kernel]:
       (124, {'float32': 60})
     """
     module = hlo.parse(text)
-    return list(_of_computation(module, module.entry, 1))
+    return list(_of_computation(module, module.entry, 1, set()))
 
 
-def _of_computation(module: hlo.Module, name: str, runs: int) -> Iterator[Kernel]:
+def _of_computation(module: hlo.Module, name: str, runs: int, chains: set[str]) -> Iterator[Kernel]:
+    """The kernels of a computation; `chains` name the spread collectives already counted."""
     computation = module.computations[name]
     for instruction in computation.values():
         opcode, called = instruction.opcode, instruction.called
         if opcode == "while":
             inner = runs * hlo.trips(module, instruction, computation)
             for role in ("condition", "body"):
-                yield from _of_computation(module, called[role], inner)
+                yield from _of_computation(module, called[role], inner, chains)
         elif opcode == "conditional":
-            branches = [list(_of_computation(module, n, runs)) for n in instruction.branches]
+            branches = [
+                list(_of_computation(module, n, runs, chains)) for n in instruction.branches
+            ]
             yield from max(branches, key=lambda b: sum(k.memory_bytes * k.runs for k in b))
         elif opcode == "call":
-            yield from _of_computation(module, called["to_apply"], runs)
+            yield from _of_computation(module, called["to_apply"], runs, chains)
         elif opcode == "async-start":
-            for kernel in _of_computation(module, called["calls"], runs):
+            for kernel in _of_computation(module, called["calls"], runs, chains):
                 yield kernel._replace(is_transfer=True)
         elif not _is_free(instruction):
-            yield _kernel(module, computation, instruction, runs)
+            yield _kernel(module, computation, instruction, runs, chains)
 
 
 def _is_free(instruction: hlo.Instruction) -> bool:
@@ -143,12 +149,16 @@ def _target(instruction: hlo.Instruction) -> str:
 
 
 def _kernel(
-    module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction, runs: int
+    module: hlo.Module,
+    computation: hlo.Computation,
+    instruction: hlo.Instruction,
+    runs: int,
+    chains: set[str],
 ) -> Kernel:
     moved = _moved(module, computation, instruction)
     products: dict[str, int] = {}
     collectives: dict[str, int] = {}
-    elementwise = 0
+    elementwise, sends = 0, False
     for inside, each in _within(module, computation, instruction):
         if count := _products(inside, each):
             kind = _precision(inside, each)
@@ -156,8 +166,12 @@ def _kernel(
         else:
             elementwise += _elementwise(inside, each)
         if sent := _sent(inside, each):
-            kind = _collective_kind(instruction, each)
-            collectives[kind] = collectives.get(kind, 0) + sent
+            sends = True
+            chain = each.attribute(r'(channel_id=\d+).*chain_id="\d+"')  # names its other parts
+            if chain not in chains:
+                kind = _collective_kind(instruction, each)
+                collectives[kind] = collectives.get(kind, 0) + sent
+            chains |= {chain} - {""}
     cycles = instruction.attribute(r'"estimated_cycles":"(\d+)"')
     return Kernel(
         instruction.name,
@@ -169,6 +183,7 @@ def _kernel(
         products,
         elementwise,
         collectives,
+        sends,
         int(cycles) if cycles else None,
         instruction.opcode.endswith("-start"),
     )
@@ -243,6 +258,8 @@ def _read(module: hlo.Module, fused: hlo.Computation, value: hlo.Instruction) ->
             read += user.arrays[0].stored_bytes
         elif user.opcode in _UPDATES and places == [0]:
             read += 0
+        elif user.opcode in COLLECTIVES:
+            read += 0  # a part of a collective, whose bytes are counted as sent
         elif user.opcode == "fusion":
             inner = module.computations[user.called["calls"]]
             read += sum(_read(module, inner, hlo.parameters(inner)[n]) for n in places)
@@ -256,6 +273,8 @@ def _written(module: hlo.Module, fused: hlo.Computation, value: hlo.Instruction)
     source = value
     while source.opcode == "bitcast":
         source = fused[source.operands[0]]
+    if source.opcode in COLLECTIVES:
+        return 0
     if source.opcode in _UPDATES:
         return fused[source.operands[_UPDATES[source.opcode]]].arrays[0].stored_bytes
     if source.opcode == "fusion" and len(source.arrays) == 1:

@@ -1,7 +1,6 @@
 """Decoder-only language models at the sizes that accelerators are bought for."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -54,33 +53,53 @@ def shapes(size: Size, batch_size: int) -> tuple[PyTree, PyTree]:
     return params, {"tokens": tokens}
 
 
-def loss_fn(size: Size) -> Callable[[PyTree, PyTree], Array]:
+def loss_fn(
+    size: Size, sharding: jax.sharding.Sharding | None = None
+) -> Callable[[PyTree, PyTree], Array]:
     """Mean cross-entropy of the next tokens of one sequence.
 
     Pre-norm layers under `lax.scan`, each rematerialised, that compute in bfloat16 and keep norms,
     softmax and the loss in float32; rotary positions.
+
+    Args:
+      size: Of the model.
+      sharding: Of one sequence's activations, (length, width). A vmap with `spmd_axis_name` adds
+        the axis of the batch to it, without which a compiler that also finds the parameters split
+        over that axis (FSDP) may hold the whole batch on every device.
+
+    Returns:
+      The loss, a function of (params, example).
     """
+
+    def placed(x: Array) -> Array:
+        if sharding is None:
+            return x
+        there: Array = lax.with_sharding_constraint(x, sharding)
+        return there
+
+    def layer(x: Array, p: PyTree) -> tuple[Array, None]:
+        return placed(_layer(size.heads, placed(x), p)), None
 
     def loss(params: PyTree, example: PyTree) -> Array:
         tokens = example["tokens"]
         embedding = params["embedding"].astype(jnp.bfloat16)
-        layer = jax.checkpoint(partial(_layer, size.heads))
-        x, _ = lax.scan(layer, embedding[tokens[:-1]], params["layers"])
+        x, _ = lax.scan(jax.checkpoint(layer), placed(embedding[tokens[:-1]]), params["layers"])
         logits = _rms_norm(x, params["final_scale"]) @ embedding.T
         return jnp.mean(cross_entropy(logits.astype(jnp.float32), tokens[1:]))
 
     return loss
 
 
-def _layer(heads: int, x: Array, p: PyTree) -> tuple[Array, None]:
+def _layer(heads: int, x: Array, p: PyTree) -> Array:
     length, width = x.shape
     w = {name: leaf.astype(jnp.bfloat16) for name, leaf in p.items() if leaf.ndim == 2}
     qkv = _rms_norm(x, p["attention_scale"]) @ w["query_key_value"]
     query, key, value = jnp.moveaxis(qkv.reshape(length, 3, heads, width // heads), 1, 0)
     attended = jax.nn.dot_product_attention(_rotated(query), _rotated(key), value, is_causal=True)
     x = x + attended.reshape(length, width) @ w["attention_out"]
-    y = jax.nn.gelu(_rms_norm(x, p["mlp_scale"]) @ w["mlp_in"])
-    return x + y @ w["mlp_out"], None
+    hidden = jax.nn.gelu(_rms_norm(x, p["mlp_scale"]) @ w["mlp_in"])
+    out: Array = x + hidden @ w["mlp_out"]
+    return out
 
 
 def _rotated(x: Array) -> Array:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -11,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 import cabs_jax
 from experiments.benchmarks import _nets
 from experiments.benchmarks.ahead_of_time import language_model
-from experiments.benchmarks.moments import plain_gradient
 
 PyTree = Any
 GROUPS = 8
@@ -28,11 +28,14 @@ class Work(NamedTuple):
       loss: `(params, example) -> loss`.
       params: Shapes, dtypes and shardings of the parameters.
       batch: Those of a batch, split over the mesh's only axis.
+      spread_loss: The same loss, telling the compiler where activations are; for `jax.vmap` with
+        the mesh's axis as `spmd_axis_name`, outside `jax.shard_map`.
     """
 
     loss: Callable[[PyTree, PyTree], jax.Array]
     params: PyTree
     batch: PyTree
+    spread_loss: Callable[[PyTree, PyTree], jax.Array]
 
 
 def batch_sizes(net: str) -> tuple[int, ...]:
@@ -69,10 +72,12 @@ def work(net: str, batch_size: int, mesh: Mesh) -> Work:
         size = language_model.SIZES[net.removeprefix(LM_PREFIX)]
         params, batch = language_model.shapes(size, batch_size)
         params = jax.tree.map(lambda leaf: _placed(leaf, _fully_sharded(leaf, mesh)), params)
-        return Work(language_model.loss_fn(size), params, _all(batch, split))
+        whole = NamedSharding(mesh, P()) if mesh.size > 1 else None
+        losses = language_model.loss_fn(size), language_model.loss_fn(size, whole)
+        return Work(losses[0], params, _all(batch, split), losses[1])
     built = _nets.build(net)
     params = _all(built.params, NamedSharding(mesh, P()))
-    return Work(built.loss, params, _all(built.examples(batch_size), split))
+    return Work(built.loss, params, _all(built.examples(batch_size), split), built.loss)
 
 
 def program(column: str, work: Work, mesh: Mesh) -> Callable[[PyTree, PyTree], Any]:
@@ -91,10 +96,13 @@ def program(column: str, work: Work, mesh: Mesh) -> Callable[[PyTree, PyTree], A
     }
     shardings = jax.tree.map(lambda leaf: leaf.sharding, work.params)
     if column == "plain":
-        gradient = plain_gradient(work.loss)
+
+        def mean_loss(params: PyTree, batch: PyTree) -> jax.Array:
+            losses = jax.vmap(work.spread_loss, (None, 0), spmd_axis_name="data")(params, batch)
+            return jnp.mean(losses)
 
         def plain(params: PyTree, batch: PyTree) -> Any:
-            value, mean = gradient(params, batch)
+            value, mean = jax.value_and_grad(mean_loss)(params, batch)
             return value, jax.lax.with_sharding_constraint(mean, shardings)
 
         return plain

@@ -46,8 +46,12 @@ def main() -> None:
     compiled(lambda x: x + 1, (jax.ShapeDtypeStruct((8,), "float32"),), mesh)  # wakes the compiler
     work = programs.work(job.net, job.batch_size, mesh)
     for column in programs.columns_for(job.columns, job.net, job.batch_size, mesh.size):
-        result = _costs(job, column, work, target, mesh)
-        print(json.dumps({"column": column, "costs": result._asdict()}), flush=True)
+        result: dict[str, Any]
+        try:
+            result = {"costs": _costs(job, column, work, target, mesh)._asdict()}
+        except jax.errors.JaxRuntimeError as error:  # such as a program that the memory cannot hold
+            result = {"error": str(error).partition("\n")[0]}
+        print(json.dumps({"column": column, **result}), flush=True)
 
 
 def stand_in_for(target: targets.Target, mesh: Mesh) -> None:

@@ -152,16 +152,44 @@ ENTRY %main (a: f32[64], b: bf16[8]) -> f32[16] {
   %b = bf16[8]{0} parameter(1)
   %g = (bf16[8]{0}, bf16[32]{0}) all-gather-start(%b), dimensions={0}
   %gathered = bf16[32]{0} all-gather-done(%g)
-  %reduced = f32[64]{0} all-reduce(%a), to_apply=%sum
+  %reduced = f32[64]{0} all-reduce(%a), channel_id=1, to_apply=%sum
+  %again = f32[64]{0} all-reduce(%reduced), channel_id=1, to_apply=%sum
   %scattered = f32[16]{0} reduce-scatter(%a), dimensions={0}, to_apply=%sum
-  ROOT %fused = f32[16]{0} fusion(%reduced), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %fused = f32[16]{0} fusion(%again), kind=kCustom, calls=%all-reduce-scatter.1
 }""")
     total = costs(found, tpu("v5e:2x2"))
     assert total.collective_bytes == {
         "all-gather": 64,
-        "all-reduce": 256,
+        "all-reduce": 2 * 256,
         "reduce-scatter": 256 + 256,
     }
+
+
+def test_a_collective_spread_over_fusions_counts_once_and_their_products_take_their_time():
+    found = kernels("""
+%part (p: bf16[8], q: f32[4,4]) -> (bf16[32], f32[4,4]) {
+  %p = bf16[8]{0} parameter(0)
+  %q = f32[4,4]{1,0} parameter(1)
+  %g = bf16[32]{0} all-gather(%p), channel_id=3, dimensions={0}, \
+frontend_attributes={chain_id="1"}
+  %d = f32[4,4]{1,0} dot(%q, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (bf16[32]{0}, f32[4,4]{1,0}) tuple(%g, %d)
+}
+
+ENTRY %main (a: bf16[8], b: f32[4,4]) -> f32[4,4] {
+  %a = bf16[8]{0} parameter(0)
+  %b = f32[4,4]{1,0} parameter(1)
+  %f = (bf16[32]{0}, f32[4,4]{1,0}) fusion(%a, %b), kind=kCustom, calls=%part, \
+backend_config={"estimated_cycles":"70"}
+  %c = f32[4,4]{1,0} get-tuple-element(%f), index=1
+  %h = (bf16[32]{0}, f32[4,4]{1,0}) fusion(%a, %c), kind=kCustom, calls=%part, \
+backend_config={"estimated_cycles":"80"}
+  ROOT %e = f32[4,4]{1,0} get-tuple-element(%h), index=1
+}""")
+    total = costs(found, tpu("v5e:2x2"))
+    assert total.collective_bytes == {"all-gather": 64}
+    assert total.seconds * 1.5e9 == pytest.approx(150)
+    assert total.memory_bytes == 2 * 2 * 64  # what the products read and write
 
 
 @pytest.mark.parametrize(
