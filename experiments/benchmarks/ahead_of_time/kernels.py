@@ -201,9 +201,6 @@ def _within(
         yield from _within(module, fused, inner)
 
 
-# Bytes
-
-
 def _moved(
     module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction
 ) -> list[tuple[int, int]]:
@@ -283,9 +280,6 @@ def _written(module: hlo.Module, fused: hlo.Computation, value: hlo.Instruction)
     return sum(a.stored_bytes for a in value.arrays)
 
 
-# Operations
-
-
 def _products(computation: hlo.Computation, instruction: hlo.Instruction) -> int:
     """Operations of a contraction, 0 of anything else."""
     target = _target(instruction)
@@ -363,9 +357,6 @@ def _elementwise(computation: hlo.Computation, instruction: hlo.Instruction) -> 
 def _entries(instruction: hlo.Instruction) -> int:
     floating = [a for a in instruction.arrays[:1] if a.dtype[:1] in ("f", "b", "c")]
     return sum(int(np.prod(a.shape, dtype=np.int64)) for a in floating)
-
-
-# Collectives
 
 
 def _sent(computation: hlo.Computation, instruction: hlo.Instruction) -> int:
