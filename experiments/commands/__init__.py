@@ -18,7 +18,7 @@ def add_modules(app: App, package: ModuleType) -> None:
     docstring, which is the help, is read from the file.
     """
     for module in pkgutil.iter_modules(package.__path__):
-        if not module.name.startswith("_"):
+        if not (module.ispkg or module.name.startswith("_")):
             text = Path(package.__path__[0], f"{module.name}.py").read_text("utf-8")
             app.command(
                 f"{package.__name__}.{module.name}:main",
