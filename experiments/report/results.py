@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.sweeps import plan as plans
 from experiments.sweeps import sweep
-from experiments.training import run_folder
+from experiments.training import averages, run_folder
 from experiments.training.config import RunConfig
 
 FILE = "results.jsonl"
@@ -33,7 +33,11 @@ class Result(NamedTuple):
       summary: As the run wrote it.
       examples: Examples seen at each evaluation, (e,).
       train_loss: On a fixed part of the training examples, (e,); NaN once diverged.
-      test_accuracy: Likewise, of the test examples.
+      test_accuracy: Likewise, of the test examples; NaN where it was not measured.
+      averaged: {name of averaged weights: (their training losses, their test accuracies)}, alike;
+        empty where none were kept.
+      variance: Mean gradient variance ξ in each of `CURVE_POINTS` equal stretches of the run; NaN
+        where it was not measured.
       sizes: For each evaluation, {batch size: steps since the one before}.
       step_seconds: {batch size: lower quartile of the seconds between such a step and the next};
         sizes that few steps had are left out.
@@ -46,6 +50,8 @@ class Result(NamedTuple):
     examples: np.ndarray
     train_loss: np.ndarray
     test_accuracy: np.ndarray
+    averaged: dict[str, tuple[np.ndarray, np.ndarray]]
+    variance: np.ndarray
     sizes: list[dict[int, int]]
     step_seconds: dict[int, float]
     batch_sizes: np.ndarray
@@ -146,7 +152,17 @@ def _checked(result: Result) -> Result:
         and _are(result.examples, evaluations)
         and bool(result.examples[-1] > 0 and np.all(np.diff(result.examples) >= 0)),
         "a training loss is missing or no float32 from 0 up": _are(losses, evaluations, _LARGEST),
-        "a test accuracy is missing or not in [0, 1]": _are(result.test_accuracy, evaluations, 1.0),
+        "a test accuracy is missing or not in [0, 1]": _are(
+            np.nan_to_num(result.test_accuracy), evaluations, 1.0
+        ),
+        "averaged weights lack a loss or an accuracy of an evaluation": all(
+            _are(np.nan_to_num(values, posinf=0.0), evaluations, _LARGEST)
+            for both in result.averaged.values()
+            for values in both
+        ),
+        f"its gradient variances are not {CURVE_POINTS} numbers": _are(
+            np.nan_to_num(result.variance, posinf=0.0), CURVE_POINTS
+        ),
         "its steps are not counted by batch sizes": all(map(_is_count, counts)),
         "the seconds of its steps are not positive numbers": all(
             _is_count(size) and 0 < value < np.inf for size, value in result.step_seconds.items()
@@ -194,6 +210,11 @@ def save(results: Results, path: Path) -> None:
                 "examples": result.examples.astype(int).tolist(),
                 "train_loss": [_short(x) for x in result.train_loss],
                 "test_accuracy": [_short(x) for x in result.test_accuracy],
+                "averaged": {
+                    name: [[_short(x) for x in values] for values in both]
+                    for name, both in result.averaged.items()
+                },
+                "variance": [_short(x) for x in result.variance],
                 "sizes": [sorted(interval.items()) for interval in result.sizes],
                 "step_seconds": [(k, _short(v)) for k, v in sorted(result.step_seconds.items())],
                 "batch_sizes": [_short(x) for x in result.batch_sizes],
@@ -222,6 +243,12 @@ def _thin(run: plans.Run, folder: Path) -> Result:
         evaluations["examples"],
         evaluations["train_loss"],
         evaluations["test_accuracy"],
+        {
+            name: (evaluations[f"{name}_train_loss"], evaluations[f"{name}_test_accuracy"])
+            for name in averages.NAMES
+            if run.config.averages
+        },
+        _mean_in_stretches(steps["examples"], steps["gradient_variance"]),
         sizes,
         _step_seconds(size, steps["seconds"]),
         _mean_in_stretches(steps["examples"], size),
@@ -239,12 +266,12 @@ def _step_seconds(size: np.ndarray, seconds: np.ndarray, least: int = 4) -> dict
     }
 
 
-def _mean_in_stretches(examples: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Mean over examples of the batch size that they were part of."""
+def _mean_in_stretches(examples: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Mean over examples of what is true of the batch that they were part of."""
     ends = np.linspace(0, examples[-1], CURVE_POINTS + 1)[1:]
-    # The integral of the size over the examples, so that a batch across two stretches counts twice.
+    # The integral over the examples, so that a batch across two stretches counts twice.
     seen = np.concatenate([[0.0], examples])
-    integral = np.concatenate([[0.0], np.cumsum(np.diff(seen) * size)])
+    integral = np.concatenate([[0.0], np.cumsum(np.diff(seen) * value)])
     at_ends = np.interp(ends, seen, integral)
     means: np.ndarray = np.diff(at_ends, prepend=0.0) / (examples[-1] / CURVE_POINTS)
     return means
@@ -257,6 +284,11 @@ def _from_row(run: plans.Run, row: dict[str, Any], environments: Sequence[Any]) 
         np.array(row["examples"], float),
         np.array(row["train_loss"], float),
         np.array(row["test_accuracy"], float),
+        {
+            name: (np.array(losses, float), np.array(accuracies, float))
+            for name, (losses, accuracies) in row.get("averaged", {}).items()
+        },
+        np.array(row.get("variance", [np.nan] * CURVE_POINTS), float),
         [dict(interval) for interval in row["sizes"]],
         dict(row["step_seconds"]),
         np.array(row["batch_sizes"], float),

@@ -27,6 +27,8 @@ def method(name, losses, sizes=16, accuracy=0.9, spread=(1.0,), **config):
                 examples=np.array([0.0, 800.0, 1600.0]),
                 train_loss=np.array([1.0, loss**0.5, loss]),
                 test_accuracy=np.array([0.1, 0.5, accuracy]),
+                averaged={},
+                variance=np.full(40, np.nan),
                 sizes=[{}, {sizes: 800 // sizes}, {sizes: 800 // sizes}],
                 step_seconds={sizes: 0.001 * sizes},
                 batch_sizes=np.full(40, sizes),
@@ -71,7 +73,16 @@ def whole_folder(root):
     summary |= {"diverged": False, "examples": 64, "steps": 2}
     run_folder.write_json(folder / run_folder.SUMMARY, summary)
     run_folder.write_json(folder / sweep.ENVIRONMENT, {"system": "Linux"})
-    steps = [{"step": i, "batch_size": 32, "examples": 32 * i, "seconds": i} for i in (1, 2)]
+    steps = [
+        {
+            "step": i,
+            "batch_size": 32,
+            "gradient_variance": 2.0,
+            "examples": 32 * i,
+            "seconds": i,
+        }
+        for i in (1, 2)
+    ]
     evaluations = [
         {"step": i, "examples": 32 * i, "train_loss": 1.0, "test_accuracy": 0.5} for i in (0, 2)
     ]

@@ -175,3 +175,23 @@ def test_a_sweep_of_any_methods_has_a_report(methods):
     parsed = loaded.plan._replace(methods=titles, runs=tuple(r.run for r in named.values()))
     sections = page.sections(Results("", parsed, named))
     assert [len(section.figures) for section in sections if section.figures] == [2]
+
+
+def test_a_compact_file_keeps_averaged_weights_and_what_was_not_measured(tmp_path):
+    kept = finished()
+    nan = np.nan
+    thinned = {
+        name: run._replace(
+            averaged={"exponential": (np.array([1.0, 0.6, 0.25]), np.array([nan, nan, 0.75]))},
+            test_accuracy=np.array([nan, nan, 0.5]),
+            variance=np.arange(40.0),
+        )
+        for name, run in kept.runs.items()
+    }
+    results.save(kept._replace(runs=thinned), tmp_path / "results.jsonl")
+    for run in results.load(tmp_path / "results.jsonl").runs.values():
+        losses, accuracies = run.averaged["exponential"]
+        np.testing.assert_array_equal(losses, [1.0, 0.6, 0.25])
+        np.testing.assert_array_equal(accuracies, [nan, nan, 0.75])
+        np.testing.assert_array_equal(run.test_accuracy, [nan, nan, 0.5])
+        np.testing.assert_array_equal(run.variance, np.arange(40.0))
