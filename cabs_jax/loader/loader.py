@@ -52,8 +52,10 @@ class BatchLoader(Closing):
       source: Examples to load, at least one. A pytree (dict, tuple, single array) is a source of
         arrays of shape (length, ...).
         A list, or an object with `__len__` and `__getitem__`, is a source of records, pytrees of
-        values that are stacked leaf by leaf. They are read with `__getitems__` where
-        the object has it, else one by one. Any other iterable is a stream of records.
+        values that are stacked leaf by leaf. They are read with `record(index, epoch)` where the
+        object has it, which may augment them differently in every epoch, else with `__getitems__`,
+        else one by one; the random transformations of a Grain `MapDataset` differ by epoch. Any
+        other iterable is a stream of records.
       batch_size: Size of the first batches; see the attribute.
       seed: Non-negative integer that identifies the order; a stream's is its own.
       shuffle: False gives the source's own order in every epoch. None, the default, shuffles all

@@ -56,7 +56,9 @@ class ArraySource:
 class RecordSource:
     """Records, each a pytree of values of equal shape.
 
-    They are read with `__getitems__(indices)` where the object has it, else one by one.
+    They are read with the first of these that the object has: `record(index, epoch)`,
+    `__getitems__(indices)`, `__getitem__(index)`. A Grain `MapDataset` is asked for the index in
+    its own endless repetition, which it seeds random transformations with.
 
     Attributes:
       length: Number of records.
@@ -117,6 +119,13 @@ def _reader_of(
     records: Any, length: int
 ) -> tuple[Callable[[list[int], list[int]], list[Any]], bool]:
     """How to read records at indices in epochs, and whether that is one call."""
+    if hasattr(records, "record"):
+        return lambda indices, epochs: list(map(records.record, indices, epochs)), False
+    if _is_instance(records, "grain", "MapDataset"):
+        repeated = records.repeat()
+        return lambda indices, epochs: [
+            repeated[epoch * length + index] for index, epoch in zip(indices, epochs, strict=True)
+        ], False
     if hasattr(records, "__getitems__"):
         return lambda indices, epochs: _read_together(records.__getitems__, indices), True
     return lambda indices, epochs: [records[index] for index in indices], False
