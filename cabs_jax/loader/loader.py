@@ -50,7 +50,7 @@ class BatchLoader(Closing):
 
     Args:
       source: Examples to load, at least one. A pytree (dict, tuple, single array) is a source of
-        arrays of shape (length, ...).
+        arrays of shape (length, ...), those of h5py and zarr among them, which are read in slices.
         A list, or an object with `__len__` and `__getitem__`, is a source of records, pytrees of
         values that are stacked leaf by leaf. They are read with `record(index, epoch)` where the
         object has it, which may augment them differently in every epoch, else with `__getitems__`,

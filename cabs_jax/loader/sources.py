@@ -22,14 +22,14 @@ class ArraySource:
 
     Attributes:
       length: Number of examples.
-      in_memory: False if a leaf is mapped from a file, so that reading it may wait for the disk.
+      in_memory: False if a leaf lies in a file, so that reading it may wait for the disk.
     """
 
     form = ARRAYS
 
     def __init__(self, arrays: Any):
         leaves, self._structure = jax.tree.flatten(arrays)
-        self._leaves = [plain(leaf) for leaf in leaves]
+        self._leaves = [leaf if _is_in_file(leaf) else plain(leaf) for leaf in leaves]
         shapes = [leaf.shape for leaf in self._leaves]
         if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
             raise ValueError(
@@ -37,7 +37,9 @@ class ArraySource:
                 f"{sorted(set(shapes))}; pass a list of records to have examples stacked."
             )
         self.length: int = shapes[0][0]
-        self.in_memory = not any(_is_memory_mapped(leaf) for leaf in self._leaves)
+        self.in_memory = not any(
+            _is_in_file(leaf) or _is_memory_mapped(leaf) for leaf in self._leaves
+        )
 
     def read(self, indices: Indices, epochs: Epochs) -> Batch:
         """The examples at `indices`, the same in all epochs."""
@@ -45,7 +47,10 @@ class ArraySource:
 
     def read_rows(self, indices: Indices, rows: int) -> Batch:
         """Gathers the examples at `indices`, followed by zeros up to `rows`."""
-        gathered = [_gather(leaf, indices, rows) for leaf in self._leaves]
+        gathered = [
+            (_gather_chunks if _is_in_file(leaf) else _gather)(leaf, indices, rows)
+            for leaf in self._leaves
+        ]
         return jax.tree.unflatten(self._structure, gathered)
 
     def block_size(self, batch_size: int) -> int:
@@ -93,7 +98,7 @@ def as_source(
         as `batched` and `epochs` ask.
     """
     is_text = isinstance(source, str | bytes)
-    is_array = hasattr(source, "__array__") and hasattr(source, "shape")
+    is_array = _is_in_file(source) or (hasattr(source, "__array__") and hasattr(source, "shape"))
     is_opaque = jax.tree_util.all_leaves([source])
     is_iterable = hasattr(source, "__iter__") and not is_text
     is_indexable = hasattr(source, "__len__") and hasattr(source, "__getitem__") and not is_text
@@ -151,6 +156,13 @@ def _is_iterable_dataset(source: Any) -> bool:
     return _is_instance(source, "torch.utils.data", "IterableDataset")
 
 
+def _is_in_file(array: Any) -> bool:
+    """Whether an array is one of h5py or zarr, or alike: stored in chunks, sliced to be read."""
+    chunks = getattr(array, "chunks", False)  # h5py: None if it is stored in one piece
+    chunked = chunks is None or (isinstance(chunks, tuple) and isinstance(chunks[0], int))
+    return chunked and hasattr(array, "shape") and hasattr(array, "dtype")
+
+
 def _is_memory_mapped(array: Any) -> bool:
     while isinstance(array, np.ndarray):
         if isinstance(array, np.memmap):
@@ -172,4 +184,19 @@ def _gather(leaf: NDArray[Any], indices: Indices, rows: int) -> NDArray[Any]:
     else:
         gathered[:count] = leaf[indices]
     gathered[count:] = padding(leaf, rows - count)
+    return gathered
+
+
+def _gather_chunks(leaf: Any, indices: Indices, rows: int) -> NDArray[Any]:
+    """Gathers from a file: one slice of each chunk that holds any of the examples."""
+    chunk = (leaf.chunks or (MIN_BLOCK,))[0]
+    in_order = np.argsort(indices, kind="stable")
+    boundaries = np.flatnonzero(np.diff(indices[in_order] // chunk)) + 1
+    gathered = np.empty((rows, *leaf.shape[1:]), leaf.dtype)
+    for places in np.split(in_order, boundaries):
+        wanted = indices[places]
+        if len(wanted):
+            first = int(wanted[0])
+            gathered[places] = leaf[first : int(wanted[-1]) + 1][wanted - first]
+    gathered[len(indices) :] = padding(gathered, rows - len(indices))
     return gathered
