@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -61,6 +62,19 @@ def padding(leaf: NDArray[Any], rows: int) -> NDArray[Any]:
 def padded_rows(batch: Batch, rows: int) -> Batch:
     """Nothing but padding, like a batch of at least one example."""
     return jax.tree.map(lambda leaf: padding(leaf, rows), batch)
+
+
+def warn_of_dtypes(batch: Batch) -> None:
+    """Warns of leaves that JAX would convert, or cannot take."""
+    for path, leaf in jax.tree.leaves_with_path(batch):
+        name = jax.tree_util.keystr(path)
+        if leaf.dtype == np.float64 and not jax.config.read("jax_enable_x64"):
+            reason = "of float64, which JAX rounds to float32: store them so, in half the memory"
+        elif leaf.dtype.kind in "OSTU":
+            reason = f"of {leaf.dtype}, which JAX has no type for: take them out before the step"
+        else:
+            continue
+        warnings.warn(f"the batches hold values{name} {reason}.", stacklevel=4)
 
 
 def _slice(block: Batch, start: int, stop: int) -> Batch:

@@ -15,7 +15,7 @@ from jax.sharding import Sharding
 
 from cabs_jax._arguments import check_non_negative
 from cabs_jax._closing import Closing
-from cabs_jax.loader.collation import Batch, padded_rows
+from cabs_jax.loader.collation import Batch, padded_rows, warn_of_dtypes
 from cabs_jax.loader.device_order import Position
 from cabs_jax.loader.feeds import Cursor, Feed, OrderedFeed, Share, StreamFeed
 from cabs_jax.loader.padding import PadTo, padding_rule
@@ -338,6 +338,7 @@ class BatchLoader(Closing):
             batch = padded_rows(self._example, rows)
         if self._example is None:
             self._example = jax.tree.map(lambda leaf: leaf[:1].copy(), batch)
+            warn_of_dtypes(batch)
         if self._masked:
             batch = batch, np.arange(rows) < share.own
         return batch if self._sharding is None else place(batch, self._sharding)
