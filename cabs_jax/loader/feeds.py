@@ -27,11 +27,13 @@ class Cursor(NamedTuple):
       position: In the examples of all processes together.
       own: In those of this process; of a stream, since it was made or resumed.
       earlier_sizes: Sizes that are still to take effect, oldest first, at most `lag` of them.
+      place: The last known place of a stream that is not after `own`, and its own position.
     """
 
     position: int
     own: int
     earlier_sizes: tuple[int | jax.Array, ...] = ()
+    place: tuple[int, Place] | None = None
 
 
 class Share(NamedTuple):
@@ -42,12 +44,14 @@ class Share(NamedTuple):
       own: Number of examples on this one.
       room: Batch size that all processes make room for.
       collate: Gives the batch of them, padded to a number of rows; not for none.
+      place: That of the cursor after them.
     """
 
     total: int
     own: int
     room: int
     collate: Callable[[int], Batch]
+    place: tuple[int, Place] | None = None
 
 
 class Feed(ABC):
@@ -56,10 +60,12 @@ class Feed(ABC):
     Attributes:
       counts: Names of the whole numbers in its states.
       reader: What reads ahead; None for arrays in memory.
+      start: The cursor of its first example.
     """
 
     counts: tuple[str, ...] = ("position",)
     reader: ReadAhead | None = None
+    start: Cursor = Cursor(0, 0)
 
     @abstractmethod
     def share(self, cursor: Cursor, size: int) -> Share:
@@ -199,12 +205,10 @@ class StreamFeed(Feed):
         self._stream = stream
         self._placement = placement
         self._sharding = sharding
+        place = -stream.skip, stream.place
+        self.start = Cursor(0, 0, place=place)
         self.reader = ReadAhead(
-            stream.read,
-            stream.form,
-            stream.block_size,
-            place=(-stream.skip, stream.place),
-            after=after,
+            stream.read, stream.form, stream.block_size, place=place, after=after
         )
 
     def share(self, cursor: Cursor, size: int) -> Share:
@@ -217,7 +221,7 @@ class StreamFeed(Feed):
         if readers == 1 or self._stream.epochs is None:
             pieces, own = self.reader.take(cursor.own, asked)
             total = own if readers == 1 else size
-            return Share(total, own, total, partial(self._stream.form.collate, pieces))
+            return self._share(cursor, pieces, total, own, total)
         failed: Exception | None = None
         pieces, own = [], 0
         try:
@@ -239,7 +243,11 @@ class StreamFeed(Feed):
                 "an iterator ended on one of the processes before its first example, so that the "
                 "shape of its part of a batch is unknown: pass what gives a new iterator."
             )
-        return Share(total, own, size, partial(self._stream.form.collate, pieces))
+        return self._share(cursor, pieces, total, own, size)
+
+    def _share(self, cursor: Cursor, pieces: list[Any], total: int, own: int, room: int) -> Share:
+        place = self.reader.place_at(cursor.own + own)
+        return Share(total, own, room, partial(self._stream.form.collate, pieces), place)
 
     def position(self, cursor: Cursor) -> Position:
         """Epoch and offset of the next example of this process."""
@@ -269,7 +277,7 @@ class StreamFeed(Feed):
         stream = self._stream.at(place, int(state["skip"]))
         self.stop()
         feed = StreamFeed(stream, self._placement, self._sharding, self.reader.threads)
-        return feed, Cursor(position, 0)
+        return feed, feed.start._replace(position=position)
 
     def fail(self) -> None:
         """Nothing: the examples are still in stock."""
@@ -280,7 +288,8 @@ class StreamFeed(Feed):
 
     def _place(self, cursor: Cursor) -> tuple[Place, int]:
         """The last known place, and the number of examples from there to the next."""
-        position, place = self.reader.place_at(cursor.own)
+        assert cursor.place is not None
+        position, place = cursor.place
         return place, cursor.own - position
 
 

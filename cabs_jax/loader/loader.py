@@ -132,7 +132,7 @@ class BatchLoader(Closing):
             order = self._seed, shuffle is None or bool(shuffle)
             self._feed = OrderedFeed(wrapped, *order, self._placement, epochs, num_threads)
             self._check_last_batch(epochs, wrapped.length)
-        self._cursor = Cursor(0, 0)
+        self._cursor = self._feed.start
         self._example: Batch | None = None  # the first one, once it is known
         self._process = os.getpid()
         self._lock = threading.RLock()  # held while a batch is cut
@@ -208,7 +208,7 @@ class BatchLoader(Closing):
                     batch = self._batch(share)
                     pending = sizes[1:] if len(sizes) > self._lag else sizes
                     self._cursor = Cursor(
-                        cursor.position + share.total, cursor.own + share.own, pending
+                        cursor.position + share.total, cursor.own + share.own, pending, share.place
                     )
                     self._feed.release(self._cursor)
             except BaseException as error:  # Ctrl-C too

@@ -348,3 +348,21 @@ def test_arrays_and_records_end_after_their_epochs(records):
         assert sorted(np.concatenate(batches)) == sorted([*range(10)] * 2)
         assert loader.position == Position(2, 0)
         assert list(loader) == []
+
+
+def test_states_asked_for_by_another_thread_can_be_continued_from():
+    states = []
+    with BatchLoader(Resumable(10**6), 5) as loader:
+
+        def save():
+            while loader.examples_seen < 5000:
+                states.append(loader.get_state())
+
+        saver = threading.Thread(target=save)
+        saver.start()
+        while loader.examples_seen < 5000:
+            next(loader)
+        saver.join(30)
+        for state in states[:: len(states) // 10]:
+            loader.set_state(state)
+            assert next(loader)[0] == state["position"]
