@@ -45,7 +45,7 @@ class Order:
         if not first <= start <= stop <= first + len(indices):
             # Blocks amortise numpy's call overhead; a short source pays per epoch, not per block.
             ahead = max(stop, start + min(BLOCK, 16 * self._length))
-            positions = np.arange(start, ahead, dtype=np.uint64) * self._stride + self._offset
+            positions = self._stream_positions(start, ahead)
             indices = (
                 shuffled(positions, self._length, self._seed)
                 if self._shuffle
@@ -53,6 +53,13 @@ class Order:
             )
             first, _ = self._block = start, indices
         return indices[start - first : stop - first]
+
+    def epochs(self, start: int, stop: int) -> NDArray[np.uint64]:
+        """The epochs that positions `start` to `stop - 1` lie in."""
+        return self._stream_positions(start, stop) // self._length
+
+    def _stream_positions(self, start: int, stop: int) -> NDArray[np.uint64]:
+        return np.arange(start, stop, dtype=np.uint64) * self._stride + self._offset
 
 
 def shuffled(positions: NDArray[np.uint64], length: int, seed: int) -> NDArray[np.int64]:

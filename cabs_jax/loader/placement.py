@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
 
@@ -22,6 +23,10 @@ class Placement(NamedTuple):
     shards: int = 1
     readers: int = 1
     reader: int = 0
+
+    def own(self, position: int) -> int:
+        """How many of the examples before a position, of all processes, are this process's."""
+        return (position - self.reader + self.readers - 1) // self.readers
 
 
 def placement(sharding: Sharding | None) -> Placement:
@@ -62,3 +67,16 @@ def placement(sharding: Sharding | None) -> Placement:
 def place(batch: Any, sharding: Sharding) -> Any:
     """Global arrays of this process's rows; the transfer to the devices is not waited for."""
     return jax.make_array_from_process_local_data(sharding, batch)
+
+
+def sum_over_processes(values: tuple[int, ...], sharding: Sharding, placement: Placement) -> Any:
+    """The sums of what each process holds, int32 (len(values),), the same on all of them.
+
+    All processes must call it, and it waits for the devices.
+    """
+    own = np.zeros((placement.shards // placement.readers, len(values)), np.int32)
+    own[0] = values
+    return np.asarray(_sum_over_shards(place(own, sharding)))
+
+
+_sum_over_shards = jax.jit(lambda values: values.sum(axis=0))

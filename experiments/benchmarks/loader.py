@@ -1,13 +1,15 @@
-"""Examples per second of `BatchLoader`, plain numpy indexing and Grain, on the same arrays."""
+"""Examples per second of `BatchLoader`: beside numpy and Grain, and of slow records by threads."""
 
+import io
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
@@ -17,6 +19,8 @@ from cabs_jax import BatchLoader
 from experiments.benchmarks import _timing
 
 BATCH_SIZES = (16, 128, 2048)
+THREADS = (1, 2, 4, 8, 16)
+WAIT = 0.005  # seconds for a record
 OURS = "cabs_jax"
 
 
@@ -35,13 +39,20 @@ class Rates(NamedTuple):
     over_grain: float
 
 
-def main(*, rounds: int = 15, seconds: float = 0.1) -> None:
-    """Prints the table.
+def main(*, rounds: int = 15, seconds: float = 0.1, slow_seconds: float = 2.0) -> None:
+    """Prints the tables.
 
     Args:
       rounds: Paired measurements of each cell.
       seconds: Length of a measurement.
+      slow_seconds: Length of a measurement of slow records.
     """
+    arrays_in_memory(rounds, seconds)
+    slow_records(slow_seconds)
+
+
+def arrays_in_memory(rounds: int, seconds: float) -> None:
+    """Prints a row for each data set and batch size."""
     table = Table(box=SIMPLE_HEAD, title="examples per second")
     for column in ("data", "m", *contenders(data_sets()["MNIST"], 16), "/ numpy", "/ Grain"):
         table.add_column(column, justify="left" if column == "data" else "right")
@@ -56,6 +67,64 @@ def main(*, rounds: int = 15, seconds: float = 0.1) -> None:
             f"{result.over_grain:.1f}",
         )
     Console().print(table)
+
+
+def slow_records(seconds: float, threads: tuple[int, ...] = THREADS) -> None:
+    """Prints a row for each source and number of threads, at the smallest batch size."""
+    table = Table(box=SIMPLE_HEAD, title="slow records")
+    for column in ("records", "threads", "examples per second", "/ threads alone"):
+        table.add_column(column, justify="left" if column == "records" else "right")
+    cells = list(itertools.product(slow_sources().items(), threads))
+    for (name, read), number in track(cells, "bench loader", transient=True):
+        one = read_alone(read, seconds)
+        speed = read_by_threads(read, number, seconds)
+        table.add_row(name, str(number), f"{speed:,.0f}", f"{speed / one / number:.2f}")
+    Console().print(table)
+
+
+class Slow:
+    """Endlessly many records, each of which takes its time."""
+
+    def __init__(self, read: Callable[[], np.ndarray]):
+        self._read = read
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._read()
+
+
+def slow_sources() -> dict[str, Callable[[], np.ndarray]]:
+    """Ways to read one record: waiting, as for a network, and computing."""
+    random = np.random.default_rng(0)
+    smooth = Image.fromarray(random.integers(0, 256, (28, 28, 3), np.uint8)).resize((500, 375))
+    file = io.BytesIO()
+    smooth.save(file, "JPEG", quality=90)
+    encoded = file.getvalue()
+
+    def wait() -> np.ndarray:
+        time.sleep(WAIT)
+        return np.zeros((), np.int32)
+
+    def decode() -> np.ndarray:
+        return np.asarray(Image.open(io.BytesIO(encoded)).resize((224, 224)))
+
+    return {f"{1000 * WAIT:.0f} ms of waiting": wait, "JPEG of 500 x 375": decode}
+
+
+def read_alone(read: Callable[[], np.ndarray], seconds: float) -> float:
+    """Records per second in this thread."""
+    return rate((read() for _ in itertools.count()), seconds)
+
+
+def read_by_threads(read: Callable[[], np.ndarray], threads: int, seconds: float) -> float:
+    """Examples per second of a loader, once it runs."""
+    size = BATCH_SIZES[0]
+    with BatchLoader(Slow(read), size, num_threads=threads) as loader:
+        for _ in range(-(-4 * threads // size)):  # so that what was read ahead is used up
+            next(loader)
+        return rate(loader, seconds) * size
 
 
 def data_sets() -> dict[str, Examples]:

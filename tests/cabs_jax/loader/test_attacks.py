@@ -146,7 +146,7 @@ junk = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(
     changes=st.dictionaries(
-        st.sampled_from(["seed", "length", "shuffle", "position", "batch_sizes"]),
+        st.sampled_from(["seed", "length", "shuffle", "position", "batch_size", "batch_sizes"]),
         junk,
         min_size=1,
         max_size=2,
@@ -302,6 +302,7 @@ def test_a_source_that_holds_its_loader_is_collected_with_it():
     wait_until(is_gone)
 
 
+@pytest.mark.filterwarnings("ignore:the batches hold values")
 @pytest.mark.parametrize(
     "text",
     [

@@ -180,3 +180,24 @@ def test_an_incomplete_state_is_refused():
     loader = BatchLoader(np.arange(10))
     with pytest.raises(ValueError, match=r"state lacks \['position', 'shuffle'\]"):
         loader.set_state({"seed": 0, "length": 10})
+
+
+def test_a_state_holds_the_size_and_restores_it():
+    loader, resumed = BatchLoader(np.arange(10), 4), BatchLoader(np.arange(10))
+    loader.batch_size = jnp.int32(7)
+    state = json.loads(json.dumps(loader.get_state()))
+    assert state["batch_size"] == 7
+    resumed.set_state(state)
+    np.testing.assert_array_equal(next(resumed), next(loader))
+
+
+def test_a_state_without_a_size_still_loads_and_leaves_the_size():
+    loader = BatchLoader(np.arange(10), 4)
+    loader.set_state({"seed": 0, "length": 10, "shuffle": True, "position": 3})
+    assert (loader.batch_size, loader.examples_seen) == (4, 3)
+
+
+def test_a_size_that_no_batch_can_have_is_not_saved():
+    loader = BatchLoader(np.arange(10), 4)
+    loader.batch_size = jnp.int32(-1)
+    assert "batch_size" not in loader.get_state()

@@ -198,12 +198,12 @@ def test_a_batch_smaller_than_the_number_of_processes_raises():
             next(loader)
 
 
-def read_with(processes, **request):
-    """What each of `processes` processes of two devices sees; `read_as_process.py` says how."""
+def read_with(processes, name="read_as_process.py", **request):
+    """What each of `processes` processes of two devices sees; the program says how."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    program = pathlib.Path(__file__).with_name("read_as_process.py")
+    program = pathlib.Path(__file__).with_name(name)
     started = [
         subprocess.Popen(
             [sys.executable, program, str(port), str(processes), str(i), json.dumps(request)],
@@ -211,7 +211,11 @@ def read_with(processes, **request):
         )
         for i in range(processes)
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in started]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert [process.returncode for process in started] == [0] * processes
     return [json.loads(output.splitlines()[-1]) for output in outputs]  # after what Gloo prints
 
@@ -250,5 +254,49 @@ def test_two_processes_share_the_stream_that_one_process_left_and_takes_up_again
 
     resumed = BatchLoader(np.arange(length), 5, seed=3)
     resumed.set_state(results[1]["state"])
-    plain.batch_size = 5
+    resumed.batch_size = plain.batch_size = 5
     np.testing.assert_array_equal(next(resumed), next(plain))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", [[40, 40], [30, 3], [5, 41]])
+def test_processes_with_streams_of_their_own_agree_on_sizes_and_on_the_end(lengths):
+    sizes = [8, 13, 3, 20] + [9] * 12
+    results = read_with(
+        2, "stream_as_process.py", lengths=lengths, sizes=sizes, epochs=1, fails=None
+    )
+    for result in results:
+        assert result["error"] is None
+        assert result == results[0]
+        assert result["examples_seen"] == sum(lengths)
+    batches = results[0]["batches"] + results[0]["resumed"]
+    assert batches.pop() is None
+    batches = [batch for batch in batches if batch is not None]
+    assert all(len(batch) <= size for batch, size in zip(batches, sizes, strict=False))
+    own = [list(range(1000 * process, 1000 * process + n)) for process, n in enumerate(lengths)]
+    examples = np.concatenate(batches)
+    np.testing.assert_array_equal(examples[examples < 1000], own[0])
+    np.testing.assert_array_equal(examples[examples >= 1000], own[1])
+
+
+@pytest.mark.slow
+def test_endless_streams_of_processes_repeat_each_on_its_own():
+    sizes = [8, 13, 3, 20, 16, 31]
+    results = read_with(
+        2, "stream_as_process.py", lengths=[10, 7], sizes=sizes, epochs=None, fails=None
+    )
+    batches = results[0]["batches"] + results[0]["resumed"]
+    assert list(map(len, batches)) == sizes
+    examples = np.concatenate(batches)
+    for process, length in enumerate((10, 7)):
+        own = examples[examples // 1000 == process] - 1000 * process
+        np.testing.assert_array_equal(own, np.arange(len(own)) % length)
+
+
+@pytest.mark.slow
+def test_a_stream_that_fails_on_one_process_ends_the_others_too():
+    first, second = read_with(
+        2, "stream_as_process.py", lengths=[30, 9], sizes=[8] * 10, epochs=1, fails=1
+    )
+    assert "stream of another process failed" in first["error"]
+    assert second["error"] == "bad sector"
