@@ -5,6 +5,8 @@ import signal
 import traceback
 from collections.abc import Iterator
 
+from experiments.escape import printable
+
 
 class UserError(Exception):
     """Something that the user can put right, said in one line."""
@@ -34,9 +36,9 @@ def how_it_ends(error: BaseException) -> tuple[int, str]:
     """
     match error:
         case UserError():
-            return 2, f"error: {' '.join(str(error).split())}"
+            return 2, f"error: {printable(error)}"
         case Interrupted():
-            return 128 + error.signal, f"interrupted by {error}"
+            return 128 + error.signal, f"interrupted by {printable(error)}"
         case KeyboardInterrupt():
             return 130, "interrupted; what was written stays"
     return 1, "".join(traceback.format_exception(error)).rstrip()

@@ -6,7 +6,6 @@ HTML is left to jinja2's autoescape.
 import functools
 import re
 
-from matplotlib import font_manager
 from rich.text import Text
 
 _MARKDOWN = re.compile(r"(?=[\\`*_\[\]<>&|~$])|^(?=[#+-]+(?: |$))|(?<=^\d)(?=[.)](?: |$))")
@@ -60,5 +59,7 @@ def for_markdown(text: object) -> str:
 
 @functools.cache
 def _letters_of_the_font() -> frozenset[int]:
+    from matplotlib import font_manager  # takes half a second, which an error need not
+
     path = font_manager.findfont(font_manager.FontProperties())
     return frozenset(font_manager.get_font(path).get_charmap())

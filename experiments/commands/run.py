@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from experiments import datasets, environment
 from experiments.commands import Flag
 from experiments.commands import _display as display
 from experiments.errors import UserError, user_errors
+from experiments.escape import for_terminal, printable
 from experiments.training import checkpoint, figure, methods, models, processes, run_folder
 from experiments.training.checkpoint import Checkpoints, Schedule
 from experiments.training.config import RunConfig
@@ -122,13 +124,14 @@ def run(
             run_folder.check_unused(out)
         finished = resume and out is not None and is_finished(out, mesh)
         if finished and (not writes or (out / run_folder.FIGURE).exists()):  # type: ignore[operator]
-            print(f"{out} holds a finished run; there is nothing to resume")
+            print(f"{printable(out)} holds a finished run; there is nothing to resume")
             return
         experiment = set_up(config, data_dir)
         if mesh is not None:
             processes.agree("data", {"fingerprint": datasets.fingerprint(experiment.dataset)})
         if out is None and writes:
-            out = run_folder.fresh_folder(RUNS, f"{experiment.dataset.name}-{config.method}")
+            name = re.sub(r"[^\w.-]+", "_", experiment.dataset.name)[:50]
+            out = run_folder.fresh_folder(RUNS, f"{name}-{config.method}")
     if out is None or not writes:
         train(experiment, None, mesh=mesh, checkpoints=Checkpoints(None), resume=resume)
         return
@@ -137,7 +140,8 @@ def run(
     if finished:
         with user_errors(ValueError, OSError):
             draw({label: out}, figure_path, title_of(experiment))
-        print(f"{out} holds a finished run, whose figure was missing: {figure_path}")
+        told = f"{out} holds a finished run, whose figure was missing: {figure_path}"
+        print(printable(told))
         return
     with user_errors(OSError), Checkpoints(out / checkpoint.FOLDER, schedule) as checkpoints:
         train_and_plot({label: experiment}, {label: out}, figure_path, mesh, checkpoints, resume)
@@ -221,7 +225,7 @@ def train_and_plot(
     with user_errors(OSError):
         draw(folders, figure_path, title)
     console.print(display.summary_table(summaries))
-    console.print(f"figure: {figure_path}", soft_wrap=True)
+    console.print(for_terminal(f"figure: {figure_path}"), soft_wrap=True)
 
 
 def draw(folders: Mapping[str, Path], figure_path: Path, title: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments.errors import UserError, user_errors
+from experiments.escape import for_terminal
 from experiments.sweeps import plan as plans
 from experiments.sweeps.sweep import sweep
 from experiments.sweeps.worker import ERROR
@@ -50,5 +51,5 @@ def main(
         f"other processes; {len(outcome.failed)} failed"
     )
     for name in outcome.failed:
-        console.print(f"  {name}: see {out / name}{ERROR}", markup=False, soft_wrap=True)
+        console.print(for_terminal(f"  {name}: see {out / name}{ERROR}"), soft_wrap=True)
     return 1 if outcome.failed else 0

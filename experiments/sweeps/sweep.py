@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from experiments.escape import for_terminal
 from experiments.sweeps.plan import Run
 from experiments.sweeps.pool import Pool
 from experiments.sweeps.worker import ENVIRONMENT as ENVIRONMENT
@@ -96,7 +97,7 @@ def sweep(
                     console.print(_line(run, told), markup=False, soft_wrap=True)
                 continue
             (failed if how == "failed" else elsewhere)[run.name] = told
-            console.print(f"{how}: {run.name}: {told.splitlines()[-1]}", markup=False)
+            console.print(for_terminal(f"{how}: {run.name}: {told.splitlines()[-1]}"))
     finished = len(todo) - len(failed) - len(elsewhere)
     return Outcome(kept, finished, diverged, failed, elsewhere)
 

@@ -17,11 +17,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from experiments.errors import Interrupted
+from experiments.escape import printable
 
 FOLDER = "checkpoints"
 ARRAYS, PROGRESS, DIGEST = "arrays", "progress", "digest"
 
-UNREADABLE = "[\\"  # Orbax writes below folders whose names hold these, but cannot read there
+UNREADABLE = "[\\*?"  # Orbax writes below folders whose names hold these, but reads by patterns
 
 PyTree = Any
 
@@ -236,8 +237,8 @@ class Checkpoints:
             try:
                 arrays, progress = self._read(step, template)
             except Exception as error:  # whatever the readers of damaged files raise
-                reason = " ".join(str(error).split())[:200]
-                damaged = self._folder / str(step)
+                reason = printable(error)[:200]
+                damaged = printable(self._folder / str(step))
                 print(f"damaged checkpoint {damaged}: {reason}", file=sys.stderr)
                 continue
             for newer in steps[:number]:
