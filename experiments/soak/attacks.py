@@ -107,7 +107,7 @@ def fork(dice: random.Random, counts: Counter[str]) -> None:
     ):
         warnings.simplefilter("ignore")  # that a fork of several threads may deadlock
         next(loader)
-        process = multiprocessing.get_context("fork").Process(target=child)  # type: ignore[attr-defined]
+        process = multiprocessing.get_context("fork").Process(target=child)
         process.start()
         try:
             theirs = receiver.recv() if receiver.poll(SECONDS) else None

@@ -155,7 +155,7 @@ def suspend_and_requeue(
             _check_status(first, out)
             return False
         os.kill(first.pid, signal.SIGSTOP)
-        if not (out / run_folder.LOCK).exists():
+        if not _holds(first, out):  # it had not begun, and any other may
             return False
         before = (_size(out / run_folder.METRICS), _size(out / run_folder.EVALUATIONS))
         second = start(out, options, settings, every_steps, f"{out.name}.requeued")
@@ -189,6 +189,15 @@ def _run(
     for name, value in settings.items():
         jax.config.update(name, value)
     run(options, **arguments)
+
+
+def _holds(process: BaseProcess, out: Path) -> bool:
+    """Whether the lock of `out` names the process; one that was killed leaves its name there."""
+    try:
+        holder = (out / run_folder.LOCK).read_text()
+    except FileNotFoundError:
+        return False
+    return holder.startswith(f"process {process.pid} on ")
 
 
 def _check_status(process: BaseProcess, out: Path) -> None:
