@@ -74,7 +74,8 @@ def main(
         SIGTERM
       keep_checkpoints: how many, the newest, to keep
       distributed: one of several processes, over whose devices batches are split; process 0
-        writes. Cloud TPU and SLURM say which it is; elsewhere the next three options do
+        writes, and if one fails or dies all end and say why. Cloud TPU and SLURM say which it is;
+        elsewhere the next three options do
       coordinator: HOST:PORT, where process 0 listens
       num_processes: how many there are
       process_id: this one, from 0
