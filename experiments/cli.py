@@ -9,8 +9,7 @@ from cyclopts.exceptions import UnknownCommandError
 
 from experiments import commands
 from experiments.commands import add_modules
-from experiments.errors import Interrupted, UserError
-from experiments.escape import printable
+from experiments.errors import Interrupted, UserError, how_it_ends
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,15 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnknownCommandError as error:
         unknown = (error.unused_tokens or given)[0]
         known = ", ".join(name for name in error.app or () if not name.startswith("-"))
-        return _fail(f"unknown command {unknown!r}; known commands: {known}.")
-    except (UserError, CycloptsError) as error:
-        return _fail(str(error))
-    except Interrupted as error:
-        print(f"interrupted by {printable(error)}", file=sys.stderr)
-        return 128 + error.signal
-    except KeyboardInterrupt:
-        print("interrupted; what was written stays", file=sys.stderr)
-        return 130
+        return _fail(UserError(f"unknown command {unknown!r}; known commands: {known}."))
+    except CycloptsError as error:
+        return _fail(UserError(str(error)))
+    except (UserError, Interrupted, KeyboardInterrupt) as error:
+        return _fail(error)
 
 
 def app() -> App:
@@ -56,6 +51,7 @@ def _shown(default: Any) -> Any:
     return " ".join(map(str, default)) if isinstance(default, tuple) else default
 
 
-def _fail(message: str) -> int:
-    print(f"error: {printable(message)}", file=sys.stderr)
-    return 2
+def _fail(error: BaseException) -> int:
+    status, why = how_it_ends(error)
+    print(why, file=sys.stderr)
+    return status

@@ -1,5 +1,6 @@
 """What numbers were measured with: machine and versions."""
 
+import hashlib
 import os
 import platform
 from importlib import metadata
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+import cabs_jax
 
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 
@@ -21,6 +24,20 @@ def describe() -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
         **{package: metadata.version(package) for package in PACKAGES},
+    }
+
+
+def code() -> dict[str, str]:
+    """What computes the numbers: versions of Python and packages, and a hash of our own sources."""
+    digest = hashlib.blake2b(digest_size=8)
+    for package in (Path(cabs_jax.__file__).parent, Path(__file__).parent):
+        for path in sorted(package.rglob("*.py")):
+            digest.update(f"{path.relative_to(package.parent)}".encode())
+            digest.update(path.read_bytes())
+    return {
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in PACKAGES},
+        "sources": digest.hexdigest(),
     }
 
 

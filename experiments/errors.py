@@ -2,7 +2,10 @@
 
 import contextlib
 import signal
+import traceback
 from collections.abc import Iterator
+
+from experiments.escape import printable
 
 
 class UserError(Exception):
@@ -23,6 +26,22 @@ class Interrupted(Exception):  # noqa: N818 (like KeyboardInterrupt, it is no er
     def __init__(self, number: int, where: str):
         super().__init__(f"{signal.Signals(number).name} {where}")
         self.signal = number
+
+
+def how_it_ends(error: BaseException) -> tuple[int, str]:
+    r"""The exit status of a command that raised `error`, and what it prints last.
+
+    >>> how_it_ends(UserError("the disk\nis full."))
+    (2, 'error: the disk is full.')
+    """
+    match error:
+        case UserError():
+            return 2, f"error: {printable(error)}"
+        case Interrupted():
+            return 128 + error.signal, f"interrupted by {printable(error)}"
+        case KeyboardInterrupt():
+            return 130, "interrupted; what was written stays"
+    return 1, "".join(traceback.format_exception(error)).rstrip()
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ def for_markdown(text: object) -> str:
 
 @functools.cache
 def _letters_of_the_font() -> frozenset[int]:
-    from matplotlib import font_manager  # which every command would wait for, were it at the top
+    from matplotlib import font_manager  # takes half a second, which an error need not
 
     path = font_manager.findfont(font_manager.FontProperties())
     return frozenset(font_manager.get_font(path).get_charmap())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiments import report
 from experiments.errors import user_errors
-from experiments.escape import for_terminal
+from experiments.escape import printable
 
 
 def main(source: Path, /, *, out: Path) -> None:
@@ -21,4 +21,4 @@ def main(source: Path, /, *, out: Path) -> None:
     with user_errors(ValueError, OSError):
         paths = report.write(source, out)
     for path in paths:
-        print(for_terminal(path))
+        print(printable(path))

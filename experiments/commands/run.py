@@ -1,7 +1,9 @@
 """Trains once."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +14,12 @@ from cyclopts import Parameter
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from experiments import datasets
+from experiments import datasets, environment
 from experiments.commands import Flag
 from experiments.commands import _display as display
 from experiments.errors import UserError, user_errors
-from experiments.escape import for_terminal
-from experiments.training import checkpoint, figure, methods, models, run_folder
+from experiments.escape import for_terminal, printable
+from experiments.training import checkpoint, figure, methods, models, processes, run_folder
 from experiments.training.checkpoint import Checkpoints, Schedule
 from experiments.training.config import RunConfig
 from experiments.training.train import Experiment, set_up, train
@@ -72,19 +74,16 @@ def main(
         SIGTERM
       keep_checkpoints: how many, the newest, to keep
       distributed: one of several processes, over whose devices batches are split; process 0
-        writes. Cloud TPU and SLURM say which it is; elsewhere the next three options do
+        writes, and if one fails or dies all end and say why. Cloud TPU and SLURM say which it is;
+        elsewhere the next three options do
       coordinator: HOST:PORT, where process 0 listens
       num_processes: how many there are
       process_id: this one, from 0
     """
     given = {name: value for name, value in vars(options).items() if value is not None}
-    with user_errors(ValueError):
-        schedule = Schedule(checkpoint_every_steps, checkpoint_every_minutes, keep_checkpoints)
-        schedule.checked()
-    if resume and out is None:
-        raise UserError("--resume needs --out, the folder of the run to continue.")
-    mesh = mesh_of_processes(distributed, coordinator, num_processes, process_id)
-    run(given, data_dir, out, resume, schedule, mesh)
+    schedule = Schedule(checkpoint_every_steps, checkpoint_every_minutes, keep_checkpoints)
+    with mesh_of_processes(distributed, coordinator, num_processes, process_id) as mesh:
+        run(given, data_dir, out, resume, schedule, mesh)
 
 
 def run(
@@ -112,19 +111,28 @@ def run(
     """
     writes = jax.process_index() == 0
     with user_errors(ValueError, OSError):
+        schedule.checked()
+        if resume and out is None:
+            raise UserError("--resume needs --out, the folder of the run to continue.")
         if resume and out is not None and mesh is None:
             options = stored_options(out, options)
         config = RunConfig(**options)
+        if mesh is not None:
+            processes.agree("options", {**dataclasses.asdict(config), "resume": resume})
+            processes.agree("code", environment.code())
         checkpoint.check_path(RUNS if out is None else out)
         if out is not None and writes and not resume:
             run_folder.check_unused(out)
         finished = resume and out is not None and is_finished(out, mesh)
         if finished and (not writes or (out / run_folder.FIGURE).exists()):  # type: ignore[operator]
-            print(for_terminal(f"{out} holds a finished run; there is nothing to resume"))
+            print(f"{printable(out)} holds a finished run; there is nothing to resume")
             return
         experiment = set_up(config, data_dir)
+        if mesh is not None:
+            processes.agree("data", {"fingerprint": datasets.fingerprint(experiment.dataset)})
         if out is None and writes:
-            out = run_folder.fresh_folder(RUNS, f"{experiment.dataset.name}-{config.method}")
+            name = re.sub(r"[^\w.-]+", "_", experiment.dataset.name)[:50]
+            out = run_folder.fresh_folder(RUNS, f"{name}-{config.method}")
     if out is None or not writes:
         train(experiment, None, mesh=mesh, checkpoints=Checkpoints(None), resume=resume)
         return
@@ -133,7 +141,8 @@ def run(
     if finished:
         with user_errors(ValueError, OSError):
             draw({label: out}, figure_path, title_of(experiment))
-        print(for_terminal(f"{out} holds a finished run, whose figure was missing: {figure_path}"))
+        told = f"{out} holds a finished run, whose figure was missing: {figure_path}"
+        print(printable(told))
         return
     with user_errors(OSError), Checkpoints(out / checkpoint.FOLDER, schedule) as checkpoints:
         train_and_plot({label: experiment}, {label: out}, figure_path, mesh, checkpoints, resume)
@@ -165,16 +174,17 @@ def is_finished(out: Path, mesh: jax.sharding.Mesh | None) -> bool:
     return bool(finished if mesh is None else multihost_utils.broadcast_one_to_all(finished))
 
 
+@contextlib.contextmanager
 def mesh_of_processes(
     distributed: bool,
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-) -> jax.sharding.Mesh | None:
+) -> Iterator[jax.sharding.Mesh | None]:
     """Joins the other processes, if this is one of several; what is None is found out.
 
     Returns:
-      One axis over all devices of all processes, or None.
+      One axis over all devices of all processes, or None, as a context.
     """
     where = {
         "coordinator": coordinator,
@@ -185,10 +195,12 @@ def mesh_of_processes(
         for name, value in where.items():
             if value is not None:
                 raise UserError(f"--{name} goes with --distributed.")
-        return None
-    with user_errors(ValueError, RuntimeError):
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    return jax.make_mesh((jax.device_count(),), ("data",))
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        with user_errors(ValueError, RuntimeError):
+            mesh = stack.enter_context(processes.joined(coordinator, num_processes, process_id))
+        yield mesh
 
 
 def train_and_plot(

@@ -21,6 +21,7 @@ from experiments.training.checkpoint import Schedule
 TIMINGS = {"seconds", "compile_seconds", "compilations"}
 POLL_SECONDS = 0.001
 LONGEST_DELAY = 8.0  # seconds, in which a run has begun
+LONGEST_REFUSAL = 120.0  # seconds, in which a run that is refused has ended
 BYTES_A_LINE = 190
 
 
@@ -43,6 +44,7 @@ def start(
     options: Mapping[str, Any],
     settings: Mapping[str, Any],
     every_steps: int | None = None,
+    output: str = "",
 ) -> BaseProcess:
     """Starts or resumes a run in a process of its own.
 
@@ -50,15 +52,17 @@ def start(
     not used JAX, which must not be forked.
 
     Args:
-      out: The run's folder. What the run prints goes into the file OUT.output.
+      out: The run's folder.
       options: Fields of `RunConfig`.
       settings: Of JAX in that process.
       every_steps: How often to write a checkpoint.
+      output: The file beside `out` that takes what is printed; by default OUT.output.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([run.__module__, "orbax.checkpoint", "sklearn.datasets"])
     arguments = {"out": out, "resume": True, "schedule": Schedule(every_steps)}
-    process = context.Process(target=_run, args=(options, arguments, settings, _output(out)))
+    path = out.with_name(output) if output else _output(out)
+    process = context.Process(target=_run, args=(options, arguments, settings, path))
     process.start()
     return process
 
@@ -118,6 +122,60 @@ def run_and_kill(
     return "during a checkpoint" if _unfinished_checkpoints(out) else "between checkpoints"
 
 
+def suspend_and_requeue(
+    out: Path,
+    options: Mapping[str, Any],
+    dice: random.Random,
+    settings: Mapping[str, Any],
+    every_steps: int | None = None,
+) -> bool:
+    """Starts or resumes the run in `out`, suspends it, and starts it again, as schedulers do.
+
+    The second process must be refused. The first then goes on, for a moment or to its end.
+
+    Args:
+      out: The run's folder.
+      options: Fields of `RunConfig`, `steps` among them.
+      dice: Chooses the moment.
+      settings: Of JAX in the run's processes.
+      every_steps: How often to write a checkpoint.
+
+    Returns:
+      Whether the first was suspended while it held the folder.
+
+    Raises:
+      RuntimeError: Both wrote, or the first failed of itself.
+    """
+    first = start(out, options, settings, every_steps)
+    second = None
+    try:
+        _wait_for_moment(first, out, options["steps"], dice)
+        assert first.pid is not None
+        if not first.is_alive():
+            _check_status(first, out)
+            return False
+        os.kill(first.pid, signal.SIGSTOP)
+        if not _holds(first, out):  # it had not begun, and any other may
+            return False
+        before = (_size(out / run_folder.METRICS), _size(out / run_folder.EVALUATIONS))
+        second = start(out, options, settings, every_steps, f"{out.name}.requeued")
+        second.join(LONGEST_REFUSAL)
+        told = out.with_name(f"{out.name}.requeued").read_text()
+        if not second.exitcode or f"held by process {first.pid} on " not in told:
+            raise RuntimeError(f"two processes write {out}: {told}")
+        if (_size(out / run_folder.METRICS), _size(out / run_folder.EVALUATIONS)) != before:
+            raise RuntimeError(f"what a suspended process had written in {out} was changed.")
+        os.kill(first.pid, signal.SIGCONT)
+        if dice.random() < 0.5:
+            first.join()
+            _check_status(first, out)
+        return True
+    finally:
+        for process in filter(None, (first, second)):
+            process.kill()
+            process.join()
+
+
 def _run(
     options: Mapping[str, Any],
     arguments: Mapping[str, Any],
@@ -131,6 +189,15 @@ def _run(
     for name, value in settings.items():
         jax.config.update(name, value)
     run(options, **arguments)
+
+
+def _holds(process: BaseProcess, out: Path) -> bool:
+    """Whether the lock of `out` names the process; one that was killed leaves its name there."""
+    try:
+        holder = (out / run_folder.LOCK).read_text()
+    except FileNotFoundError:
+        return False
+    return holder.startswith(f"process {process.pid} on ")
 
 
 def _check_status(process: BaseProcess, out: Path) -> None:

@@ -2,7 +2,8 @@
 
 Rounds follow each other until the time is up. Each trains a run whole in this process, and again
 in processes that are killed and resumed (`kills`); then it trains on a stream of random
-batch sizes whose source fails and whose batches hold NaN, and which is restarted from its state.
+batch sizes whose source fails and whose batches hold NaN, and which is restarted from its state;
+and then come the `attacks`.
 Anything lost, repeated, wrong or leaked ends the soak with an error.
 """
 
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import cabs_jax
-from experiments.soak import kills
+from experiments.soak import attacks, kills
 from experiments.training import checkpoint
 from experiments.training.checkpoint import Checkpoints, Schedule
 from experiments.training.config import RunConfig
@@ -44,10 +45,13 @@ RUNS: tuple[dict[str, Any], ...] = (
     {"method": "constant", "batch_size": 24},
 )
 KILLS_A_ROUND = 4
+# No name of a folder may be read as markup, mathematics, a format, an option or an escape.
+FOLDERS = ("-", "$x^$", "<b>{{ 7 }}%s {0}", "a\nb\x1b", "数据 🙂", "x" * 200)
 
 BATCHES_A_ROUND = 500
 EXAMPLES, FEATURES, LARGEST = 5_000, 12, 512
 FAULT_RATE, NAN_RATE, RESTART_RATE = 1e-4, 0.02, 0.02
+MOVE_RATE = 0.3
 
 WARM_ROUNDS = len(RUNS)  # every kind of run was compiled once
 MEMORY_LEAK = 0.1  # of a warm start's memory, which the end may exceed it by
@@ -88,6 +92,7 @@ def soak(minutes: float, seed: int, console: Console) -> Counter[str]:
             options = {**RUNS[len(history) % len(RUNS)], "seed": dice.randrange(1000)}
             kill_and_resume(folder / "runs", options, dice, settings, counts)
             read_and_train(step, dice, counts)
+            attack(folder / "data", dice, counts)
             history.append(resources())
             console.print(
                 f"round {len(history)}: {counts['kills']} kills, {counts['batches']:,} batches, "
@@ -109,7 +114,7 @@ def kill_and_resume(
 ) -> None:
     """Trains whole, then again with kills; both must write the same. Leaves no files."""
     options = {**options, "steps": STEPS, "width": 0.1, "learning_rate": 1.0}
-    whole, killed = folder / "whole", folder / "killed"
+    whole, killed = folder / "whole", folder / dice.choice(FOLDERS)
     with Checkpoints(whole / checkpoint.FOLDER, Schedule(every_steps=7)) as checkpoints:
         train(set_up(RunConfig(**options)), whole, checkpoints=checkpoints)
 
@@ -121,6 +126,13 @@ def kill_and_resume(
             break
         counts["kills"] += 1
         counts[f"killed {moment}"] += 1
+        if dice.random() < MOVE_RATE and killed.exists():
+            moved = killed.with_name(dice.choice(FOLDERS))
+            if moved != killed:
+                killed = killed.rename(moved)
+                counts["folders of runs moved"] += 1
+    if kills.suspend_and_requeue(killed, options, dice, settings, every_steps):
+        counts["suspended and requeued"] += 1
     kills.run_to_the_end(killed, options, settings, every_steps)
     if kills.untimed(killed) != kills.untimed(whole):
         kept = shutil.copytree(
@@ -129,6 +141,17 @@ def kill_and_resume(
         raise SoakError(f"a run that was killed differs from one that was not: see {kept}.")
     shutil.rmtree(folder)
     counts["lines compared"] += STEPS
+
+
+def attack(folder: Path, dice: random.Random, counts: Counter[str]) -> None:
+    """One round of the attacks on data and loaders. Leaves no files."""
+    try:
+        attacks.move_files(folder, dice, counts)
+        attacks.read_together(dice, counts)
+        attacks.fork(dice, counts)
+    except attacks.AttackError as error:
+        raise SoakError(str(error)) from error
+    shutil.rmtree(folder)
 
 
 class FaultySource:

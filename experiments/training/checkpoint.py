@@ -23,7 +23,7 @@ from experiments.escape import printable
 FOLDER = "checkpoints"
 ARRAYS, PROGRESS, DIGEST = "arrays", "progress", "digest"
 
-UNREADABLE = "[\\"  # Orbax writes below folders whose names hold these, but cannot read there
+UNREADABLE = "[\\*?"  # Orbax writes below folders whose names hold these, but reads by patterns
 
 
 class Schedule(NamedTuple):

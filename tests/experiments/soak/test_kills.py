@@ -22,3 +22,16 @@ def test_a_run_that_is_killed_at_random_moments_writes_what_a_whole_one_does(
         whole.result()
     kills.run_to_the_end(out, OPTIONS, settings, every_steps=3)
     assert kills.untimed(out) == kills.untimed(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_suspended_and_requeued_has_one_writer(tmp_path, compilation_cache):
+    settings = {**compilation_cache, "jax_platforms": "cpu"}
+    dice, out = random.Random(3), tmp_path / "killed"
+    kills.run_to_the_end(tmp_path / "whole", OPTIONS, settings)
+    suspended = False
+    for _ in range(5):
+        suspended = suspended or kills.suspend_and_requeue(out, OPTIONS, dice, settings, 3)
+    assert suspended
+    kills.run_to_the_end(out, OPTIONS, settings, every_steps=3)
+    assert kills.untimed(out) == kills.untimed(tmp_path / "whole")

@@ -4,7 +4,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from experiments.soak import soak
+import cabs_jax
+from experiments.datasets import images
+from experiments.soak import attacks, soak
 
 
 def test_a_faulty_stream_is_read_to_the_last_example(monkeypatch):
@@ -46,3 +48,35 @@ def test_growth_of_memory_threads_or_files_is_a_leak():
 def test_leaks_are_not_judged_by_rounds_that_only_warm_up():
     growing = [soak.Resources(100.0 * i, 2, 3) for i in range(1, soak.WARM_ROUNDS + 1)]
     assert "not judged" in soak.check_for_leaks(growing)
+
+
+@pytest.mark.parametrize(
+    ("what", "counted"),
+    [
+        (attacks.read_together, "batches by two readers"),
+        (attacks.fork, "forks"),
+    ],
+)
+def test_readers_and_forks_get_each_example_once(what, counted):
+    counts = Counter()
+    for seed in range(3):
+        what(random.Random(seed), counts)
+    assert counts[counted] >= 3
+
+
+def test_a_loader_that_gives_readers_an_example_twice_ends_the_soak(monkeypatch):
+    taken = cabs_jax.BatchLoader.__next__
+    monkeypatch.setattr(cabs_jax.BatchLoader, "__next__", lambda loader: taken(loader) // 2)
+    with pytest.raises(attacks.AttackError, match="of two readers' examples"):
+        attacks.read_together(random.Random(1), Counter())
+
+
+def test_moved_images_have_the_labels_of_their_folders_and_a_stale_cache_ends_the_soak(
+    tmp_path, monkeypatch
+):
+    counts = Counter()
+    attacks.move_files(tmp_path / "right", random.Random(1), counts)
+    assert counts["files moved"] == 2 * attacks.MOVES
+    monkeypatch.setattr(images, "_content_key", lambda path: "0")
+    with pytest.raises(attacks.AttackError, match="are not where they lie"):
+        attacks.move_files(tmp_path / "stale", random.Random(1), counts)

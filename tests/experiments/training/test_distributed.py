@@ -1,4 +1,7 @@
+"""Two processes train as one, and end together whatever happens to either."""
+
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -6,49 +9,101 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments.training import run_folder
 
-RUN = [sys.executable, "-m", "experiments", "run", "--steps", "12", "--method", "noise_scale"]
+RUN = [sys.executable, "-m", "experiments", "run", "--method", "noise_scale"]
 RUN += ["--width", "0.2", "--max-batch-size", "128"]
+SOON = 60  # seconds, on a busy machine; JAX alone takes 312
+
+
+class Process(subprocess.Popen):
+    """A process of `run`, and the file that takes what it says on stderr."""
+
+    def __init__(self, command, environment, said):
+        self.said = said
+        with said.open("w") as file:
+            super().__init__(command, env=environment, stderr=file)
+
+
+class Pod:
+    """Starts processes of `run`, two of which may be a pair, and ends them all."""
+
+    def __init__(self, folder, settings):
+        settings = {**settings, "jax_platforms": "cpu", "jax_num_cpu_devices": 2}
+        self._environment = {**os.environ, **{k.upper(): str(x) for k, x in settings.items()}}
+        self._environment["TF_CPP_MIN_LOG_LEVEL"] = "3"  # as where JAX was not imported before
+        self._environment["XDG_CACHE_HOME"] = str(folder / "said" / "cache")  # of decoded images
+        self._folder, self._started = folder, []
+        (folder / "said").mkdir()
+
+    def start(self, name, *options, prefix=()):
+        command = [*prefix, *RUN, "--out", str(self._folder / name), *options]
+        said = self._folder / "said" / str(len(self._started))
+        self._started.append(Process(command, self._environment, said))
+        return self._started[-1]
+
+    def pair(self, *options, alone=((), ()), prefixes=((), ())):
+        """Two processes, each with the options of both and those that it has `alone`."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        where = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2"]
+        return [
+            self.start(
+                f"from-{index}",
+                *(*where, "--process-id", str(index)),
+                *(*options, *alone[index]),
+                prefix=prefixes[index],
+            )
+            for index in range(2)
+        ]
+
+    def close(self):
+        for process in self._started:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def pod(tmp_path, compilation_cache):
+    pod = Pod(tmp_path, compilation_cache)
+    yield pod
+    pod.close()
+
+
+def wait_until(happened, process):
+    ends = time.monotonic() + 150
+    while not happened():
+        time.sleep(0.05)
+        assert process.poll() is None, process.said.read_text()
+        assert time.monotonic() < ends
+
+
+def ends(pair):
+    """The status and the last line of each, once both have ended, soon after each other."""
+    statuses = [process.wait(timeout=150) for process in pair]
+    said = [process.said.read_text().splitlines()[-1] for process in pair]
+    return list(zip(statuses, said, strict=True))
+
+
+def steps_written(folder):
+    path = folder / run_folder.METRICS
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_resume_as_one_and_only_the_first_writes(
-    tmp_path, compilation_cache
-):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = {**compilation_cache, "jax_platforms": "cpu", "jax_num_cpu_devices": 2}
-    environment = {**os.environ, **{name.upper(): str(x) for name, x in settings.items()}}
-
-    def run(name, *options):
-        command = [*RUN, "--out", str(tmp_path / name), *options]
-        return subprocess.Popen(command, env=environment)
-
-    def pair(*options):
-        where = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2"]
-        for index in range(2):
-            who = ["--distributed", *where, "--process-id", str(index)]
-            yield run(f"from-{index}", *who, *options)
-
-    started = [run("single"), *pair("--checkpoint-every-steps", "4")]
-    try:
-        checkpoint = tmp_path / "from-0" / "checkpoints" / "4"
-        while not checkpoint.exists():
-            time.sleep(0.05)
-            assert started[1].poll() is None, "ended without a checkpoint"
-        for one in started[1:]:
-            one.kill()
-            one.wait()
-        started[1:] = pair("--resume")
-        assert [one.wait(timeout=150) for one in started] == [0, 0, 0]
-    finally:
-        for one in started:
-            one.kill()
-            one.wait()
-    assert {path.name for path in tmp_path.iterdir()} == {"single", "from-0"}
+def test_two_processes_train_as_one_and_resume_as_one_and_only_the_first_writes(tmp_path, pod):
+    single = pod.start("single", "--steps", "12")
+    pair = pod.pair("--steps", "12", "--checkpoint-every-steps", "4")
+    wait_until((tmp_path / "from-0" / "checkpoints" / "4").exists, pair[0])
+    for one in pair:
+        one.kill()
+        one.wait()
+    pair = pod.pair("--steps", "12", "--resume")
+    assert [one.wait(timeout=150) for one in (single, *pair)] == [0, 0, 0]
+    assert {path.name for path in tmp_path.iterdir()} == {"single", "from-0", "said"}
     single, together = run_folder.read(tmp_path / "single"), run_folder.read(tmp_path / "from-0")
     assert len(set(single.metrics["batch_size"])) > 2
     np.testing.assert_array_equal(together.metrics["step"], single.metrics["step"])
@@ -57,3 +112,70 @@ def test_two_processes_train_as_one_and_resume_as_one_and_only_the_first_writes(
     np.testing.assert_allclose(
         together.evaluations["test_loss"], single.evaluations["test_loss"], rtol=1e-4
     )
+
+
+@pytest.mark.slow
+def test_what_the_first_process_refuses_ends_both(tmp_path, pod):
+    (tmp_path / "from-0").mkdir()
+    run_folder.write_json(tmp_path / "from-0" / run_folder.CONFIG, {"method": "cabs"})
+    first, second = ends(pod.pair("--steps", "12", "--resume"))
+    assert first[0] == second[0] == 2
+    assert first[1].startswith("error: the run in ")
+    assert "method 'cabs', now 'noise_scale'" in first[1]
+    assert second[1] == f"process 0: {first[1]}"
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_both_and_leaves_the_lines_before(tmp_path, pod):
+    full = ("bash", "-c", 'ulimit -f 8; exec "$@"', "bash")  # no file over 8 KiB
+    first, second = ends(pod.pair("--steps", "1000", prefixes=(full, ())))
+    assert first[0] == second[0] == 2
+    assert "File too large" in first[1]
+    assert second[1] == f"process 0: {first[1]}"
+    assert steps_written(tmp_path / "from-0") > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("alone", "why"),
+    [
+        (
+            ("--steps", "12"),
+            "error: the processes differ in options: steps is 1000 on process 0 and 12",
+        ),
+        (("--resume", "--steps", "1000"), "options: resume is False on process 0 and True"),
+        (("--steps", "0"), "error: steps must be at least 1, got 0."),
+    ],
+)
+def test_other_options_end_both_before_the_first_step(tmp_path, pod, alone, why):
+    told = ends(pod.pair(alone=(("--steps", "1000"), alone)))
+    assert [status for status, _ in told] == [2, 2]
+    assert all(why in line for _, line in told)
+    assert not steps_written(tmp_path / "from-0")
+
+
+@pytest.mark.slow
+def test_other_data_under_one_name_ends_both_before_the_first_step(tmp_path, pod):
+    for index in range(2):
+        for split in ("train", "test"):
+            for label in range(2):
+                folder = tmp_path / f"data-{index}" / "images" / split / str(label)
+                folder.mkdir(parents=True)
+                Image.new("L", (8, 8), 50 * index + label).save(folder / "0.png")
+    roots = [("--data-dir", str(tmp_path / f"data-{index}")) for index in range(2)]
+    told = ends(
+        pod.pair("--dataset", "images", "--model", "digits_mlp", "--steps", "12", alone=roots)
+    )
+    assert [status for status, _ in told] == [2, 2]
+    assert all("error: the processes differ in data: fingerprint is " in line for _, line in told)
+    assert not steps_written(tmp_path / "from-0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_dies_or_is_cut_off_ends_the_other(tmp_path, pod, number):
+    first, second = pod.pair("--steps", "100000")
+    wait_until(lambda: steps_written(tmp_path / "from-0") > 3, first)
+    second.send_signal(number)
+    assert first.wait(timeout=SOON) == 1
+    assert "process 1: error: it died, or gave no sign for 15 s." in first.said.read_text()
