@@ -14,7 +14,6 @@ from tests.cabs_jax.moments.oracle import (
     assert_close,
     expected,
     per_example,
-    quick_jit,
     with_garbage,
 )
 from tests.cabs_jax.moments.zoo import EXAMPLES, ZOO
@@ -47,7 +46,7 @@ def member(tree, index):
 def run(name, *args, compiled=True, **options):
     case = ZOO[name]()
     function = gradient_moments(case.loss, **options)
-    function = quick_jit(function) if compiled else function
+    function = jax.jit(function) if compiled else function
     return function(case.params, case.batch, *args)
 
 
@@ -83,8 +82,8 @@ def test_vmap_over_seeds(name):
     case = ZOO[name]()
     seeds = jax.tree.map(lambda p: np.stack([p, 0.5 * p, -p]), case.params)
     function = gradient_moments(case.loss)
-    together = quick_jit(jax.vmap(function, (0, None)))(seeds, case.batch)
-    compiled = quick_jit(function)
+    together = jax.jit(jax.vmap(function, (0, None)))(seeds, case.batch)
+    compiled = jax.jit(function)
     for seed in range(3):
         alone = compiled(member(seeds, seed), case.batch)
         assert_close(member(together, seed), alone, 1e-5)
@@ -94,7 +93,7 @@ def test_vmap_over_batches_and_masks():
     case = ZOO["convolution_2d"]()
     batches = jax.tree.map(lambda x: np.stack([x, x[::-1]]), case.batch)
     masks = jnp.stack([jnp.asarray(EVERY_THIRD), ~jnp.asarray(EVERY_THIRD)])
-    function = quick_jit(jax.vmap(gradient_moments(case.loss), (None, 0, 0)))
+    function = jax.jit(jax.vmap(gradient_moments(case.loss), (None, 0, 0)))
     result = function(case.params, batches, masks)
     assert_close(member(result, 0), expected("convolution_2d", keep=EVERY_THIRD))
     assert_close(member(result, 1), expected("convolution_2d", keep=~EVERY_THIRD[::-1]))
@@ -109,10 +108,10 @@ def test_training_inside_scan(method):
         m = function(params, case.batch)
         return jax.tree.map(lambda p, g: p - 0.1 * g, params, m.mean), m
 
-    params, stacked = quick_jit(lambda p: lax.scan(step, p, length=3))(case.params)
+    params, stacked = jax.jit(lambda p: lax.scan(step, p, length=3))(case.params)
     last = member(stacked, 2)
     previous = jax.tree.map(lambda p, g: p + 0.1 * g, params, last.mean)
-    assert_close(last, quick_jit(function)(previous, case.batch))
+    assert_close(last, jax.jit(function)(previous, case.batch))
     assert stacked.value[2] < stacked.value[0]
 
 
@@ -123,7 +122,7 @@ def test_value_and_mean_are_the_plain_ones(name):
     def mean_loss(params):
         return jnp.mean(jax.vmap(case.loss, (None, 0))(params, case.batch))
 
-    value, grad = quick_jit(jax.value_and_grad(mean_loss))(case.params)
+    value, grad = jax.jit(jax.value_and_grad(mean_loss))(case.params)
     m = run(name)
     assert_close((m.value, m.mean), (value, grad), 1e-5)
 
@@ -137,7 +136,7 @@ def test_auto_is_exact():
 def test_statistics_of_half_precision_parameters_are_float32(dtype, method):
     # 1/4096 is lost when added to 1 in half precision.
     batch = 1 + jnp.array([[0.0], [1 / 64], [1 / 32], [3 / 64]], dtype)
-    m = quick_jit(gradient_moments(linear, method=method))(jnp.ones(1, dtype), batch)
+    m = jax.jit(gradient_moments(linear, method=method))(jnp.ones(1, dtype), batch)
     assert m.mean.dtype == dtype
     assert m.value.dtype == m.variance.dtype == jnp.float32
     expected_variance = np.var(np.asarray(batch, np.float64))
@@ -151,7 +150,7 @@ def test_float64_parameters(method):
 
     with jax.enable_x64(True):
         p, batch = jnp.arange(3.0), jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
-        m = quick_jit(gradient_moments(loss, method=method))(p, batch)
+        m = jax.jit(gradient_moments(loss, method=method))(p, batch)
         assert m.mean.dtype == jnp.float64
         assert m.variance.dtype == m.value.dtype == jnp.float32
         wanted = jax.vmap(jax.grad(loss), (None, 0))(p, batch)
@@ -162,7 +161,7 @@ def test_float64_parameters(method):
 @pytest.mark.parametrize("method", EXACT)
 def test_identical_examples_have_no_variance(variance, method):
     batch = jnp.tile(jnp.array([3.1, -0.7]), (5, 1))
-    m = quick_jit(gradient_moments(linear, method=method, variance=variance))(jnp.ones(2), batch)
+    m = jax.jit(gradient_moments(linear, method=method, variance=variance))(jnp.ones(2), batch)
     assert jnp.all(m.variance >= 0)
     np.testing.assert_allclose(m.variance, 0, atol=1e-5)
 
@@ -178,7 +177,7 @@ def test_keep_batch_dim_gives_the_loss_a_batch_of_one(method, has_aux):
         return (jnp.mean(losses), 2 * losses) if has_aux else jnp.mean(losses)
 
     function = gradient_moments(loss, method=method, keep_batch_dim=True, has_aux=has_aux)
-    result = quick_jit(function)(case.params, case.batch)
+    result = jax.jit(function)(case.params, case.batch)
     m, aux = result if has_aux else (result, None)
     assert_close(m, expected("dense"))
     if has_aux:
@@ -191,7 +190,7 @@ def test_aux_comes_back_per_example_and_in_order(method, block):
     case = ZOO["dense"]()
     blocks = {"groups": 4} if method == "between" else {"microbatch_size": block}
     function = gradient_moments(with_aux(case.loss), method=method, has_aux=True, **blocks)
-    m, aux = quick_jit(function)(case.params, case.batch)
+    m, aux = jax.jit(function)(case.params, case.batch)
     wanted = expected("dense")
     assert_close((m.value, m.mean), (wanted.value, wanted.mean))
     np.testing.assert_array_equal(aux["example"], case.batch)
@@ -207,7 +206,7 @@ def test_an_empty_mask_gives_zeros(options, variance):
     case = ZOO["embedding_as_output_head"]()
     padded = with_garbage(case.batch, np.zeros(EXAMPLES, bool))
     function = gradient_moments(case.loss, variance=variance, **options)
-    zeros = quick_jit(function)(case.params, padded, jnp.zeros(EXAMPLES, bool))
+    zeros = jax.jit(function)(case.params, padded, jnp.zeros(EXAMPLES, bool))
     for leaf in jax.tree.leaves(zeros):
         np.testing.assert_array_equal(leaf, 0)
 
@@ -216,7 +215,7 @@ def test_an_empty_mask_gives_zeros(options, variance):
 def test_an_empty_mask_gives_zeros_by_other_methods(method):
     groups = {"groups": 2} if method == "between" else {}
     batch, mask = jnp.full((4, 3), jnp.nan), jnp.zeros(4, bool)
-    function = quick_jit(gradient_moments(linear, method=method, **groups))
+    function = jax.jit(gradient_moments(linear, method=method, **groups))
     for leaf in function(jnp.ones(3), batch, mask):
         np.testing.assert_array_equal(leaf, 0)
 
@@ -225,7 +224,7 @@ def test_an_empty_mask_gives_zeros_by_other_methods(method):
 def test_a_single_example_has_no_variance(method):
     mask = jnp.arange(4) == 2
     batch = jnp.where(mask[:, None], jnp.arange(12.0).reshape(4, 3), jnp.nan)
-    m = quick_jit(gradient_moments(linear, method=method))(jnp.ones(3), batch, mask)
+    m = jax.jit(gradient_moments(linear, method=method))(jnp.ones(3), batch, mask)
     assert int(m.count) == 1
     np.testing.assert_allclose(m.mean, batch[2])
     np.testing.assert_allclose(m.variance, 0, atol=1e-4)
@@ -237,7 +236,7 @@ def test_microbatches_give_the_moments_of_the_batch(name, block):
     case = ZOO[name]()
     keep = np.arange(EXAMPLES) < 11
     padded = with_garbage(case.batch, keep)
-    function = quick_jit(gradient_moments(case.loss, microbatch_size=block))
+    function = jax.jit(gradient_moments(case.loss, microbatch_size=block))
     assert_close(
         function(case.params, padded, jnp.asarray(keep)), expected(name, keep=keep), case.tolerance
     )
@@ -294,7 +293,7 @@ def test_microbatches_bound_the_memory():
 
     def memory(examples, block):
         batch = np.ones((examples, 5 * 16), np.float32)
-        function = quick_jit(gradient_moments(case.loss, microbatch_size=block))
+        function = jax.jit(gradient_moments(case.loss, microbatch_size=block))
         return function.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
 
     one_gradient = params["direction"].nbytes
@@ -309,7 +308,7 @@ def test_microbatches_bound_the_memory():
 @pytest.mark.parametrize("variance", ["trace", "diagonal"])
 def test_subsample_averaged_over_all_shifts_is_the_second_moment(name, variance):
     case = ZOO[name]()
-    function = quick_jit(gradient_moments(case.loss, subsample=4, variance=variance))
+    function = jax.jit(gradient_moments(case.loss, subsample=4, variance=variance))
     wanted = expected(name, variance)
     shifts = [functools.partial(np.roll, shift=k, axis=0) for k in range(EXAMPLES // 4)]
     shifted = [function(case.params, jax.tree.map(shift, case.batch)) for shift in shifts]
@@ -330,7 +329,7 @@ def test_subsample_takes_no_more_than_there_is():
 
 def test_subsample_of_padding_alone_is_unknown():
     mask = jnp.arange(4) % 2 == 1
-    m = quick_jit(gradient_moments(linear, subsample=2))(jnp.ones(3), jnp.ones((4, 3)), mask)
+    m = jax.jit(gradient_moments(linear, subsample=2))(jnp.ones(3), jnp.ones((4, 3)), mask)
     assert jnp.isnan(m.variance)
     np.testing.assert_allclose(m.mean, 1)
 
@@ -353,7 +352,7 @@ def test_between_is_its_formula(groups, variance, real):
     keep = np.arange(12) < real
     function = gradient_moments(linear, method="between", groups=groups, variance=variance)
     padded = np.where(keep[:, None], x, np.nan).astype(np.float32)
-    m = quick_jit(function)(jnp.ones(3), padded, jnp.asarray(keep))
+    m = jax.jit(function)(jnp.ones(3), padded, jnp.asarray(keep))
     diagonal = between(x, keep, groups)
     wanted = diagonal.sum() if variance == "trace" else diagonal
     assert_close(m.variance, wanted, 1e-5)
@@ -363,7 +362,7 @@ def test_between_is_its_formula(groups, variance, real):
 
 def test_between_of_one_group_that_is_not_padding_is_unknown():
     function = gradient_moments(linear, method="between", groups=3)
-    m = quick_jit(function)(jnp.ones(2), jnp.ones((6, 2)), jnp.arange(6) < 2)
+    m = jax.jit(function)(jnp.ones(2), jnp.ones((6, 2)), jnp.arange(6) < 2)
     assert jnp.isnan(m.variance)
 
 
@@ -374,7 +373,7 @@ def test_between_is_unbiased_with_the_stated_deviation(groups):
     noise = np.random.default_rng(1).normal(size=(repetitions, examples, 3))
     batches = jnp.asarray(noise * scale + 1, jnp.float32)
     function = gradient_moments(linear, method="between", groups=groups)
-    estimates = quick_jit(jax.vmap(lambda b: function(jnp.ones(3), b).variance))(batches)
+    estimates = jax.jit(jax.vmap(lambda b: function(jnp.ones(3), b).variance))(batches)
     covariance = scale**2
     trace = covariance.sum() * (examples - 1) / examples
     deviation = np.sqrt(2 * np.sum(covariance**2) / ((groups - 1) * covariance.sum() ** 2))
