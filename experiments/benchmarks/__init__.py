@@ -1,1 +1,1 @@
-"""Measurements: each module here is `python -m experiments bench NAME`, its `main(argv)`."""
+"""Measurements: each module here is `python -m experiments bench NAME`, its `main`."""

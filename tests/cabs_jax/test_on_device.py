@@ -65,6 +65,7 @@ def test_sizes_losses_and_parameters_are_those_of_the_host_loop(options):
     assert sum(sizes) > 900  # several epochs, and several windows of the order
 
 
+@pytest.mark.slow  # compiles the loop several times
 def test_pieces_make_up_the_whole_and_compile_once():
     loop = on_device()
     start = PARAMS, OPTIMIZER.init(PARAMS)
@@ -94,6 +95,7 @@ def test_what_cannot_work_is_refused():
         on_device()(PARAMS, OPTIMIZER.init(PARAMS), {"x": np.ones((0, 5))}, cabs_jax.Position(), 1)
 
 
+@pytest.mark.slow  # compiles the loop several times
 def test_a_diagonal_variance_gives_the_same_run_and_drives_adam():
     start, position = OPTIMIZER.init(PARAMS), cabs_jax.Position()
     by_trace = on_device()(PARAMS, start, DATA, position, 20)

@@ -30,6 +30,7 @@ def test_run_writes_its_files_and_prints_where_the_figure_is(tmp_path, capsys):
     assert str(out / "figure.png") in capsys.readouterr().out
 
 
+@pytest.mark.slow  # trains whole runs
 def test_a_finished_run_without_its_figure_is_resumed_to_the_figure(tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["run", "--steps", "5", "--out", str(out)]) == 0
@@ -45,6 +46,7 @@ def test_a_finished_run_without_its_figure_is_resumed_to_the_figure(tmp_path, ca
     assert "there is nothing to resume" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # trains whole runs
 def test_a_summary_that_is_none_does_not_pass_for_a_finished_run(tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["run", "--steps", "2", "--out", str(out)]) == 0
@@ -53,6 +55,7 @@ def test_a_summary_that_is_none_does_not_pass_for_a_finished_run(tmp_path, capsy
     assert "summary.json is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # trains whole runs
 def test_without_out_each_run_gets_a_new_folder(tmp_path):
     for _ in range(2):
         assert cli.main(["run", "--method", "constant", "--steps", "2"]) == 0
@@ -62,6 +65,7 @@ def test_without_out_each_run_gets_a_new_folder(tmp_path):
     }
 
 
+@pytest.mark.slow  # trains whole runs
 def test_without_arguments_three_runs_share_a_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "EXAMPLES", 600)
     assert cli.main([]) == 0

@@ -10,18 +10,6 @@ import numpy as np
 from cabs_jax import GradientMoments
 from tests.cabs_jax.moments.zoo import ZOO
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-if jax.__version_info__ < (0, 11):
-    QUICK["xla_cpu_use_fusion_emitters"] = False  # which XLA dropped later
-
-
-def quick_jit(function):
-    """Compiles several times faster, to slower code."""
-    return jax.jit(function, compiler_options=QUICK)
-
 
 @functools.cache
 def per_example(name):
@@ -35,7 +23,7 @@ def per_example_of(loss, params, batch):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         params, batch = jax.tree.map(_in_float64, (params, batch))
         derivative = jax.value_and_grad(loss, allow_int=True)
-        losses, grads = quick_jit(jax.vmap(derivative, (None, 0)))(params, batch)
+        losses, grads = jax.jit(jax.vmap(derivative, (None, 0)))(params, batch)
         return np.asarray(losses), jax.tree.map(_without_float0, grads)
 
 

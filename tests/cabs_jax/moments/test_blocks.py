@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cabs_jax.moments import blocks
-from tests.cabs_jax.moments.oracle import quick_jit
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**36), st.integers(1, 8))
@@ -37,7 +36,7 @@ def test_sums_and_rows_are_those_of_the_whole(size, lanes):
     def function(x):
         return jnp.sum(x, axis=0), {"row": x[:, 0], "seen": jnp.full(x.shape[0], x.shape[0])}
 
-    sums, rows = quick_jit(lambda x: blocks.over_blocks(function, x, size, lanes=lanes))(x)
+    sums, rows = jax.jit(lambda x: blocks.over_blocks(function, x, size, lanes=lanes))(x)
     np.testing.assert_array_equal(sums, jnp.sum(x, axis=0))
     np.testing.assert_array_equal(rows["row"], x[:, 0])
     assert set(np.asarray(rows["seen"])) == {size}
@@ -67,7 +66,7 @@ def test_blocks_that_are_all_padding_at_the_end_are_skipped(keep, visited):
 @pytest.mark.parametrize("bytes_per_example", [1, 2**21, 2**40])
 def test_sums_in_cache_are_those_of_the_whole(examples, bytes_per_example):
     x = jnp.arange(1.0, examples * 3 + 1).reshape(examples, 3)
-    sums, rows = quick_jit(lambda x: blocks.sum_in_cache(squares_and_rows, x, bytes_per_example))(x)
+    sums, rows = jax.jit(lambda x: blocks.sum_in_cache(squares_and_rows, x, bytes_per_example))(x)
     np.testing.assert_allclose(sums["sum"], jnp.sum(x * x, axis=0), rtol=1e-6)
     np.testing.assert_array_equal(rows, jnp.sum(x, axis=1))
 

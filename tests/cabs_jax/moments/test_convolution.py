@@ -7,7 +7,7 @@ from jax import lax
 
 from cabs_jax.moments.convolution import channels_last, convolve
 from tests.cabs_jax.moments.geometries import convolutions, numbers
-from tests.cabs_jax.moments.oracle import assert_close, quick_jit
+from tests.cabs_jax.moments.oracle import assert_close
 
 
 @given(convolutions(batch_groups=True))
@@ -20,7 +20,7 @@ def test_a_convolution_of_every_kind_is_jaxs_own(geometry):
 
     x, w = numbers(*lhs), numbers(*rhs)
     (equation,) = jax.make_jaxpr(convolution)(x, w).eqns
-    ours, wanted = quick_jit(lambda x, w: (convolve(x, w, **equation.params), convolution(x, w)))(
+    ours, wanted = jax.jit(lambda x, w: (convolve(x, w, **equation.params), convolution(x, w)))(
         x, w
     )
     assert_close(ours, wanted, 1e-5)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from cabs_jax import per_example_value_and_grad
 from cabs_jax.moments.per_example import batch_size_of
 from experiments.training import models
-from tests.cabs_jax.moments.oracle import assert_close, per_example, quick_jit
+from tests.cabs_jax.moments.oracle import assert_close, per_example
 from tests.cabs_jax.moments.zoo import ZOO
 
 CASES = ["convolution_2d", "convolution_inside_cond_and_scan", "custom_vjp", "scan_over_time"]
@@ -20,7 +20,7 @@ CASES = ["convolution_2d", "convolution_inside_cond_and_scan", "custom_vjp", "sc
 def test_losses_and_gradients_are_those_of_the_bare_form(name):
     case = ZOO[name]()
     assert_close(
-        quick_jit(per_example_value_and_grad(case.loss))(case.params, case.batch),
+        jax.jit(per_example_value_and_grad(case.loss))(case.params, case.batch),
         per_example(name),
     )
 
@@ -51,7 +51,7 @@ def papers_net():
         "label": random.integers(0, 10, 8, np.int32),
     }
     bare = jax.vmap(jax.value_and_grad(model.loss), (None, 0))
-    wanted = jax.device_get(quick_jit(bare)(model.params, batch))
+    wanted = jax.device_get(jax.jit(bare)(model.params, batch))
     return model.loss, model.params, batch, wanted
 
 
@@ -69,13 +69,13 @@ def test_the_papers_net_on_eight_devices(papers_net, kind, hint):
         )
     else:
         function = per_example_value_and_grad(loss, mesh=mesh if hint == "mesh" else None)
-    assert_close(quick_jit(function)(*placed(mesh, params, batch)), wanted)
+    assert_close(jax.jit(function)(*placed(mesh, params, batch)), wanted)
 
 
 def test_the_bare_form_is_wrong_on_an_auto_mesh(papers_net):
     loss, params, batch, (losses, wanted) = papers_net
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    bare = quick_jit(jax.vmap(jax.value_and_grad(loss), (None, 0)))
+    bare = jax.jit(jax.vmap(jax.value_and_grad(loss), (None, 0)))
     value, grads = bare(*placed(mesh, params, batch))
     assert_close(value, losses)
     # The day this fails, JAX has mended its partitioner, and the warnings in the docs can go.

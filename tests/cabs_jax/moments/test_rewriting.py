@@ -8,7 +8,7 @@ from jax import lax
 
 from cabs_jax.moments import jaxprs
 from cabs_jax.moments.rewriting import CONVOLUTION, without_batched_convolutions
-from tests.cabs_jax.moments.oracle import assert_close, quick_jit
+from tests.cabs_jax.moments.oracle import assert_close
 from tests.cabs_jax.moments.zoo.case import convolution
 
 EXAMPLES = 3
@@ -89,7 +89,7 @@ def test_gradients_are_the_same_without_a_grouped_convolution(place):
 
     assert grouped(bare)
     assert not grouped(safe)
-    assert_close(*quick_jit(lambda w, x: (safe(w, x), bare(w, x)))(W, X), 1e-5)
+    assert_close(*jax.jit(lambda w, x: (safe(w, x), bare(w, x)))(W, X), 1e-5)
 
 
 def test_functions_without_convolutions_are_left_alone():

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from cabs_jax import gradient_moments
 from cabs_jax.moments import jaxprs, sharding
-from tests.cabs_jax.moments.oracle import QUICK, assert_close, expected, quick_jit, with_garbage
+from tests.cabs_jax.moments.oracle import assert_close, expected, with_garbage
 from tests.cabs_jax.moments.zoo import EXAMPLES, ZOO
 
 KEEP = np.arange(EXAMPLES) % 8 != 2
@@ -80,7 +80,7 @@ def check(name, way, shape=(8,), axes=("data",), **options):
     case, (kind, make) = ZOO[name](), WAYS[way]
     mesh = mesh_of(kind, shape, axes)
     placed = place(mesh, case.params, with_garbage(case.batch, KEEP), jnp.asarray(KEEP))
-    moments = quick_jit(make(case.loss, mesh, options))(*placed)
+    moments = jax.jit(make(case.loss, mesh, options))(*placed)
     wanted = expected(name, options.get("variance", "trace"), KEEP)
     assert_close(moments, wanted, case.tolerance)
     for leaf in jax.tree.leaves(moments):
@@ -180,7 +180,7 @@ COLLECTIVE = re.compile(
 
 def collectives(function, *args):
     """Kind and number of elements of everything that is sent between devices."""
-    compiled = jax.jit(function, compiler_options=QUICK).lower(*args).compile()
+    compiled = jax.jit(function).lower(*args).compile()
     found = []
     for shapes, kind in COLLECTIVE.findall(compiled.as_text()):
         for dimensions in re.findall(r"\w+\[([\d,]*)\]", shapes):

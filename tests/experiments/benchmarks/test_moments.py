@@ -50,6 +50,7 @@ def check(models, columns, tmp_path, capsys):
     assert "geometric mean" in printed.splitlines()[-1]
 
 
+@pytest.mark.slow  # compiles a net once for every column
 def test_table_and_json_have_every_cell_with_small_errors(tiny_nets, tmp_path, capsys):
     check(["mlp"], ["per_example", "trace", "diagonal", "subsample"], tmp_path, capsys)
 
@@ -60,6 +61,7 @@ def test_convolutions_and_scanned_layers_are_measured(model, tiny_nets, tmp_path
     check([model], ["trace"], tmp_path, capsys)
 
 
+@pytest.mark.slow  # compiles a net once for every column
 def test_programs_that_need_too_much_memory_are_not_run(tiny_nets, tmp_path, capsys):
     out = tmp_path / "out.json"
     options = ["--models", "mlp", "--batches", "8", "--memory", "0", "--out", str(out)]

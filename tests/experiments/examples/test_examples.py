@@ -10,6 +10,8 @@ from sklearn.datasets import load_digits
 import cabs_jax
 from experiments.examples import grain_dataset, language_model
 
+pytestmark = pytest.mark.slow  # trains every example until its loss has fallen
+
 IMAGES, LABELS = load_digits(return_X_y=True)
 IMAGES, LABELS = (IMAGES / 16).astype(np.float32), LABELS.astype(np.int32)
 

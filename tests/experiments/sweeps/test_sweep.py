@@ -16,6 +16,8 @@ from experiments.report import analysis, results
 from experiments.sweeps import plan, pool, sweep, worker
 from experiments.training import lock, run_folder
 
+pytestmark = pytest.mark.slow  # starts processes that each compile what they train
+
 PLAN = """
 title = "Tiny"
 examples = 600

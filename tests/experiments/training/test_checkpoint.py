@@ -41,6 +41,7 @@ def resume(job, out, schedule=EVERY_STEP):
         return train(job, out, checkpoints=checkpoints, resume=True)
 
 
+@pytest.mark.slow  # trains whole runs, more than once
 @pytest.mark.parametrize(
     ("options", "crashes"),
     [
@@ -68,6 +69,7 @@ def test_a_run_that_was_cut_off_writes_the_same_lines_as_one_that_was_not(
     assert np.all(np.diff(run_folder.read(cut).metrics["seconds"]) > 0)
 
 
+@pytest.mark.slow  # trains whole runs, more than once
 def test_without_a_checkpoint_the_run_starts_at_the_first_step(tmp_path):
     job = experiment()
     train(job, tmp_path / "whole")
@@ -86,11 +88,13 @@ def test_parameters_can_be_read_from_the_last_checkpoint_of_a_finished_run(tmp_p
             checkpoints.restore(template)
 
 
+@pytest.mark.slow  # trains whole runs, more than once
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     resume(experiment(), tmp_path, Schedule(every_steps=1, keep=2))
     assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["11", "12"]
 
 
+@pytest.mark.slow  # trains whole runs, more than once
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_writes_a_checkpoint_and_ends_the_run(tmp_path, number):
     job, handlers = experiment(), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
@@ -125,6 +129,7 @@ def test_a_second_signal_acts_at_once(tmp_path):
         signal.signal(signal.SIGINT, handler)
 
 
+@pytest.mark.slow  # trains whole runs, more than once
 def test_another_configuration_or_data_set_is_refused_and_shown(tmp_path):
     job = experiment()
     with Checkpoints(tmp_path / FOLDER) as checkpoints:

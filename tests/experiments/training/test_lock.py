@@ -15,6 +15,8 @@ from experiments.training.config import RunConfig
 from experiments.training.lock import InUseError, locked
 from experiments.training.train import set_up, train
 
+pytestmark = pytest.mark.slow  # starts processes that train
+
 HOLD = """
 import sys, time
 from pathlib import Path

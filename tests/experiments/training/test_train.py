@@ -71,6 +71,7 @@ def test_evaluations_start_before_the_first_step_and_are_evenly_spread(cabs_run)
     assert evaluations["test_accuracy"][-1] > 0.5
 
 
+@pytest.mark.slow  # trains whole runs
 def test_equal_configurations_repeat_each_other_exactly(cabs_run, tmp_path):
     _, again = run(tmp_path / "again", steps=150, learning_rate=1.0)
     for name, column in cabs_run[1].metrics.items():
@@ -78,6 +79,7 @@ def test_equal_configurations_repeat_each_other_exactly(cabs_run, tmp_path):
             np.testing.assert_array_equal(again.metrics[name], column, err_msg=name)
 
 
+@pytest.mark.slow  # trains whole runs
 def test_methods_share_initial_parameters_and_order_of_examples(cabs_run, tmp_path):
     _, constant = run(tmp_path / "constant", method="constant", steps=3, learning_rate=1.0)
     np.testing.assert_allclose(constant.metrics["loss"][0], cabs_run[1].metrics["loss"][0], 1e-5)
@@ -85,6 +87,7 @@ def test_methods_share_initial_parameters_and_order_of_examples(cabs_run, tmp_pa
     assert other_seed.metrics["loss"][0] != cabs_run[1].metrics["loss"][0]
 
 
+@pytest.mark.slow  # trains whole runs
 def test_a_constant_size_compiles_once_and_stops_at_the_examples_asked_for(tmp_path):
     summary, record = run(tmp_path, method="constant", batch_size=100, examples=950)
     assert set(record.metrics["batch_size"]) == {100}
@@ -93,11 +96,13 @@ def test_a_constant_size_compiles_once_and_stops_at_the_examples_asked_for(tmp_p
     assert summary["compilations"] == 1
 
 
+@pytest.mark.slow  # trains whole runs
 def test_bucketed_sizes_compile_once_a_size(tmp_path):
     summary, record = run(tmp_path, steps=40, learning_rate=1.0, round_to="buckets")
     assert summary["compilations"] <= len(set(record.metrics["batch_size"])) + 1
 
 
+@pytest.mark.slow  # trains whole runs
 def test_a_diverging_run_stops_and_is_recorded_as_such(tmp_path):
     summary, record = run(tmp_path, steps=100, learning_rate=3e38)
     assert summary["diverged"]
@@ -117,6 +122,7 @@ def test_every_line_is_on_disk_before_it_is_observed(tmp_path):
     assert lines == [1, 2, 3]
 
 
+@pytest.mark.slow  # trains whole runs
 def test_the_experiment_can_be_run_again(tmp_path):
     experiment = set_up(RunConfig(steps=2))
     before = jax.tree.map(np.array, experiment.model.params)
@@ -131,6 +137,7 @@ def test_a_used_folder_is_refused(tmp_path):
         train(set_up(RunConfig(steps=1)), tmp_path)
 
 
+@pytest.mark.slow  # trains whole runs
 def test_with_lag_every_size_is_that_of_the_step_before_the_last(tmp_path):
     _, prompt = run(tmp_path / "prompt", steps=9, batch_size=64)
     _, late = run(tmp_path / "late", steps=9, batch_size=64, lag=1)

@@ -16,7 +16,6 @@ from tests.cabs_jax.moments.oracle import (
     matches,
     names,
     per_example,
-    quick_jit,
     with_garbage,
 )
 from tests.cabs_jax.moments.zoo import EXAMPLES, ZOO
@@ -28,7 +27,7 @@ KEEP = np.arange(EXAMPLES) % 8 != 2
 def test_moments_are_those_of_float64_per_example_gradients(name):
     case = ZOO[name]()
 
-    @quick_jit
+    @jax.jit
     def moments(params, batch, padded):
         trace = gradient_moments(case.loss, method="factored")(params, padded, jnp.asarray(KEEP))
         return trace, gradient_moments(case.loss, variance="diagonal")(params, batch)
@@ -54,7 +53,7 @@ def test_squares_of_evenly_spread_examples_with_weights(name, measured):
     case = ZOO[name]()
     weights = np.linspace(-1, 2, EXAMPLES).astype(np.float32)
     sample = Sample(EXAMPLES, measured, ())
-    sums = quick_jit(
+    sums = jax.jit(
         lambda *args: batch_sums(loss_and_aux(case.loss, False), *args, "trace", sample),
     )(case.params, case.batch, weights)
     losses, grads = per_example(name)

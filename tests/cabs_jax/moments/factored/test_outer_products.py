@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from cabs_jax.moments.factored import outer_products
-from tests.cabs_jax.moments.oracle import quick_jit
 
 EXAMPLES, P, Q = 6, 5, 3
 
@@ -43,13 +42,13 @@ KINDS = [
 def test_gradients_and_their_norms_and_squares(kind):
     both, g = factors(0, **kind), outer(factors(0, **kind))
     np.testing.assert_allclose(
-        quick_jit(lambda f: outer_products.gradients(f, P))(both), g, rtol=1e-5, atol=1e-6
+        jax.jit(lambda f: outer_products.gradients(f, P))(both), g, rtol=1e-5, atol=1e-6
     )
     norms = np.sum(g**2, axis=(1, 2, 3))
-    np.testing.assert_allclose(quick_jit(outer_products.gram_norms)([both]), norms, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(outer_products.gram_norms)([both]), norms, rtol=1e-5)
     if kind["positions"] == 1 and "one_hot" not in kind:
         np.testing.assert_allclose(
-            quick_jit(outer_products.square_sums)(both), np.sum(g**2, axis=0), rtol=1e-5
+            jax.jit(outer_products.square_sums)(both), np.sum(g**2, axis=0), rtol=1e-5
         )
 
 
@@ -62,7 +61,7 @@ def test_norms_of_a_sum_of_uses_hold_the_cross_terms(kinds):
     uses = [factors(i, **kind) for i, kind in enumerate((*kinds, kinds[0]))]
     g = sum(map(outer, uses))
     norms = np.sum(g**2, axis=(1, 2, 3))
-    np.testing.assert_allclose(quick_jit(outer_products.gram_norms)(uses), norms, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(outer_products.gram_norms)(uses), norms, rtol=1e-5)
 
 
 def test_results_of_half_precision_factors_are_float32():

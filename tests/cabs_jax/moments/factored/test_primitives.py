@@ -12,7 +12,7 @@ from cabs_jax.moments import jaxprs
 from cabs_jax.moments.factored import outer_products
 from cabs_jax.moments.factored.primitives import RULES, find_rule
 from tests.cabs_jax.moments.geometries import convolutions, numbers, products
-from tests.cabs_jax.moments.oracle import assert_close, quick_jit
+from tests.cabs_jax.moments.oracle import assert_close
 
 EXAMPLES = 2
 
@@ -32,7 +32,7 @@ def check(function, operand, weight, x):
     rule = find_rule(equation, operand)
     cotangent = numbers(EXAMPLES, *equation.outvars[0].aval.shape)
 
-    @quick_jit
+    @jax.jit
     def both(x, cotangent):
         factors = rule.factors(x, cotangent)
         groups, positions, p, q = rule.sizes()
