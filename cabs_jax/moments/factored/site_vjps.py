@@ -73,19 +73,23 @@ class Residuals(NamedTuple):
 
     Attributes:
       w: The parameter.
-      x: The other operand, shape (m, ...).
+      x: The other operand, shape (m, ...), or a tuple of them where there are several.
       cotangent: The cotangents of the output, shape (m, ...).
       into_w: Computes the gradient of the batch as JAX would, Σ_i g_i, shaped like w.
     """
 
     w: jax.Array
-    x: jax.Array
+    x: PyTree
     cotangent: jax.Array
     into_w: Callable[[], jax.Array]
 
     def factors(self, sample: Sample, rule: Rule) -> tuple[jax.Array, jax.Array]:
         """Factors of the measured examples' gradients."""
-        return rule.factors(sample.rows(self.x), sample.rows(self.cotangent))
+        return rule.factors(*self.measured(sample))
+
+    def measured(self, sample: Sample) -> tuple[PyTree, jax.Array]:
+        """The other operand and the cotangents of the measured examples."""
+        return jax.tree.map(sample.rows, self.x), sample.rows(self.cotangent)
 
 
 # Returns the gradient of the batch and the statistic that goes into the slot.
@@ -93,30 +97,32 @@ Measure = Callable[[Sample, Rule, Residuals], tuple[jax.Array, PyTree]]
 
 
 def _by_rule(context: Context, number: int, site: Site, rule: Rule, values: list[Value]) -> Batched:
-    """A site whose primitive has a rule, and so one parameter and one other operand."""
-    parameter, other = values[rule.operand], values[1 - rule.operand]
+    """A site whose primitive has a rule, and so one parameter."""
+    parameter, place = values[rule.operand], rule.operand
     assert isinstance(parameter, Shared)
+    others = [to_batched(context.sample, v).value for i, v in enumerate(values) if i != place]
+    other = others[0] if len(others) == 1 else tuple(others)
     measure, slot = _measure(context, number, site, parameter)
     assert slot is not None  # without a slot, what it should return would be lost
 
-    def evaluate(w: jax.Array, x: jax.Array) -> jax.Array:
-        operands: list[Value] = [Batched(x), Batched(x)]
-        operands[rule.operand] = Shared(w)
+    def evaluate(w: jax.Array, x: PyTree) -> jax.Array:
+        operands: list[Value] = [Batched(operand) for operand in jax.tree.leaves(x)]
+        operands.insert(place, Shared(w))
         (output,) = evaluate_batched(site.equation, operands)
         return jnp.asarray(output.value)
 
     @jax.custom_vjp
-    def apply(w: jax.Array, x: jax.Array, slot: PyTree) -> jax.Array:
+    def apply(w: jax.Array, x: PyTree, slot: PyTree) -> jax.Array:
         return evaluate(w, x)
 
-    def forward(w: jax.Array, x: jax.Array, slot: PyTree) -> tuple[jax.Array, PyTree]:
+    def forward(w: jax.Array, x: PyTree, slot: PyTree) -> tuple[jax.Array, PyTree]:
         return evaluate(w, x), (w, x)
 
     def backward(saved: PyTree, cotangent: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
         # The equation is linear in each operand: its derivative is its transpose.
         w, x = saved
         into_x = None
-        if jnp.issubdtype(x.dtype, jnp.inexact):
+        if not rule.one_hot and jnp.issubdtype(x.dtype, jnp.inexact):
             (into_x,) = jax.linear_transpose(lambda x: evaluate(w, x), x)(cotangent)
 
         def into_w() -> jax.Array:
@@ -127,7 +133,7 @@ def _by_rule(context: Context, number: int, site: Site, rule: Rule, values: list
         return gradient, into_x, statistic
 
     apply.defvjp(forward, backward)
-    return Batched(apply(parameter.value, other.value, slot))
+    return Batched(apply(parameter.value, other, slot))
 
 
 def _measure(
@@ -149,6 +155,9 @@ def _measure(
 def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Gradient of the batch and squared norms of the examples' gradients."""
     rows = rule.sizes()[2]
+    if rule.apart:
+        _, right = at.factors(sample, rule)
+        return at.into_w(), jnp.sum(jnp.square(right.astype(jnp.float32)), axis=(1, 2, 3))
     direct = cost.prefers_direct(rule.sizes())
     # Where the gradients of all examples are formed, their sum is the gradient of the batch.
     reuses = direct and sample.is_whole
@@ -160,8 +169,9 @@ def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Ar
         g = outer_products.gradients(factors, rows)  # (examples of the block, groups, p, q)
         return (g if reuses else ()), jnp.sum(g * g, axis=(1, 2, 3))
 
-    measured = (sample.rows(at.x), sample.rows(at.cotangent))
-    total, norms = sum_in_cache(block, measured, cost.norm_bytes(rule.sizes(), direct=direct))
+    total, norms = sum_in_cache(
+        block, at.measured(sample), cost.norm_bytes(rule.sizes(), direct=direct)
+    )
     if reuses:
         return rule.assemble(total, at.w.shape).astype(at.w.dtype), norms
     return at.into_w(), norms
@@ -170,7 +180,10 @@ def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Ar
 def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Gradient of the batch and the sum of the squares of the examples' gradients."""
     _, positions, p, _ = rule.sizes()
-    if positions == 1 and not rule.one_hot:  # (left ⊗ right)² = left² ⊗ right²
+    if rule.one_hot:
+        squares = outer_products.one_hot_square_sums(at.factors(sample, rule), p, rule.apart)
+        return at.into_w(), rule.assemble(squares, at.w.shape)
+    if positions == 1:  # (left ⊗ right)² = left² ⊗ right²
         squares = outer_products.square_sums(at.factors(sample, rule))
         return at.into_w(), rule.assemble(squares, at.w.shape)
 
@@ -178,9 +191,8 @@ def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
         g = outer_products.gradients(rule.factors(*operands), p)
         return (g, g * g), ()
 
-    measured = (sample.rows(at.x), sample.rows(at.cotangent))
     needed = cost.norm_bytes(rule.sizes(), direct=True)
-    (total, squares), _ = sum_in_cache(block, measured, needed)
+    (total, squares), _ = sum_in_cache(block, at.measured(sample), needed)
     squares = rule.assemble(squares, at.w.shape)
     if sample.is_whole:
         return rule.assemble(total, at.w.shape).astype(at.w.dtype), squares

@@ -19,6 +19,7 @@ SOME = [
     "convolution_2d",
     "depthwise_separable_convolution",
     "embedding_as_output_head",
+    "vmapped_embedding",
     "scan_over_time",
     "convolution_inside_cond_and_scan",
     "odd_leaves",

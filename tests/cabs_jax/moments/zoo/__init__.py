@@ -10,6 +10,7 @@ for _kind in (
     "elementwise",
     "flax_modules",
     "functions",
+    "lookups",
     "loops",
     "products",
     "repeated_use",
