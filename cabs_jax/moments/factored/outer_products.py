@@ -84,6 +84,20 @@ def square_sums(factors: Factors) -> jax.Array:
     return _einsum("bktp,bktq->kpq", _square(left), _square(right))
 
 
+def one_hot_norms(factors: Factors, apart: bool) -> jax.Array:
+    """Squared norms (examples,) of rows put to places; with `apart`, no two to the same."""
+    if not apart:
+        return gram_norms([factors])
+    return jnp.sum(_square(factors[1]), axis=(1, 2, 3))
+
+
+def weighted_norms(factors: Factors, scale: jax.Array) -> jax.Array:
+    """Squared norms (examples,) of scale · (left ⊗ right), for a single position per example."""
+    left, right = (_square(factor[:, :, 0]) for factor in factors)
+    along_left = _einsum("bkp,kpq->bkq", left, _square(scale))
+    return jnp.sum(along_left * right, axis=(1, 2))
+
+
 def one_hot_square_sums(factors: Factors, rows: int, apart: bool) -> jax.Array:
     """Σ_i g_i² (1, rows, q) of gradients that are rows of `right` put to the places in `left`.
 

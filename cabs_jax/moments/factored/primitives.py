@@ -70,6 +70,12 @@ class Rule(NamedTuple):
         count = [math.prod(self.shape[a] for a in axes) for axes in self[2:5]]
         return count[0], self.positions, count[1], count[2]
 
+    def lay_out(self, x: jax.Array) -> jax.Array:
+        """Brings an array like the parameter into the shape (groups, p, q)."""
+        groups, _, p, q = self.sizes()
+        order = (*self.groups, *self.left, *self.right)
+        return x.reshape(self.shape).transpose(order).reshape(groups, p, q)
+
     def assemble(self, gradient: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Lays a gradient of shape (..., groups, p, q) out like the parameter."""
         lead = gradient.ndim - 3

@@ -72,15 +72,17 @@ class Residuals(NamedTuple):
     """What the backward pass knows at a site with a rule.
 
     Attributes:
-      w: The parameter.
+      w: The parameter, or what looks at it.
       x: The other operand, shape (m, ...), or a tuple of them where there are several.
       cotangent: The cotangents of the output, shape (m, ...).
+      scale: What entries of the parameters are multiplied by to make those of w (see `Shared`).
       into_w: Computes the gradient of the batch as JAX would, Σ_i g_i, shaped like w.
     """
 
     w: jax.Array
     x: PyTree
     cotangent: jax.Array
+    scale: jax.Array | None
     into_w: Callable[[], jax.Array]
 
     def factors(self, sample: Sample, rule: Rule) -> tuple[jax.Array, jax.Array]:
@@ -112,15 +114,15 @@ def _by_rule(context: Context, number: int, site: Site, rule: Rule, values: list
         return jnp.asarray(output.value)
 
     @jax.custom_vjp
-    def apply(w: jax.Array, x: PyTree, slot: PyTree) -> jax.Array:
+    def apply(w: jax.Array, x: PyTree, scale: PyTree, slot: PyTree) -> jax.Array:
         return evaluate(w, x)
 
-    def forward(w: jax.Array, x: PyTree, slot: PyTree) -> tuple[jax.Array, PyTree]:
-        return evaluate(w, x), (w, x)
+    def forward(w: jax.Array, x: PyTree, scale: PyTree, slot: PyTree) -> tuple[jax.Array, PyTree]:
+        return evaluate(w, x), (w, x, scale)
 
-    def backward(saved: PyTree, cotangent: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
+    def backward(saved: PyTree, cotangent: jax.Array) -> tuple[PyTree, PyTree, None, PyTree]:
         # The equation is linear in each operand: its derivative is its transpose.
-        w, x = saved
+        w, x, scale = saved
         into_x = None
         if not rule.one_hot and jnp.issubdtype(x.dtype, jnp.inexact):
             (into_x,) = jax.linear_transpose(lambda x: evaluate(w, x), x)(cotangent)
@@ -129,11 +131,12 @@ def _by_rule(context: Context, number: int, site: Site, rule: Rule, values: list
             (gradient,) = jax.linear_transpose(lambda w: evaluate(w, x), w)(cotangent)
             return jnp.asarray(gradient)
 
-        gradient, statistic = measure(context.sample, rule, Residuals(w, x, cotangent, into_w))
-        return gradient, into_x, statistic
+        residuals = Residuals(w, x, cotangent, scale, into_w)
+        gradient, statistic = measure(context.sample, rule, residuals)
+        return gradient, into_x, None, statistic
 
     apply.defvjp(forward, backward)
-    return Batched(apply(parameter.value, other, slot))
+    return Batched(apply(parameter.value, other, parameter.scale, slot))
 
 
 def _measure(
@@ -141,7 +144,7 @@ def _measure(
 ) -> tuple[Measure, PyTree]:
     """What to measure at a site with a rule, and the slot that takes it."""
     ((_, origin),) = site.parameters
-    # Several leaves behind one operand are all measured per example.
+    # Several leaves behind one operand are all measured in the same way.
     mode = context.choices[min(origin.leaves)].mode
     if mode is Mode.PER_EXAMPLE:
         return _gradients, parameter.gradient_slots
@@ -154,10 +157,41 @@ def _measure(
 
 def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Gradient of the batch and squared norms of the examples' gradients."""
+    if at.scale is not None and at.scale.ndim:
+        return _weighted_norms(sample, rule, at)
+    gradient, norms = _plain_norms(sample, rule, at)
+    return gradient, norms if at.scale is None else norms * jnp.square(at.scale)
+
+
+def _weighted_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
+    """Norms of gradients whose entries are multiplied by a scale, one for each."""
+    assert at.scale is not None
+    scale, (_, positions, p, _) = rule.lay_out(at.scale), rule.sizes()
+    direct = not rule.one_hot and positions > 1
+    reuses = direct and sample.is_whole
+
+    def block(operands: PyTree) -> tuple[PyTree, PyTree]:
+        left, right = rule.factors(*operands)
+        if direct:
+            g = outer_products.gradients((left, right), p)
+            return (g if reuses else ()), jnp.sum(jnp.square(g * scale[None]), axis=(1, 2, 3))
+        if rule.one_hot:  # row by row, before the rows are added up
+            right = right * scale[0, left][:, None].astype(right.dtype)
+            return (), outer_products.one_hot_norms((left, right), rule.apart)
+        return (), outer_products.weighted_norms((left, right), scale)
+
+    needed = cost.norm_bytes(rule.sizes(), direct=direct)
+    total, norms = sum_in_cache(block, at.measured(sample), needed)
+    if reuses:
+        return rule.assemble(total, at.w.shape).astype(at.w.dtype), norms
+    return at.into_w(), norms
+
+
+def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
+    """Norms of gradients whose entries are those of the parameters' gradients."""
     rows = rule.sizes()[2]
     if rule.apart:
-        _, right = at.factors(sample, rule)
-        return at.into_w(), jnp.sum(jnp.square(right.astype(jnp.float32)), axis=(1, 2, 3))
+        return at.into_w(), outer_products.one_hot_norms(at.factors(sample, rule), True)
     direct = cost.prefers_direct(rule.sizes())
     # Where the gradients of all examples are formed, their sum is the gradient of the batch.
     reuses = direct and sample.is_whole

@@ -15,6 +15,7 @@ for _kind in (
     "products",
     "repeated_use",
     "unusual",
+    "viewed",
     "wrapped",
 ):
     importlib.import_module(f"{__name__}.{_kind}")
