@@ -67,6 +67,8 @@ Glossary:
   of the gradients comes back as the derivative with respect to it.
 * view: what an equation sees of a parameter after nothing but reshapes, transposes, casts and
   slices; the squared norm of the gradient is the same for both.
+* mosaic: entries of one or several views, each at most once and times a constant (its scale), as
+  after masks, `concatenate` or `pad`; the squared norm is a sum of squares weighted by the scale.
 * factor: `left` or `right`; the gradient of an example is Σ_t left_t ⊗ right_t over positions t.
 * form: the way in which a norm is taken from factors. The Gram form uses their inner products, the
   direct form adds up the outer products; with one position it is a product of two norms.

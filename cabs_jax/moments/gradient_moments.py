@@ -254,6 +254,10 @@ def _moments(
         else:
             per_measured = examples / jnp.where(measured > 0, measured, jnp.nan)
             estimate = examples * squares * per_measured - squared_mean
+        # Squares of finite gradients may overflow, and then give ∞ − ∞ or 0·∞.
+        finite = jnp.isfinite(squares) & jnp.isfinite(squared_mean)
+        overflow = ~finite & ~jnp.isnan(squared_mean) & (measured > 0)
+        estimate = jnp.where(overflow, jnp.inf, estimate)
         return jnp.where(count > 0, jnp.maximum(estimate, 0.0), 0.0)
 
     if variance == "trace":

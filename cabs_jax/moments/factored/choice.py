@@ -48,7 +48,7 @@ class Use(NamedTuple):
     number: int
     site: Site
     rule: Rule
-    view: views.View
+    view: views.Seen
 
     def sizes(self) -> Sizes:
         """Returns (groups, positions, p, q), every step of the scans around it counted."""
@@ -62,6 +62,8 @@ class Use(NamedTuple):
         through, and where they start. None where there is no such order, or no room for it.
         """
         rule, view = self.rule, self.view
+        if isinstance(view, views.Mosaic):
+            return None
         sides = rule.groups, rule.left, rule.right
         if not all(views.in_order(view, side) for side in sides):
             return None
@@ -97,11 +99,23 @@ def choose(program: Program, num_params: int, variance: Variance) -> tuple[Choic
         for _, parameter in site.parameters:
             for leaf in parameter.leaves:
                 found[leaf].append((number, parameter))
-    return tuple(_choose(program.sites, at, variance) for at in found)
+    choices = [_choose(program.sites, leaf, at, variance) for leaf, at in enumerate(found)]
+    joined = [p.leaves for at in found for _, p in at if len(p.leaves) > 1]
+    while held := _held_with_others(joined, choices):
+        for leaf in held:
+            reason = "joined to one that is held"
+            choices[leaf] = Choice(Mode.PER_EXAMPLE, reason, choices[leaf].sites)
+    return tuple(choices)
+
+
+def _held_with_others(joined: list[frozenset[int]], choices: list[Choice]) -> set[int]:
+    """Parameters behind one operand with another whose gradients are held, but not held yet."""
+    held = {leaf for leaf, choice in enumerate(choices) if choice.mode is Mode.PER_EXAMPLE}
+    return {leaf for leaves in joined if leaves & held for leaf in leaves - held}
 
 
 def _choose(
-    sites: tuple[Site, ...], found: list[tuple[int, Parameter]], variance: Variance
+    sites: tuple[Site, ...], leaf: int, found: list[tuple[int, Parameter]], variance: Variance
 ) -> Choice:
     """Chooses a mode for a parameter that was found at some sites, by number."""
     numbers = tuple(dict.fromkeys(number for number, _ in found))
@@ -113,10 +127,10 @@ def _choose(
         if isinstance(use, str):
             return Choice(Mode.PER_EXAMPLE, use, numbers)
         uses.append(use)
-    seen = [use.view for use in uses]
+    pieces = [piece for use in uses for piece in views.pieces(use.view)]
+    seen = [piece for piece in pieces if piece.leaf == leaf]
     once = all(view.repeats == 1 for view in seen)
-    apart = all(views.disjoint(a, b) for i, a in enumerate(seen) for b in seen[:i])
-    if once and apart:
+    if once and views.apart(seen):
         return Choice(Mode.IN_PLACE, "", numbers, tuple(uses))
     # Squares of entries need the whole gradient; so do slices that a scan takes in turn.
     if variance == "diagonal" or any(view.looped for view in seen):
@@ -134,8 +148,7 @@ def _use(number: int, site: Site, parameter: Parameter) -> Use | str:
         return f"no rule for {primitive}"
     if parameter.view is None:
         return f"a computed weight of {primitive}"
-    view = views.reshaped(parameter.view, site.rule.shape)
-    return Use(number, site, site.rule, view) if view else f"an unusual view in {primitive}"
+    return Use(number, site, site.rule, views.shown(parameter.view, site.rule.shape))
 
 
 def copies_are_cheap(site: Site) -> bool:

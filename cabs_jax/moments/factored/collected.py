@@ -76,6 +76,7 @@ def _norms(uses: Sequence[Use], factors: dict[int, Factors]) -> jax.Array:
 
 def _left(use: Use) -> tuple[views.Dim, ...]:
     """The entries of the parameter that the left factor of a use runs through."""
+    assert isinstance(use.view, views.View)  # mosaics are never collected
     return views.layout(use.view, use.rule.left)
 
 

@@ -8,8 +8,8 @@ On its way there a parameter may be reshaped, sliced, cast, or squared: equation
 enters, evaluated once. Its slots have to come along, and what is put into them at the site has to
 find its way back to the parameter itself:
 
-* A view (reshape, transpose, slice) moves entries about. Slots are moved in the same way; JAX's own
-  derivative of that moves their cotangents back.
+* A view moves entries of parameters about, and may scale them. Slots are moved in the same way;
+  JAX's own derivative of that moves their cotangents back.
 * Any other function u = f(w) changes the gradient. The output is given new slots s, for the
   gradients of the examples with respect to u; a derivative rule pulls each of them back through f
   on its own, g_i = f'(w)ᵀ ∂ℓ/∂s_i, into the slots of w.
@@ -28,7 +28,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from cabs_jax.moments import jaxprs
-from cabs_jax.moments.factored import views
 from cabs_jax.moments.factored.program import CONSTANT, Kind, SortedJaxpr, Step
 from cabs_jax.moments.factored.site_vjps import evaluate_site
 from cabs_jax.moments.factored.values import (
@@ -40,9 +39,8 @@ from cabs_jax.moments.factored.values import (
     slot_dtype,
     to_batched,
 )
+from cabs_jax.moments.factored.viewing import evaluate_view
 from cabs_jax.statistics import PyTree
-
-REARRANGING = {"broadcast_in_dim", "reshape", "slice", "split", "squeeze", "transpose"}
 
 
 def run(context: Context, body: SortedJaxpr, inputs: Sequence[Value]) -> list[Value]:
@@ -76,7 +74,10 @@ def _evaluate(context: Context, step: Step, values: list[Value]) -> Sequence[Val
         return _scan(context, equation, inner, values)
     if any(isinstance(value, Batched) for value in values):
         return evaluate_batched(equation, values)
-    return _evaluate_shared(context, equation, [v for v in values if isinstance(v, Shared)])
+    shared = [v for v in values if isinstance(v, Shared)]
+    if step.kind is Kind.VIEW:
+        return evaluate_view(equation, shared, step.viewed)
+    return _evaluate_shared(context, equation, shared)
 
 
 def _scan(
@@ -116,9 +117,11 @@ def _swap_examples(value: Value) -> Value:
     """Swaps the axis of examples with that of a scan: (m, steps, ...) and (steps, m, ...)."""
     if isinstance(value, Batched):
         return Batched(value.value.swapaxes(0, 1))
-    if value.gradient_slots is None:
-        return value
-    return value._replace(gradient_slots=value.gradient_slots.swapaxes(0, 1))
+    if value.gradient_slots is not None:
+        value = value._replace(gradient_slots=value.gradient_slots.swapaxes(0, 1))
+    if value.scale is not None and not value.scale.ndim:  # the same at every step
+        value = value._replace(scale=jnp.broadcast_to(value.scale, value.value.shape[:1]))
+    return value
 
 
 def _strong(value: Value) -> Value:
@@ -138,37 +141,14 @@ def _numbers(body: SortedJaxpr) -> list[int]:
 def _evaluate_shared(
     context: Context, equation: jaxprs.Equation, values: list[Shared]
 ) -> list[Shared]:
-    """Evaluates an equation that no example enters, and brings the slots along."""
+    """Evaluates a function of parameters, and makes new slots if there are any for gradients."""
     outputs = jaxprs.evaluate(equation, [v.value for v in values])
-    primitive = jaxprs.name(equation)
+    # A parameter of which anything else is wanted is never measured behind this.
     gradients = any(v.gradient_slots is not None for v in values)
-    squares = any(v.square_slots is not None for v in values)
-    if primitive == "stop_gradient" or not (gradients or squares):
-        return [Shared(output) for output in outputs]
-    if len(values) == 1:
-        (value,) = values
-        # Slots are float32 (or complex64) whatever the value is cast to.
-        cast = primitive == "convert_element_type" and _is_real(value.value, outputs[0])
-        if cast or primitive in views.IDENTITIES:
-            return [value._replace(value=outputs[0])]
-        if primitive in REARRANGING:
-            return _rearranged(equation, value, outputs)
-    if not gradients:  # a parameter whose squares are wanted is never measured behind this
+    if jaxprs.name(equation) == "stop_gradient" or not gradients:
         return [Shared(output) for output in outputs]
     slots = _new_slots(context, equation, values)
     return [Shared(output, slots.get(i)) for i, output in enumerate(outputs)]
-
-
-def _rearranged(equation: jaxprs.Equation, value: Shared, outputs: list[Any]) -> list[Shared]:
-    """Moves slots as an equation moves the entries of its operand."""
-    none = [None] * len(outputs)
-    gradient_slots: Sequence[Any] = none
-    square_slots: Sequence[Any] = none
-    if value.gradient_slots is not None:  # (n, *shape): the same for every example
-        gradient_slots = jax.vmap(lambda x: jaxprs.evaluate(equation, [x]))(value.gradient_slots)
-    if value.square_slots is not None:
-        square_slots = jaxprs.evaluate(equation, [value.square_slots])
-    return [Shared(*parts) for parts in zip(outputs, gradient_slots, square_slots, strict=True)]
 
 
 def _new_slots(
@@ -203,7 +183,3 @@ def _new_slots(
 
     slots.defvjp(forward, backward)
     return dict(zip(floating, slots(arguments, others, inner), strict=True))
-
-
-def _is_real(*arrays: Any) -> bool:
-    return all(jnp.issubdtype(x.dtype, jnp.floating) for x in arrays)

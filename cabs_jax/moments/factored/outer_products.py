@@ -84,5 +84,36 @@ def square_sums(factors: Factors) -> jax.Array:
     return _einsum("bktp,bktq->kpq", _square(left), _square(right))
 
 
+def one_hot_norms(factors: Factors, apart: bool) -> jax.Array:
+    """Squared norms (examples,) of rows put to places; with `apart`, no two to the same."""
+    if not apart:
+        return gram_norms([factors])
+    return jnp.sum(_square(factors[1]), axis=(1, 2, 3))
+
+
+def weighted_norms(factors: Factors, scale: jax.Array) -> jax.Array:
+    """Squared norms (examples,) of scale · (left ⊗ right), for a single position per example."""
+    left, right = (_square(factor[:, :, 0]) for factor in factors)
+    along_left = _einsum("bkp,kpq->bkq", left, _square(scale))
+    return jnp.sum(along_left * right, axis=(1, 2))
+
+
+def one_hot_square_sums(factors: Factors, rows: int, apart: bool) -> jax.Array:
+    """Σ_i g_i² (1, rows, q) of gradients that are rows of `right` put to the places in `left`.
+
+    Rows of one example that go to one place are added up before they are squared, where the first
+    of them stands. With `apart`, no two do.
+    """
+    left, right = factors[0], factors[1][:, 0].astype(jnp.float32)  # (b, t) and (b, t, q)
+    if not apart:
+        same = left[:, :, None] == left[:, None, :]
+        first = ~jnp.any(jnp.tril(same, -1), axis=2)
+        sums = _einsum("bts,bsq->btq", same.astype(jnp.float32), right)
+        right = jnp.where(first[:, :, None], sums, 0.0)
+    empty = sharding.vary(jnp.zeros((rows, right.shape[2])), tuple(jaxprs.varying_axes(right)))
+    squares: jax.Array = empty.at[left.reshape(-1)].add(_square(right).reshape(left.size, -1))
+    return squares[None]
+
+
 def _is_indices(left: jax.Array) -> bool:
     return bool(jnp.issubdtype(left.dtype, jnp.integer))

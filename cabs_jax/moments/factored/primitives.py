@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import GatherScatterMode
 
 from cabs_jax.moments import convolution, jaxprs
@@ -47,8 +48,11 @@ class Rule(NamedTuple):
       left: Axes that come from the input.
       right: Axes that come from the cotangent of the output.
       positions: Number of outer products summed per example.
-      factors: `(x, cotangent) -> (left, right)`, all with a leading axis of examples.
+      factors: `(x, cotangent) -> (left, right)`, all with a leading axis of examples; x is the
+        other operand, or a tuple of them where there are several.
       one_hot: Whether `left` is given as indices.
+      apart: Whether no two positions of an example have the same `left`, so that entries of the
+        gradient are entries of `right`.
     """
 
     operand: int
@@ -57,13 +61,20 @@ class Rule(NamedTuple):
     left: tuple[int, ...]
     right: tuple[int, ...]
     positions: int
-    factors: Callable[[jax.Array, jax.Array], Factors]
+    factors: Callable[[Any, jax.Array], Factors]
     one_hot: bool = False
+    apart: bool = False
 
     def sizes(self) -> tuple[int, int, int, int]:
         """Returns the numbers (groups, positions, p, q)."""
         count = [math.prod(self.shape[a] for a in axes) for axes in self[2:5]]
         return count[0], self.positions, count[1], count[2]
+
+    def lay_out(self, x: jax.Array) -> jax.Array:
+        """Brings an array like the parameter into the shape (groups, p, q)."""
+        groups, _, p, q = self.sizes()
+        order = (*self.groups, *self.left, *self.right)
+        return x.reshape(self.shape).transpose(order).reshape(groups, p, q)
 
     def assemble(self, gradient: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Lays a gradient of shape (..., groups, p, q) out like the parameter."""
@@ -142,39 +153,105 @@ def _conv_general_dilated(equation: jaxprs.Equation, operand: int) -> Rule | Non
 
 
 def _gather(equation: jaxprs.Equation, operand: int) -> Rule | None:
-    """Rows of a table, as in an embedding."""
-    numbers, table = equation.params["dimension_numbers"], equation.invars[0].aval.shape
-    axis = numbers.start_index_map
-    whole = tuple(1 if a in axis else size for a, size in enumerate(table))
-    if (
-        operand != 0
-        or len(axis) != 1
-        or numbers.collapsed_slice_dims != axis
-        or numbers.operand_batching_dims
-        or tuple(equation.params["slice_sizes"]) != whole
-    ):
-        return None
-    rows, mode = table[axis[0]], equation.params["mode"]
-    right = _others(len(table), axis, ())
-    q = math.prod(table[a] for a in right)
+    """Entries of a table, as in an embedding."""
+    numbers = equation.params["dimension_numbers"]
+    collapsed, batching = numbers.collapsed_slice_dims, numbers.operand_batching_dims
+    kept = _others(len(equation.invars[0].aval.shape), collapsed, batching)
+    windows = dict(zip(kept, numbers.offset_dims, strict=True))
+    batched = dict(zip(batching, numbers.start_indices_batching_dims, strict=True))
+    lookup = _Lookup(numbers.start_index_map, windows, batched)
+    return _look_up(equation, lookup, lambda indices: indices) if operand == 0 else None
+
+
+def _dynamic_slice(equation: jaxprs.Equation, operand: int) -> Rule | None:
+    """A window of a table, such as one row: a single look-up by indices given one by one."""
+    axes = tuple(range(len(equation.invars[0].aval.shape)))
+    lookup = _Lookup(axes, dict(zip(axes, axes, strict=True)), {})
+
+    def stacked(indices: jax.Array | tuple[jax.Array, ...]) -> jax.Array:
+        given = indices if isinstance(indices, tuple) else (indices,)
+        return jnp.stack([_wide(i) for i in given], axis=-1)  # (b, axes)
+
+    return _look_up(equation, lookup, stacked) if operand == 0 and axes else None
+
+
+class _Lookup(NamedTuple):
+    """Where the axes of a table are looked up, and where they go.
+
+    Attributes:
+      indexed: The axes that the last axis of the indices names.
+      windows: For axes that go on into the output, their place there.
+      batched: For axes that are looked up in step with an axis of the indices, that axis.
+    """
+
+    indexed: tuple[int, ...]
+    windows: dict[int, int]
+    batched: dict[int, int]
+
+
+def _look_up(
+    equation: jaxprs.Equation, lookup: _Lookup, indices_of: Callable[[Any], jax.Array]
+) -> Rule | None:
+    """Look-ups of windows into a table.
+
+    Axes of which every look-up sees the whole belong to `right`. The others are `left`: each entry
+    of a window is a position, whose one-hot vector says which entry of these axes it is.
+    """
+    params = equation.params
+    table, sizes = equation.invars[0].aval.shape, params["slice_sizes"]
+    mode = params.get("mode", GatherScatterMode.CLIP)
+    left = tuple(a for a, size in enumerate(table) if sizes[a] != size)
+    right = _others(len(table), left)
     out_rank = len(equation.outvars[0].aval.shape)
-    looked_up = _others(out_rank, numbers.offset_dims, ())
-    positions = math.prod(equation.invars[1].aval.shape[:-1])
+    looked_up = _others(out_rank, lookup.windows.values())  # axes of the output
+    count = math.prod(equation.outvars[0].aval.shape[a] for a in looked_up)
+    window, q = (math.prod(sizes[a] for a in axes) for axes in (left, right))
+    rows = math.prod(table[a] for a in left)
+    if mode not in MODES or rows >= 2**31:
+        return None
 
-    def factors(indices: jax.Array, cotangent: jax.Array) -> Factors:
-        examples = indices.shape[0]
-        indices = indices.reshape(examples, positions)
-        # The number of rows may not fit narrower types.
-        indices = indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices
-        # What was looked up, in front of what is in a row: (b, 1, positions, q).
-        order = (*looked_up, *numbers.offset_dims)
-        out = cotangent.transpose(0, *(1 + a for a in order)).reshape(examples, 1, positions, q)
+    def starts(indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Where each look-up starts in the flattened left axes, (b, count), and if inside."""
+        flat, inside = jnp.zeros(indices.shape[:-1], jnp.int32), jnp.ones(indices.shape[:-1], bool)
+        for axis, size in enumerate(table):
+            stride = math.prod(table[a] for a in left if a > axis)
+            if axis in lookup.indexed:
+                index, last = indices[..., lookup.indexed.index(axis)], size - sizes[axis]
+                inside &= (index >= 0) & (index <= last)
+                index = jnp.clip(index, 0, last).astype(jnp.int32)
+            elif axis in lookup.batched:
+                index = jax.lax.broadcasted_iota(jnp.int32, flat.shape, 1 + lookup.batched[axis])
+            else:
+                continue
+            flat += index * (stride if axis in left else 0)
+        return flat.reshape(-1, count), inside.reshape(-1, count)
+
+    def factors(x: Any, cotangent: jax.Array) -> Factors:
+        flat, inside = starts(_wide(indices_of(x)))
+        steps = [math.prod(table[b] for b in left if b > a) * np.arange(sizes[a]) for a in left]
+        within = sum(np.meshgrid(*steps, indexing="ij"), start=np.zeros((), int)).reshape(-1)
+        rows_seen = flat[:, :, None] + within.astype(np.int32)[None, None]  # (b, count, window)
+        # What was looked up, the window of the left axes, then what is in a row.
+        shown = (*looked_up, *(lookup.windows[a] for a in (*left, *right) if a in lookup.windows))
+        out = cotangent.transpose(0, *(1 + a for a in shown)).reshape(-1, count, window, q)
         if mode == GatherScatterMode.FILL_OR_DROP:
-            inside = (indices >= 0) & (indices < rows)
-            out = jnp.where(inside[:, None, :, None], out, jnp.zeros((), out.dtype))
-        return jnp.clip(indices, 0, rows - 1).astype(jnp.int32), out
+            out = jnp.where(inside[:, :, None, None], out, jnp.zeros((), out.dtype))
+        return rows_seen.reshape(-1, count * window), out.reshape(-1, 1, count * window, q)
 
-    return Rule(0, table, (), axis, right, positions, factors, one_hot=True)
+    apart = count == math.prod(table[a] for a in lookup.batched)
+    return Rule(0, table, (), left, right, count * window, factors, one_hot=True, apart=apart)
+
+
+MODES = (
+    GatherScatterMode.CLIP,
+    GatherScatterMode.FILL_OR_DROP,
+    GatherScatterMode.PROMISE_IN_BOUNDS,
+)
+
+
+def _wide(indices: jax.Array) -> jax.Array:
+    """Indices of a type that the number of rows fits."""
+    return indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices
 
 
 def _others(rank: int, *axes: Any) -> tuple[int, ...]:
@@ -186,4 +263,5 @@ RULES: dict[str, Callable[[jaxprs.Equation, int], Rule | None]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _conv_general_dilated,
     "gather": _gather,
+    "dynamic_slice": _dynamic_slice,
 }

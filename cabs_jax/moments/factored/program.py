@@ -32,11 +32,11 @@ class Parameter(NamedTuple):
 
     Attributes:
       leaves: The parameters it depends on.
-      view: How it looks at the only one, where it does no more than look.
+      view: How it looks at them, where it does no more than look.
     """
 
     leaves: frozenset[int]
-    view: views.View | None
+    view: views.Seen | None
 
 
 class Example:
@@ -55,6 +55,7 @@ class Kind(enum.Enum):
     """How an equation is evaluated for a batch."""
 
     PLAIN = enum.auto()  # as it is, vmapped over what depends on the example
+    VIEW = enum.auto()  # does no more than look at parameters
     SITE = enum.auto()  # parameters meet the example
     SHIFT = enum.auto()  # parameters add the same to the loss of every example
     CALL = enum.auto()  # walk into the jaxpr inside
@@ -71,6 +72,7 @@ class Step(NamedTuple):
       inner: The sorted jaxpr inside it, if the walk goes there.
       site: Its number, if it is a site.
       leaves: The parameters that a shift depends on.
+      viewed: The places of the operands that a view looks at; the others are constants.
     """
 
     kind: Kind
@@ -78,6 +80,7 @@ class Step(NamedTuple):
     inner: SortedJaxpr | None = None
     site: int = -1
     leaves: frozenset[int] = frozenset()
+    viewed: tuple[int, ...] = ()
 
 
 class SortedJaxpr(NamedTuple):
@@ -213,7 +216,7 @@ def _sort(
         inner = _walk(*jaxprs.inner_jaxpr(equation), origins, scans, sites, summed)
         return Step(Kind.CALL, equation, inner), inner.outputs
     if EXAMPLE not in origins:
-        return Step(Kind.PLAIN, equation), _from_parameters(equation, [p for _, p in parameters])
+        return _sort_shared(equation, parameters)
     if not parameters or not any(map(jaxprs.carries_gradient, equation.outvars)):
         return Step(Kind.PLAIN, equation), of_example
     if primitive == "add" and any(summed) and len(parameters) == 1:
@@ -242,15 +245,21 @@ def _terms(jaxpr: jaxprs.Jaxpr, summed: tuple[bool, ...]) -> set[Any]:
     return terms
 
 
-def _from_parameters(equation: jaxprs.Equation, parameters: list[Parameter]) -> list[Origin]:
-    """Origins of the outputs of an equation that no example enters."""
+def _sort_shared(
+    equation: jaxprs.Equation, parameters: tuple[tuple[int, Parameter], ...]
+) -> tuple[Step, Sequence[Origin]]:
+    """Sorts an equation that no example enters."""
     if not parameters or jaxprs.name(equation) == "stop_gradient":
-        return [CONSTANT] * len(equation.outvars)
-    leaves = frozenset[int]().union(*(parameter.leaves for parameter in parameters))
-    seen: Sequence[views.View | None] | None = None
-    if len(equation.invars) == 1 and parameters[0].view is not None:
-        seen = views.through(parameters[0].view, equation)
-    return [Parameter(leaves, view) for view in seen or [None] * len(equation.outvars)]
+        return Step(Kind.PLAIN, equation), [CONSTANT] * len(equation.outvars)
+    leaves = frozenset[int]().union(*(parameter.leaves for _, parameter in parameters))
+    seen = {place: p.view for place, p in parameters if p.view is not None}
+    if len(seen) == len(parameters):
+        operands = [seen.get(place) for place in range(len(equation.invars))]
+        found = views.through(operands, equation)
+        if found is not None:
+            step = Step(Kind.VIEW, equation, viewed=tuple(seen))
+            return step, [Parameter(leaves, view) for view in found]
+    return Step(Kind.PLAIN, equation), [Parameter(leaves, None)] * len(equation.outvars)
 
 
 def _sort_scan(
@@ -309,7 +318,7 @@ def _copies(
     ]
 
 
-def _within_scan(origin: Origin, look: Callable[[views.View], views.View]) -> Origin:
+def _within_scan(origin: Origin, look: Callable[[views.Seen], views.Seen]) -> Origin:
     """The origin of an operand of a scan, as one step of its body sees it."""
     if not isinstance(origin, Parameter) or origin.view is None:
         return origin

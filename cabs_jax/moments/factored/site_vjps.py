@@ -72,20 +72,26 @@ class Residuals(NamedTuple):
     """What the backward pass knows at a site with a rule.
 
     Attributes:
-      w: The parameter.
-      x: The other operand, shape (m, ...).
+      w: The parameter, or what looks at it.
+      x: The other operand, shape (m, ...), or a tuple of them where there are several.
       cotangent: The cotangents of the output, shape (m, ...).
+      scale: What entries of the parameters are multiplied by to make those of w (see `Shared`).
       into_w: Computes the gradient of the batch as JAX would, Σ_i g_i, shaped like w.
     """
 
     w: jax.Array
-    x: jax.Array
+    x: PyTree
     cotangent: jax.Array
+    scale: jax.Array | None
     into_w: Callable[[], jax.Array]
 
     def factors(self, sample: Sample, rule: Rule) -> tuple[jax.Array, jax.Array]:
         """Factors of the measured examples' gradients."""
-        return rule.factors(sample.rows(self.x), sample.rows(self.cotangent))
+        return rule.factors(*self.measured(sample))
+
+    def measured(self, sample: Sample) -> tuple[PyTree, jax.Array]:
+        """The other operand and the cotangents of the measured examples."""
+        return jax.tree.map(sample.rows, self.x), sample.rows(self.cotangent)
 
 
 # Returns the gradient of the batch and the statistic that goes into the slot.
@@ -93,41 +99,44 @@ Measure = Callable[[Sample, Rule, Residuals], tuple[jax.Array, PyTree]]
 
 
 def _by_rule(context: Context, number: int, site: Site, rule: Rule, values: list[Value]) -> Batched:
-    """A site whose primitive has a rule, and so one parameter and one other operand."""
-    parameter, other = values[rule.operand], values[1 - rule.operand]
+    """A site whose primitive has a rule, and so one parameter."""
+    parameter, place = values[rule.operand], rule.operand
     assert isinstance(parameter, Shared)
+    others = [to_batched(context.sample, v).value for i, v in enumerate(values) if i != place]
+    other = others[0] if len(others) == 1 else tuple(others)
     measure, slot = _measure(context, number, site, parameter)
     assert slot is not None  # without a slot, what it should return would be lost
 
-    def evaluate(w: jax.Array, x: jax.Array) -> jax.Array:
-        operands: list[Value] = [Batched(x), Batched(x)]
-        operands[rule.operand] = Shared(w)
+    def evaluate(w: jax.Array, x: PyTree) -> jax.Array:
+        operands: list[Value] = [Batched(operand) for operand in jax.tree.leaves(x)]
+        operands.insert(place, Shared(w))
         (output,) = evaluate_batched(site.equation, operands)
         return jnp.asarray(output.value)
 
     @jax.custom_vjp
-    def apply(w: jax.Array, x: jax.Array, slot: PyTree) -> jax.Array:
+    def apply(w: jax.Array, x: PyTree, scale: PyTree, slot: PyTree) -> jax.Array:
         return evaluate(w, x)
 
-    def forward(w: jax.Array, x: jax.Array, slot: PyTree) -> tuple[jax.Array, PyTree]:
-        return evaluate(w, x), (w, x)
+    def forward(w: jax.Array, x: PyTree, scale: PyTree, slot: PyTree) -> tuple[jax.Array, PyTree]:
+        return evaluate(w, x), (w, x, scale)
 
-    def backward(saved: PyTree, cotangent: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
+    def backward(saved: PyTree, cotangent: jax.Array) -> tuple[PyTree, PyTree, None, PyTree]:
         # The equation is linear in each operand: its derivative is its transpose.
-        w, x = saved
+        w, x, scale = saved
         into_x = None
-        if jnp.issubdtype(x.dtype, jnp.inexact):
+        if not rule.one_hot and jnp.issubdtype(x.dtype, jnp.inexact):
             (into_x,) = jax.linear_transpose(lambda x: evaluate(w, x), x)(cotangent)
 
         def into_w() -> jax.Array:
             (gradient,) = jax.linear_transpose(lambda w: evaluate(w, x), w)(cotangent)
             return jnp.asarray(gradient)
 
-        gradient, statistic = measure(context.sample, rule, Residuals(w, x, cotangent, into_w))
-        return gradient, into_x, statistic
+        residuals = Residuals(w, x, cotangent, scale, into_w)
+        gradient, statistic = measure(context.sample, rule, residuals)
+        return gradient, into_x, None, statistic
 
     apply.defvjp(forward, backward)
-    return Batched(apply(parameter.value, other.value, slot))
+    return Batched(apply(parameter.value, other, parameter.scale, slot))
 
 
 def _measure(
@@ -135,7 +144,7 @@ def _measure(
 ) -> tuple[Measure, PyTree]:
     """What to measure at a site with a rule, and the slot that takes it."""
     ((_, origin),) = site.parameters
-    # Several leaves behind one operand are all measured per example.
+    # Several leaves behind one operand are all measured in the same way.
     mode = context.choices[min(origin.leaves)].mode
     if mode is Mode.PER_EXAMPLE:
         return _gradients, parameter.gradient_slots
@@ -148,7 +157,41 @@ def _measure(
 
 def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Gradient of the batch and squared norms of the examples' gradients."""
+    if at.scale is not None and at.scale.ndim:
+        return _weighted_norms(sample, rule, at)
+    gradient, norms = _plain_norms(sample, rule, at)
+    return gradient, norms if at.scale is None else norms * jnp.square(at.scale)
+
+
+def _weighted_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
+    """Norms of gradients whose entries are multiplied by a scale, one for each."""
+    assert at.scale is not None
+    scale, (_, positions, p, _) = rule.lay_out(at.scale), rule.sizes()
+    direct = not rule.one_hot and positions > 1
+    reuses = direct and sample.is_whole
+
+    def block(operands: PyTree) -> tuple[PyTree, PyTree]:
+        left, right = rule.factors(*operands)
+        if direct:
+            g = outer_products.gradients((left, right), p)
+            return (g if reuses else ()), jnp.sum(jnp.square(g * scale[None]), axis=(1, 2, 3))
+        if rule.one_hot:  # row by row, before the rows are added up
+            right = right * scale[0, left][:, None].astype(right.dtype)
+            return (), outer_products.one_hot_norms((left, right), rule.apart)
+        return (), outer_products.weighted_norms((left, right), scale)
+
+    needed = cost.norm_bytes(rule.sizes(), direct=direct)
+    total, norms = sum_in_cache(block, at.measured(sample), needed)
+    if reuses:
+        return rule.assemble(total, at.w.shape).astype(at.w.dtype), norms
+    return at.into_w(), norms
+
+
+def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
+    """Norms of gradients whose entries are those of the parameters' gradients."""
     rows = rule.sizes()[2]
+    if rule.apart:
+        return at.into_w(), outer_products.one_hot_norms(at.factors(sample, rule), True)
     direct = cost.prefers_direct(rule.sizes())
     # Where the gradients of all examples are formed, their sum is the gradient of the batch.
     reuses = direct and sample.is_whole
@@ -160,8 +203,9 @@ def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Ar
         g = outer_products.gradients(factors, rows)  # (examples of the block, groups, p, q)
         return (g if reuses else ()), jnp.sum(g * g, axis=(1, 2, 3))
 
-    measured = (sample.rows(at.x), sample.rows(at.cotangent))
-    total, norms = sum_in_cache(block, measured, cost.norm_bytes(rule.sizes(), direct=direct))
+    total, norms = sum_in_cache(
+        block, at.measured(sample), cost.norm_bytes(rule.sizes(), direct=direct)
+    )
     if reuses:
         return rule.assemble(total, at.w.shape).astype(at.w.dtype), norms
     return at.into_w(), norms
@@ -170,7 +214,10 @@ def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Ar
 def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Gradient of the batch and the sum of the squares of the examples' gradients."""
     _, positions, p, _ = rule.sizes()
-    if positions == 1 and not rule.one_hot:  # (left ⊗ right)² = left² ⊗ right²
+    if rule.one_hot:
+        squares = outer_products.one_hot_square_sums(at.factors(sample, rule), p, rule.apart)
+        return at.into_w(), rule.assemble(squares, at.w.shape)
+    if positions == 1:  # (left ⊗ right)² = left² ⊗ right²
         squares = outer_products.square_sums(at.factors(sample, rule))
         return at.into_w(), rule.assemble(squares, at.w.shape)
 
@@ -178,9 +225,8 @@ def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
         g = outer_products.gradients(rule.factors(*operands), p)
         return (g, g * g), ()
 
-    measured = (sample.rows(at.x), sample.rows(at.cotangent))
     needed = cost.norm_bytes(rule.sizes(), direct=True)
-    (total, squares), _ = sum_in_cache(block, measured, needed)
+    (total, squares), _ = sum_in_cache(block, at.measured(sample), needed)
     squares = rule.assemble(squares, at.w.shape)
     if sample.is_whole:
         return rule.assemble(total, at.w.shape).astype(at.w.dtype), squares

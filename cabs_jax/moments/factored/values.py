@@ -34,11 +34,14 @@ class Shared(NamedTuple):
       gradient_slots: Slots for its per-example gradients, float32, shape (n, *value.shape) for n
         measured examples, or None.
       square_slots: Slots for the sum of their squares, float32, shaped like the value, or None.
+      scale: What entries of parameters are multiplied by in entries of the value, up to the sign:
+        a float32 array of its shape, or a scalar, or None for 1.
     """
 
     value: Any
     gradient_slots: Any = None
     square_slots: Any = None
+    scale: Any = None
 
 
 class Batched(NamedTuple):

@@ -1,14 +1,20 @@
-"""Ways of looking at a parameter that leave the norm of its gradient alone.
+"""Ways of looking at a parameter from which the norm of its gradient is known.
 
 A reshape, transpose, cast or slice of a parameter is a view: each entry of the view is one
 entry of the parameter. The squared norm of the gradient is then the same for both, and two uses of
 one parameter can be compared by the strides with which they walk through it.
+
+Where entries are scaled or masked by constants, reversed, padded, or put together from several
+parameters (`concatenate`), each entry u of the result is still one entry w of a parameter times a
+constant c, or a constant. Then ∂ℓ/∂w = c ∂ℓ/∂u, and squared norms are weighted sums of squares.
+Such a result is a mosaic: its pieces are known, but not where each of their entries went.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +22,9 @@ import numpy as np
 from cabs_jax.moments import jaxprs
 
 Dim = tuple[int, int]  # (size, stride)
-IDENTITIES = {"copy", "copy_p", "name", "optimization_barrier", "pvary"}
+IDENTITIES = {"copy", "copy_p", "name", "optimization_barrier", "pvary", "reduce_precision"}
+ADDING = {"add", "add_any"}
+REARRANGING = {"dynamic_slice", "reshape", "rev", "slice", "split", "squeeze", "transpose"}
 
 
 class Window(NamedTuple):
@@ -49,6 +57,24 @@ class View(NamedTuple):
     repeats: int = 1
 
 
+class Mosaic(NamedTuple):
+    """Entries of views, each at most once and times a constant, in an order that is not followed.
+
+    Attributes:
+      pieces: The views that hold all of the entries; no two share one.
+    """
+
+    pieces: tuple[View, ...]
+
+
+Seen: TypeAlias = View | Mosaic
+
+
+def pieces(seen: Seen) -> tuple[View, ...]:
+    """The views whose entries are seen."""
+    return seen.pieces if isinstance(seen, Mosaic) else (seen,)
+
+
 def whole(leaf: int, shape: tuple[int, ...]) -> View:
     """The view of a parameter as it is.
 
@@ -59,13 +85,17 @@ def whole(leaf: int, shape: tuple[int, ...]) -> View:
     return View(leaf, tuple(((size, stride),) for size, stride in zip(shape, strides, strict=True)))
 
 
-def scanned(view: View) -> View:
+def scanned(view: Seen) -> Seen:
     """The view of one step of a scan over the leading axis."""
+    if isinstance(view, Mosaic):
+        return view
     return view._replace(axes=view.axes[1:], looped=view.looped + view.axes[0])
 
 
-def repeated(view: View, length: int) -> View:
+def repeated(view: Seen, length: int) -> Seen:
     """The view of a step of a scan to which it is constant: each step sees the same again."""
+    if isinstance(view, Mosaic):
+        return Mosaic(tuple(p._replace(repeats=p.repeats * length) for p in view.pieces))
     return view._replace(repeats=view.repeats * length)
 
 
@@ -107,19 +137,77 @@ def disjoint(first: View, second: View) -> bool:
     )
 
 
-def through(view: View, equation: jaxprs.Equation) -> list[View] | None:
-    """Follows a view through an equation that takes nothing else that is not a constant.
+def apart(views: Sequence[View]) -> bool:
+    """Whether no two views of one parameter share an entry, as far as can be told."""
+    return all(a.leaf != b.leaf or disjoint(a, b) for i, a in enumerate(views) for b in views[:i])
+
+
+def through(operands: Sequence[Seen | None], equation: jaxprs.Equation) -> Sequence[Seen] | None:
+    """Follows what is seen through an equation.
+
+    Args:
+      operands: What each operand sees of parameters; None for constants.
+      equation: The equation.
 
     Returns:
-      A view for each output, or None where the equation does more than rearrange.
+      A view or mosaic for each output, or None where the equation does more than that.
     """
+    places = {place for place, operand in enumerate(operands) if operand is not None}
+    first = operands[0]
+    if places == {0} and first is not None:
+        if keeps_entries(equation):
+            return [first]
+        strided = _strided(first, equation) if isinstance(first, View) else None
+        if strided is not None:
+            return strided
+    if jaxprs.name(equation) in ADDING and len(places) == 1 and _alike(equation, places):
+        return [operand for operand in operands if operand is not None]
+    seen = [piece for operand in operands if operand is not None for piece in pieces(operand)]
+    if _is_mosaic(equation, places) and apart(seen):
+        return [Mosaic(tuple(seen))] * len(equation.outvars)
+    return None
+
+
+def keeps_entries(equation: jaxprs.Equation) -> bool:
+    """Whether the only output is the first operand, but for its precision."""
+    cast = jaxprs.name(equation) == "convert_element_type"
+    real = jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating)
+    return bool(jaxprs.name(equation) in IDENTITIES or (cast and real))
+
+
+def _alike(equation: jaxprs.Equation, places: set[int]) -> bool:
+    """Whether the operands at these places have the shape of the output."""
+    shape = equation.outvars[0].aval.shape
+    return all(equation.invars[place].aval.shape == shape for place in places)
+
+
+def _is_mosaic(equation: jaxprs.Equation, places: set[int]) -> bool:
+    """Whether entries of the output are constants or entries at these places times a constant.
+
+    None of these entries is there twice, and none meets another.
+    """
+    primitive, shape = jaxprs.name(equation), equation.outvars[0].aval.shape
+    alike = _alike(equation, places)
+    match primitive:
+        case "concatenate" | "stack":
+            return True
+        case "select_n":
+            return alike and 0 not in places
+        case "mul" | "sub":
+            return alike and len(places) == 1
+        case "div" | "neg":
+            return alike and places == {0}
+        case "dynamic_update_slice":
+            return places <= {0, 1}
+        case "broadcast_in_dim":
+            return bool(math.prod(shape) == math.prod(equation.invars[0].aval.shape))
+    return places == {0} and primitive in {"pad", *REARRANGING}
+
+
+def _strided(view: View, equation: jaxprs.Equation) -> list[View] | None:
+    """Follows a view through an equation that only rearranges, if strides can tell how."""
     primitive, params = jaxprs.name(equation), equation.params
     shapes = [out.aval.shape for out in equation.outvars]
-    if primitive in IDENTITIES:
-        return [view]
-    if primitive == "convert_element_type":
-        floating = jnp.issubdtype(params["new_dtype"], jnp.floating)
-        return [view] if floating else None
     if primitive == "transpose":
         return [view._replace(axes=tuple(view.axes[axis] for axis in params["permutation"]))]
     if primitive == "squeeze":
@@ -138,6 +226,12 @@ def through(view: View, equation: jaxprs.Equation) -> list[View] | None:
     if primitive == "split":
         return _split(view, equation.invars[0].aval.shape, params)
     return None
+
+
+def shown(seen: Seen, shape: tuple[int, ...]) -> Seen:
+    """What is seen once it is reshaped."""
+    strided = reshaped(seen, shape) if isinstance(seen, View) else None
+    return strided or Mosaic(pieces(seen))
 
 
 def reshaped(view: View, shape: tuple[int, ...]) -> View | None:

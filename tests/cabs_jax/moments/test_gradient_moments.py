@@ -165,6 +165,23 @@ def test_identical_examples_have_no_variance(variance, method):
     np.testing.assert_allclose(m.variance, 0, atol=1e-5)
 
 
+@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+@pytest.mark.parametrize("method", [*EXACT, "between"])
+def test_squares_that_overflow_are_infinite(method, variance):
+    def loss(p, x):
+        return 1e10 * jnp.sum(jnp.dot(x, p) * x[:, :2])
+
+    # Products of factors overflow with either sign, and meet entries that are zero throughout.
+    batch = np.random.default_rng(0).normal(size=(4, 2, 3)).astype(np.float32) * np.float32(1e8)
+    batch[:, :, 2] = 0
+    options = {"groups": 2} if method == "between" else {}
+    measure = gradient_moments(loss, method=method, variance=variance, **options)
+    m = quick_jit(measure)(jnp.ones((3, 2)), batch)
+    assert jnp.all(jnp.isfinite(m.mean))
+    assert jnp.any(jnp.isinf(m.variance))
+    assert not jnp.any(jnp.isnan(m.variance))
+
+
 @pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize("has_aux", [False, True])
 def test_keep_batch_dim_gives_the_loss_a_batch_of_one(method, has_aux):

@@ -78,14 +78,14 @@ def test_convolution_of_every_kind(geometry):
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
 def test_gather_of_slices_of_a_table(mode, axis, shape):
     table = numbers(4, 5, 3)
-    indices = np.random.default_rng(0).integers(-9, 9, (EXAMPLES, *shape)).astype(np.int32)
+    indices = np.random.default_rng(0).integers(-9, 9, (EXAMPLES, *shape, 1)).astype(np.int32)
 
     def function(table, indices):
         start = tuple(range(3))
         offsets = tuple(a if a < axis else a - 1 + len(shape) for a in start if a != axis)
         return lax.gather(
             table,
-            indices[..., None],
+            indices,
             lax.GatherDimensionNumbers(offsets, (axis,), (axis,)),
             tuple(1 if a == axis else n for a, n in enumerate(table.shape)),
             mode=mode,
@@ -95,12 +95,31 @@ def test_gather_of_slices_of_a_table(mode, axis, shape):
     check(function, 0, table, indices)
 
 
+@pytest.mark.parametrize("mode", ["clip", "fill"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 5, 2), (3, 2, 3), (4, 5, 3)])
+def test_gather_of_windows_by_several_indices(mode, sizes):
+    table = numbers(4, 5, 3)
+    indices = np.random.default_rng(0).integers(-2, 5, (EXAMPLES, 6, 2)).astype(np.int32)
+
+    def function(table, indices):
+        windows = lax.GatherDimensionNumbers((0, 2, 3), (), (2, 0))
+        return lax.gather(table, indices, windows, sizes, mode=mode, fill_value=0)
+
+    check(function, 0, table, indices)
+
+
+def test_positions_of_a_single_window_are_apart():
+    table, start = jnp.ones((4, 5)), jnp.zeros(2, jnp.int32)
+    assert rule_of(lambda w, i: lax.dynamic_slice(w, (i[0], 0), (2, 5)), 0, table, start).apart
+    assert not rule_of(lambda w, i: w[i], 0, table, start).apart
+
+
 def rule_of(function, operand, *operands):
     return find_rule(equation_of(function, *operands), operand)
 
 
 def test_what_no_rule_covers_has_none():
-    table, kernel = jnp.ones((4, 5)), jnp.ones((2, 2, 3, 4))
+    kernel = jnp.ones((2, 2, 3, 4))
     image = jnp.ones((2, 5, 5, 3))
 
     def grouped(x, w):
@@ -111,8 +130,8 @@ def test_what_no_rule_covers_has_none():
 
     assert rule_of(grouped, 1, image, kernel) is None
     assert rule_of(grouped, 0, image, kernel) is None
-    pairs = jnp.zeros((3,), jnp.int32)
-    assert rule_of(lambda w, i: w[i, i], 0, table, pairs) is None
+    start = jnp.zeros(2, jnp.int32)
+    assert rule_of(lambda w, i: lax.dynamic_slice(i, w, (1,)), 1, start[:1], start) is None
     assert rule_of(jnp.dot, 0, jnp.ones((2, 3), jnp.complex64), jnp.ones(3, jnp.complex64)) is None
     addition = jax.make_jaxpr(lambda a, b: a + b)(1.0, 2.0).eqns[0]
     assert find_rule(addition, 0) is None

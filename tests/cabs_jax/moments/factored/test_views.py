@@ -68,8 +68,8 @@ def follow(steps, shape):
     for ours, theirs in steps:
         argument = jax.ShapeDtypeStruct(seen.shape, jnp.float32)
         for equation in jax.make_jaxpr(ours)(argument).eqns:
-            through = views.through(view, equation)
-            if through is None:
+            through = views.through([view, *[None] * (len(equation.invars) - 1)], equation)
+            if isinstance(through[0], views.Mosaic):
                 return view, seen
             (view,) = through
         seen = theirs(seen)
@@ -114,23 +114,64 @@ def test_layout_is_a_normal_form_of_the_entries_some_axes_run_through(drawn, dat
 def seen_by(function, shape):
     """What `through` says of the only equation of a function that does something."""
     *_, equation = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, jnp.float32)).eqns
-    return views.through(views.whole(0, shape), equation)
+    operands = [views.whole(0, shape), *[None] * (len(equation.invars) - 1)]
+    return views.through(operands, equation)
 
 
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: x * 2,
         lambda x: jnp.broadcast_to(x, (3, *x.shape)),
-        lambda x: x[::2],
-        lambda x: jnp.flip(x, 0),
         lambda x: jnp.cumsum(x, 0),
         lambda x: x.astype(jnp.int32),
-        lambda x: jnp.pad(x, 1),
+        lambda x: lax.mul(x, x),
+        lambda x: lax.concatenate([x, x], 0),
+        lambda x: lax.select(jnp.ones((4, 3), bool), x, x),
+        lambda x: 2 / x,
     ],
 )
-def test_what_does_more_than_rearrange_is_no_view(function):
-    assert seen_by(function, (4, 3)) is None
+def test_what_does_more_than_look_is_no_view(function):
+    (equation,) = jax.make_jaxpr(function)(jax.ShapeDtypeStruct((4, 3), jnp.float32)).eqns[-1:]
+    parameter = equation.invars[0] if jaxprs.name(equation) != "div" else equation.invars[1]
+    whole = views.whole(0, (4, 3))
+    operands = [whole if v is parameter else None for v in equation.invars]
+    assert views.through(operands, equation) is None
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: lax.mul(x, jnp.ones((4, 3))),
+        lambda x: lax.div(x, jnp.ones((4, 3))),
+        lambda x: x[::2],
+        lambda x: lax.rev(x, (0,)),
+        lambda x: lax.pad(x, jnp.float32(0), [(1, 2, 1), (-1, 0, 0)]),
+        lambda x: lax.concatenate([x, jnp.ones((4, 3))], 0),
+    ],
+)
+def test_what_scales_and_mixes_entries_with_constants_is_a_mosaic_of_them(function):
+    (mosaic,) = seen_by(function, (4, 3))
+    assert mosaic == views.Mosaic((views.whole(0, (4, 3)),))
+
+
+def test_adding_a_constant_changes_nothing():
+    assert seen_by(lambda x: x + 1, (4, 3)) == [views.whole(0, (4, 3))]
+
+
+def test_a_mosaic_has_no_entry_twice():
+    def equation(function, *shapes):
+        operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        return jax.make_jaxpr(function)(*operands).eqns[-1]
+
+    joined = equation(lambda x, y: lax.concatenate([x, y], 0), (2, 3), (2, 3))
+    first, second = views.through(
+        [views.whole(0, (4, 3))], equation(lambda x: jnp.split(x, 2), (4, 3))
+    )
+    assert views.through([first, second], joined) == [views.Mosaic((first, second))]
+    assert views.through([first, first], joined) is None
+    elsewhere = second._replace(leaf=1)
+    chosen = equation(lambda x, y: lax.select(jnp.ones((2, 3), bool), x, y), (2, 3), (2, 3))
+    assert views.through([None, first, elsewhere], chosen) == [views.Mosaic((first, elsewhere))]
 
 
 def test_split_gives_disjoint_views():

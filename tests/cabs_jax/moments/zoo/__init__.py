@@ -10,10 +10,12 @@ for _kind in (
     "elementwise",
     "flax_modules",
     "functions",
+    "lookups",
     "loops",
     "products",
     "repeated_use",
     "unusual",
+    "viewed",
     "wrapped",
 ):
     importlib.import_module(f"{__name__}.{_kind}")

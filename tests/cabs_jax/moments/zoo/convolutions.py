@@ -17,7 +17,7 @@ def convolution_2d(draw):
     return loss, params, draw.batch(6, 5, 2)
 
 
-@case(held="kernel")
+@case()
 def convolution_1d(draw):
     def loss(p, x):
         return squares(convolution(x, p["w"], 2, "VALID")) + squares(

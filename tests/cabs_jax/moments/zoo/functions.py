@@ -48,7 +48,7 @@ def low_rank_update_of_a_frozen_layer(draw):
     return loss, {"base": draw(5, 4), "a": draw(5, 2), "b": draw(2, 4)}, draw.batch(5)
 
 
-@case(held="w v")
+@case()
 def scaled_and_masked_weights(draw):
     def loss(p, x):
         return squares(x @ (p["w"] / 2)) + squares(x @ (p["v"] * np.tri(5, dtype=p["v"].dtype)))
@@ -120,7 +120,7 @@ def scattered_and_sorted(draw):
     return loss, {"w": draw(4, 5), "b": draw(3)}, draw.batch(4)
 
 
-@case(held="w scores")
+@case(held="scores")
 def decisions_made_by_parameters(draw):
     def loss(p, x):
         best = jnp.argmax(p["scores"])

@@ -140,7 +140,7 @@ def embedding_of_tokens_promised_in_bounds(draw):
     return loss, {"table": draw(9, 5)}, draw.tokens(6, low=-9)
 
 
-@case(held="table")
+@case()
 def embedding_of_the_label(draw):
     def loss(p, e):
         return squares(p["table"][e["label"]] * (e["x"] @ p["w"]))
@@ -157,7 +157,7 @@ def embedding_by_one_hot(draw):
     return loss, {"table": draw(9, 5)}, draw.tokens(6)
 
 
-@case(held="table")
+@case()
 def window_of_a_table(draw):
     def loss(p, e):
         window = lax.dynamic_slice_in_dim(p["table"], e["start"], 4)
@@ -166,7 +166,7 @@ def window_of_a_table(draw):
     return loss, {"table": draw(9, 5)}, {"start": draw.tokens(high=6), "x": draw.batch(4, 5)}
 
 
-@case(held="table")
+@case()
 def entries_of_a_table(draw):
     def loss(p, e):
         return squares(p["table"][e["row"], e["column"]] + squares(p["other"][e["row"]]))

@@ -1,0 +1,129 @@
+"""Tables looked up by one index or several, in all the ways that indexing and vmap write them."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tests.cabs_jax.moments.zoo.case import add, case, squares
+
+
+@case()
+def rows_and_columns_by_a_scalar(draw):
+    def loss(p, e):
+        row, column = p["rows"][e["i"]], p["columns"][:, e["i"]]
+        return squares(row) + squares(column) + squares(p["entries"][e["i"], e["j"]])
+
+    params = {"rows": draw(9, 5), "columns": draw(3, 9), "entries": draw(9, 5)}
+    return loss, params, {"i": draw.tokens(low=-9), "j": draw.tokens(low=-5, high=5)}
+
+
+@case()
+def bias_of_the_user(draw):
+    def loss(p, e):
+        score = jnp.sum(p["users"][e["user"]] * p["films"][e["film"]])
+        return jnp.tanh(score + p["bias"][e["user"]] + p["mean"][e["film"], 0])
+
+    params = {"users": draw(9, 4), "films": draw(7, 4), "bias": draw(9), "mean": draw(7, 1)}
+    return loss, params, {"user": draw.tokens(), "film": draw.tokens(high=7)}
+
+
+@case()
+def vmapped_embedding(draw):
+    def loss(p, tokens):
+        rows = jax.vmap(lambda token: p["table"][token])(tokens)
+        pairs = jax.vmap(lambda token: p["square"][token, token])(tokens)
+        return (
+            squares(rows)
+            + squares(pairs)
+            + squares(jax.vmap(jax.vmap(jnp.take, (None, 0)), (0, None))(p["flat"], tokens))
+        )
+
+    params = {"table": draw(9, 5), "square": draw(9, 9), "flat": draw(2, 9)}
+    return loss, params, draw.tokens(6, high=4)
+
+
+@case()
+def a_table_for_each_position(draw):
+    def loss(p, tokens):
+        rows = jax.vmap(lambda table, token: table[token])(p["tables"], tokens)
+        picked = jnp.take_along_axis(p["logits"], tokens[:, None], 1)
+        return squares(rows) + squares(picked)
+
+    params = {"tables": draw(4, 9, 5), "logits": draw(4, 9)}
+    return loss, params, draw.tokens(4)
+
+
+@case()
+def expert_picked_by_index(draw):
+    def loss(p, e):
+        h = jnp.tanh(e["x"] @ p["w"][e["expert"]] + p["b"][e["expert"]])
+        return squares(h @ p["v"])
+
+    batch = {"x": draw.batch(5), "expert": draw.tokens(high=3)}
+    return loss, {"w": draw(3, 5, 4), "b": draw(3, 4), "v": draw(4, 2)}, batch
+
+
+@case()
+def experts_picked_for_each_token(draw):
+    def loss(p, e):
+        gates, picked = lax.top_k(jax.nn.softmax(e["x"] @ p["gate"]), 2)
+        hidden = jnp.tanh(jnp.einsum("td,tkdf->tkf", e["x"], p["w"][picked]))
+        return squares(jnp.einsum("tkf,tk->tf", hidden, gates))
+
+    return loss, {"gate": draw(4, 3), "w": draw(3, 4, 5)}, {"x": draw.batch(6, 4)}
+
+
+@case()
+def embedding_bag(draw):
+    def loss(p, e):
+        kept = (e["words"] < 7).astype(p["table"].dtype)
+        bag = jnp.sum(p["table"][e["words"]] * jnp.broadcast_to(kept[:, None], (6, 5)), 0)
+        return squares(bag @ p["w"]) + squares(jnp.mean(p["table"][e["title"]], 0))
+
+    batch = {"words": draw.tokens(6), "title": draw.tokens(3)}
+    return loss, {"table": draw(9, 5), "w": draw(5, 3)}, batch
+
+
+@case()
+def windows_of_a_table(draw):
+    def loss(p, e):
+        window = lax.dynamic_slice(p["map"], (e["row"], jnp.int32(1), e["column"]), (2, 3, 4))
+        crops = jax.vmap(lambda i: lax.dynamic_slice_in_dim(p["bank"], i, 4, 1))(e["starts"])
+        return squares(window * jnp.broadcast_to(e["x"], window.shape)) + squares(crops)
+
+    batch = {"row": draw.tokens(high=6), "column": draw.tokens(high=7), "x": draw.batch(4)}
+    batch["starts"] = draw.tokens(3, high=7)
+    return loss, {"map": draw(6, 4, 7), "bank": draw(3, 9)}, batch
+
+
+@case()
+def row_of_a_table_that_is_the_head_too(draw):
+    def loss(p, e):
+        return squares(p["table"] @ jnp.tanh(p["table"][e["token"]])) + squares(e["x"] @ p["w"])
+
+    return (
+        loss,
+        {"table": draw(9, 5), "w": draw(4, 2)},
+        {"token": draw.tokens(), "x": draw.batch(4)},
+    )
+
+
+@case()
+def grouped_query_attention(draw):
+    def loss(p, x):
+        q, k, v = (jnp.einsum("td,dhk->thk", x, p[name]) for name in "qkv")
+        k, v = (jnp.repeat(heads, 2, axis=1) for heads in (k, v))
+        return squares(jax.nn.dot_product_attention(q, k, v))
+
+    return loss, {"q": draw(4, 4, 3), "k": draw(4, 2, 3), "v": draw(4, 2, 3)}, draw.batch(5, 4)
+
+
+@case(held="b")
+def lookups_inside_scan(draw):
+    def loss(p, tokens):
+        def cell(h, token):
+            return jnp.tanh(add(h @ p["w"] + p["table"][token], p["b"])), None
+
+        return squares(lax.scan(cell, jnp.zeros(4, p["w"].dtype), tokens)[0])
+
+    return loss, {"table": draw(9, 4), "w": draw(4, 4), "b": draw(4)}, draw.tokens(5)

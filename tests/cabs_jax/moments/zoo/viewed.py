@@ -1,0 +1,115 @@
+"""Weights that are entries of parameters, moved, scaled, masked or put together."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from tests.cabs_jax.moments.zoo.case import case, convolution, squares
+
+CHECKERBOARD = np.indices((5, 5)).sum(0) % 2
+
+
+@case()
+def scaled_weights(draw):
+    def loss(p, x):
+        h = jnp.tanh(x @ (0.1 * p["w"])) @ (p["v"] / jnp.sqrt(jnp.float32(4)).astype(x.dtype))
+        return squares(h) + squares(jnp.tile(x, (3, 1)) @ (1 - p["u"] * 2))
+
+    return loss, {"w": draw(5, 4), "v": draw(4, 3), "u": draw(5, 2)}, draw.batch(5)
+
+
+@case()
+def masked_weights(draw):
+    def loss(p, x):
+        mask = CHECKERBOARD.astype(x.dtype)
+        h = squares(x[0] @ (p["w"] * mask)) + squares(x @ jnp.where(mask > 0, p["v"], 0.5))
+        return h + squares(jnp.tril(p["u"]) @ x[0])
+
+    return loss, {name: draw(5, 5) for name in ("w", "v", "u")}, draw.batch(3, 5)
+
+
+@case()
+def masked_convolution(draw):
+    def loss(p, x):
+        mask = np.zeros((3, 3, 1, 1), np.float32)
+        mask[:2] = 0.5
+        weights = p["w"] * jnp.broadcast_to(mask, p["w"].shape).astype(x.dtype)
+        return squares(convolution(x, weights))
+
+    return loss, {"w": draw(3, 3, 2, 4)}, draw.batch(4, 5, 2)
+
+
+@case()
+def table_with_a_padding_row(draw):
+    def loss(p, e):
+        rows = jnp.arange(9)[:, None] > 0
+        table = p["table"] * jnp.broadcast_to(rows, (9, 5)).astype(p["table"].dtype)
+        other = jnp.concatenate([jnp.zeros((1, 5), p["other"].dtype), p["other"]])
+        return squares(table[e["tokens"]]) + squares(other[e["token"]])
+
+    batch = {"tokens": draw.tokens(6, high=4), "token": draw.tokens()}
+    return loss, {"table": draw(9, 5), "other": draw(8, 5)}, batch
+
+
+@case()
+def merged_queries_keys_and_values(draw):
+    def loss(p, x):
+        merged = jnp.concatenate([p["q"], p["k"], p["v"]], axis=1)
+        q, k, v = jnp.split(x @ merged, 3, axis=1)
+        return squares(jax.nn.softmax(q @ k.T) @ v)
+
+    return loss, {name: draw(4, 3) for name in "qkv"}, draw.batch(5, 4)
+
+
+@case()
+def stacked_weights(draw):
+    def loss(p, x):
+        stacked = jnp.stack([p["a"], 2 * p["b"], p["c"][::-1]])
+        return squares(jnp.einsum("i,kij->kj", x, stacked)) + squares(
+            jnp.block([[p["d"][:2], p["d"][2:]]]) @ jnp.concatenate([x, x[:1]])
+        )
+
+    return loss, {"a": draw(5, 3), "b": draw(5, 3), "c": draw(5, 3), "d": draw(4, 3)}, draw.batch(5)
+
+
+@case()
+def padded_weights(draw):
+    def loss(p, x):
+        padded = jnp.pad(p["w"], ((0, 0), (1, 2)), constant_values=0.3)
+        placed = lax.dynamic_update_slice(jnp.ones((5, 6), x.dtype), p["v"], (0, 2))
+        return squares(x @ padded) + squares(jnp.tanh(x) @ placed)
+
+    return loss, {"w": draw(5, 3), "v": draw(5, 3)}, draw.batch(5)
+
+
+@case()
+def flipped_and_rolled_weights(draw):
+    def loss(p, x):
+        h = x @ p["w"][:, ::-1] + jnp.sin(x) @ jnp.roll(p["v"], 2, axis=0)
+        return squares(h @ p["u"][::2])
+
+    return loss, {"w": draw(5, 3), "v": draw(5, 3), "u": draw(6, 4)}, draw.batch(5)
+
+
+@case(held="w v b")
+def joined_to_weights_that_are_used_again(draw):
+    def loss(p, x):
+        h = x @ jnp.concatenate([p["w"], p["v"]], axis=1) + x @ jnp.concatenate([p["b"], p["b"]], 1)
+        return squares(jnp.tanh(h[1:3]) @ p["w"].T)
+
+    return loss, {"w": draw(5, 2), "v": draw(5, 2), "b": draw(5, 2)}, draw.batch(5)
+
+
+@case()
+def masked_layers_of_a_scan(draw):
+    def loss(p, x):
+        mask = np.broadcast_to(CHECKERBOARD, (3, 5, 5)).astype(np.float32)
+
+        def layer(h, ws):
+            return jnp.tanh(jnp.tanh(h @ ws[0]) @ ws[1]), None
+
+        masked = p["w"] * mask.astype(x.dtype)
+        return squares(lax.scan(layer, x, (masked, 0.5 * p["v"]))[0])
+
+    return loss, {"w": draw(3, 5, 5), "v": draw(3, 5, 5)}, draw.batch(5)
