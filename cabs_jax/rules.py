@@ -47,7 +47,7 @@ from jax.typing import ArrayLike
 
 from cabs_jax._arguments import check_batch_size, check_number, is_traced
 from cabs_jax.statistics import Statistics as Statistics
-from cabs_jax.statistics import noise_in_squared_norm
+from cabs_jax.statistics import measured, noise_in_squared_norm
 
 Rule = Callable[[Statistics], ArrayLike]
 OptimalValue = ArrayLike | Literal["estimated"]
@@ -121,16 +121,17 @@ def cabs(
         lower_bound = optimal_value
 
     def noise(statistics: Statistics) -> jax.Array:
-        alpha = _rate_at(learning_rate, statistics.step)
-        return _float32(scale) * alpha * _float32(statistics.gradient_variance)
+        alpha = _effective_rate(learning_rate, statistics)
+        return _float32(scale) * alpha * _variance(statistics)
 
     def with_eps(gap: jax.Array) -> jax.Array:
         return jnp.where(gap <= 0, gap, gap + _float32(eps))
 
     def rule(statistics: Statistics) -> jax.Array:
         if lower_bound is not None:
-            gap = _float32(statistics.value) - _float32(lower_bound)
+            gap = _float32(measured(statistics.value, "value")) - _float32(lower_bound)
             return _ratio(noise(statistics), with_eps(gap))
+        measured(statistics.value, "value")
         if statistics.estimated_gap is None:
             raise ValueError(
                 'optimal_value="estimated" counts examples: pass moments= or count= to update, got '
@@ -168,10 +169,10 @@ def expected_progress(learning_rate: ScalarOrSchedule, lipschitz: ArrayLike) -> 
     check_number("lipschitz", lipschitz, "a positive number", lambda x: x > 0)
 
     def rule(statistics: Statistics) -> jax.Array:
-        curvature = _float32(lipschitz) * _rate_at(learning_rate, statistics.step)
+        curvature = _float32(lipschitz) * _effective_rate(learning_rate, statistics)
         norm, _ = _unbiased_squared_norm(statistics, "expected_progress")
         return _ratio(
-            2 * curvature * _float32(statistics.gradient_variance),
+            2 * curvature * _variance(statistics),
             jnp.maximum(2 - curvature, 0) * jnp.maximum(norm, 0),
         )
 
@@ -200,7 +201,7 @@ def norm_test(theta: ArrayLike) -> Rule:
 
     def rule(statistics: Statistics) -> jax.Array:
         norm, _ = _unbiased_squared_norm(statistics, "norm_test")
-        return _ratio(_float32(statistics.gradient_variance), jnp.square(_float32(theta)) * norm)
+        return _ratio(_variance(statistics), jnp.square(_float32(theta)) * norm)
 
     return rule
 
@@ -235,7 +236,7 @@ def biased_norm_test(theta: ArrayLike) -> Rule:
 
     def rule(statistics: Statistics) -> jax.Array:
         unbiased, count = _unbiased_squared_norm(statistics, "biased_norm_test")
-        variance = _float32(statistics.gradient_variance)
+        variance = _variance(statistics)
         norm = unbiased + noise_in_squared_norm(variance, count)
         return _ratio(variance, jnp.square(_float32(theta)) * norm)
 
@@ -257,7 +258,7 @@ def noise_scale() -> Rule:
 
     def rule(statistics: Statistics) -> jax.Array:
         norm, _ = _unbiased_squared_norm(statistics, "noise_scale")
-        return _ratio(_float32(statistics.gradient_variance), norm)
+        return _ratio(_variance(statistics), norm)
 
     return rule
 
@@ -297,7 +298,7 @@ def big_batch(theta: ArrayLike = 1.0, *, growth: ArrayLike = 0.1) -> Rule:
 
     def rule(statistics: Statistics) -> jax.Array:
         unbiased, count = _unbiased_squared_norm(statistics, "big_batch")
-        noise = noise_in_squared_norm(_float32(statistics.gradient_variance), count)
+        noise = noise_in_squared_norm(_variance(statistics), count)
         fails = jnp.square(_float32(theta)) * (unbiased + noise) <= noise
         size = _float32(statistics.batch_size)
         # A batch without noise passes, at a minimum of the loss too.
@@ -418,13 +419,21 @@ def at_step(learning_rate: ScalarOrSchedule, step: jax.Array) -> ArrayLike:
     return rate
 
 
-def _rate_at(learning_rate: ScalarOrSchedule, step: jax.Array) -> jax.Array:
-    """Returns the learning rate of a step; NaN for a negative one, from which no size follows."""
-    rate = _float32(at_step(learning_rate, step))
-    return jnp.where(rate < 0, jnp.nan, rate)
+def _effective_rate(learning_rate: ScalarOrSchedule, statistics: Statistics) -> jax.Array:
+    """Returns the learning rate α of a step times s; NaN where α < 0, from which no size follows.
+
+    Where what stands before has made s·ḡ of the measured gradient ḡ, the step −α·s·ḡ is one of s·α.
+    """
+    rate = _float32(at_step(learning_rate, statistics.step))
+    return jnp.where(rate < 0, jnp.nan, rate) * _float32(statistics.gradient_scale)
+
+
+def _variance(statistics: Statistics) -> jax.Array:
+    return _float32(measured(statistics.gradient_variance, "gradient_variance"))
 
 
 def _unbiased_squared_norm(statistics: Statistics, rule_name: str) -> tuple[jax.Array, jax.Array]:
+    measured(statistics.gradient_variance, "gradient_variance")
     if statistics.squared_gradient_norm is None or statistics.count is None:
         raise ValueError(
             f"rules.{rule_name} needs the number of examples, to estimate ‖∇F‖² without bias: "
