@@ -25,6 +25,7 @@ from cabs_jax.meter import monitor
 from cabs_jax.moments import Explanation, explain, gradient_moments, per_example_value_and_grad
 from cabs_jax.on_device import OnDeviceResult, StepMetrics, on_device_loop
 from cabs_jax.optimizers import cabs, cabs_adam
+from cabs_jax.scaling import scale_with_batch_size
 from cabs_jax.state import (
     AdaptBatchSizeState,
     CoupledState,
@@ -61,6 +62,7 @@ __all__ = [
     "on_device_loop",
     "per_example_value_and_grad",
     "rules",
+    "scale_with_batch_size",
 ]
 
 try:

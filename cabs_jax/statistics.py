@@ -1,10 +1,11 @@
 """What is measured on a batch and averaged over steps, in float32 whatever the model's dtype."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 PyTree = Any
 Variance = Literal["trace", "diagonal"]
@@ -75,6 +76,9 @@ class Statistics(NamedTuple):
     raw_batch_size: jax.Array | None = None
     examples: jax.Array | None = None
     gradient_scale: jax.Array | float = 1.0
+
+
+Rule = Callable[[Statistics], ArrayLike]
 
 
 def measured(x: jax.Array | None, name: Literal["value", "gradient_variance"]) -> jax.Array:
