@@ -6,8 +6,8 @@ examples the next step needs. The rooms of the library, in the order of the data
 * `gradient_moments`, `per_example_value_and_grad`, `explain` (`cabs_jax.moments`): from a loss and
   a batch to the mean gradient and its variance.
 * `rules` (`cabs_jax.rules`): from running averages of those, `Statistics`, to the size to ask for.
-* `cabs`, `cabs_adam`, `adapt_batch_size`, `batch_size` (`cabs_jax.transform`): the optax optimizers
-  that keep the averages, ask the rule and round its answer to a legal size.
+* `cabs`, `cabs_adam`, `adapt_batch_size`, `batch_size`, `info`: the optax optimizers that keep the
+  averages, ask the rule and round its answer to a legal size. `monitor` measures along any other.
 * `BatchLoader`, `buckets` (`cabs_jax.loader`): batches of that size from an endless stream of
   examples, each once per epoch.
 
@@ -21,10 +21,19 @@ from cabs_jax import rules
 from cabs_jax._jaxlib_check import warn_if_miscompiling as _warn_if_miscompiling
 from cabs_jax.compilation import CompiledStep
 from cabs_jax.loader import BatchLoader, Position, buckets
+from cabs_jax.meter import monitor
 from cabs_jax.moments import Explanation, explain, gradient_moments, per_example_value_and_grad
 from cabs_jax.on_device import OnDeviceResult, StepMetrics, on_device_loop
 from cabs_jax.optimizers import cabs, cabs_adam
-from cabs_jax.state import AdaptBatchSizeState, CoupledState, Info, batch_size
+from cabs_jax.scaling import scale_with_batch_size
+from cabs_jax.state import (
+    AdaptBatchSizeState,
+    CoupledState,
+    Info,
+    MonitorState,
+    batch_size,
+    info,
+)
 from cabs_jax.statistics import GradientMoments, Statistics
 from cabs_jax.transform import adapt_batch_size
 
@@ -36,6 +45,7 @@ __all__ = [
     "Explanation",
     "GradientMoments",
     "Info",
+    "MonitorState",
     "OnDeviceResult",
     "Position",
     "Statistics",
@@ -47,9 +57,12 @@ __all__ = [
     "cabs_adam",
     "explain",
     "gradient_moments",
+    "info",
+    "monitor",
     "on_device_loop",
     "per_example_value_and_grad",
     "rules",
+    "scale_with_batch_size",
 ]
 
 try:

@@ -14,18 +14,11 @@ from cabs_jax import rules
 from cabs_jax._arguments import check_number
 from cabs_jax.rounding import RoundTo
 from cabs_jax.rules import OptimalValue, ScalarOrSchedule
+from cabs_jax.sizing import BeyondMax, Sizing, held, select, sizing, unless_empty
 from cabs_jax.state import AdaptBatchSizeState, CoupledState
-from cabs_jax.statistics import PyTree, Variance, tree_sum
+from cabs_jax.statistics import PyTree, Variance, measured, tree_sum
 from cabs_jax.step_moments import read_moments
-from cabs_jax.transform import (
-    BeyondMax,
-    Sizing,
-    held,
-    select,
-    sizing,
-    transformation,
-    unless_empty,
-)
+from cabs_jax.transform import transformation
 
 
 def cabs(
@@ -117,10 +110,7 @@ def cabs(
     Returns:
       An optax optimizer. Its state is an `AdaptBatchSizeState`, with momentum a `CoupledState` that
       holds one as `adapt`. However it is wrapped, `batch_size(state)` is the size of the next batch
-      and `optax.tree.get(state, "info")` an `Info` of the last step, to be plotted:
-      `raw_batch_size` (before rounding and bounds), `value`, `gradient_variance`,
-      `mean_gradient_squared_norm`, `bound` (−1 or 1 where the raw size lay outside) and
-      `non_finite`.
+      and `info(state)` an `Info` of the last step, to be plotted.
 
     Raises:
       ValueError: If an argument is out of range, or if no legal size lies within the bounds. Values
@@ -227,8 +217,10 @@ def cabs_adam(
         updates, state = tx.update(
             m.mean, state, params, value=m.value, gradient_variance=m.variance, count=m.count)
 
-    `count` may be left out; where it is zero, everything stays as it is. In `masked` and
-    `partition` a diagonal needs `mask_compatible_extra_args=True`. A step that is not finite is
+    `count` may be left out; where it is zero, everything stays as it is. With `moments=m` in their
+    place, gradients may be clipped before: A is then that of the gradient as measured, so that the
+    size is that of the unclipped run, but for `eps`. In `masked` and `partition` a diagonal needs
+    `moments=` or `mask_compatible_extra_args=True`. A step that is not finite is
     treated as by `cabs`, and passed on to Adam as by `optax.adam`: guard it by
     `optax.apply_if_finite`.
 
@@ -253,7 +245,7 @@ def cabs_adam(
 
     Returns:
       An optax optimizer with a `CoupledState`, for `batch_size(state)`. `gradient_variance` in its
-      `info` and averages is tr(AΣ̂)/α; the average of squared gradient norms is not kept.
+      `info` and averages is tr(AΣ̂)/α; the noise scale is that of the plain gradient.
 
     Raises:
       ValueError: If an argument is out of range. Values traced by JAX are not checked. `update`
@@ -348,12 +340,9 @@ def _coupled(
         **extra_args: Any,
     ) -> tuple[PyTree, CoupledState]:
         moments = read_moments(updates, params, axis_name, variance, **extra_args)
-        xi, known = noise(moments.gradient_variance, state.direction)
-        adapted = rule_to_size.advance(
-            state.adapt,
-            moments._replace(gradient_variance=xi),
-            plain_trace=variance == "trace",
-        )
+        covariance = measured(moments.gradient_variance, "gradient_variance")
+        xi, known = noise(covariance, state.direction)
+        adapted = rule_to_size.advance(state.adapt, moments, xi)
         adapted = select(jnp.asarray(known), adapted, held(state.adapt, adapted))
         directed, direction_state = direction.update(moments.mean, state.direction, params)
         scaled = _scaled(directed, _step_size(learning_rate, rule_to_size, state.adapt))

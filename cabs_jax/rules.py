@@ -13,6 +13,7 @@ be given to `cabs_jax.adapt_batch_size`; the factories here make the rules of th
 | `noise_scale` | ξ / ‖∇F‖² | McCandlish et al. 2018 |
 | `big_batch` | m, or (1 + δ)·m if too noisy | De et al. 2017 |
 | `geometric_growth` | m₀·ρᵏ after k milestones | Smith et al. 2018 |
+| `seesaw` | m₀·max α/α | Meterez et al. 2025 |
 | `constant`, `schedule` | a given size | the baselines |
 
 ξ = tr Σ̂ is the trace of the gradient covariance, F the loss and α the learning rate. Where a rule's
@@ -31,13 +32,14 @@ it answers NaN, and the size stays as it was; a value that is not traced raises.
 ...     return 16.0 * jnp.sqrt(1.0 + statistics.step)
 >>> float(square_root_growth(statistics))
 16.0
+
+The last four are schedules, which need neither loss nor variance: `update(gradient, state, params)`
+will do, with `count=` where they count examples.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -45,11 +47,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from cabs_jax._arguments import check_batch_size, check_number, is_traced
+from cabs_jax._arguments import check_number, is_traced
+from cabs_jax.size_schedules import constant as constant
+from cabs_jax.size_schedules import geometric_growth as geometric_growth
+from cabs_jax.size_schedules import schedule as schedule
+from cabs_jax.size_schedules import seesaw as seesaw
+from cabs_jax.statistics import Rule as Rule
 from cabs_jax.statistics import Statistics as Statistics
-from cabs_jax.statistics import noise_in_squared_norm
+from cabs_jax.statistics import measured, noise_in_squared_norm
 
-Rule = Callable[[Statistics], ArrayLike]
 OptimalValue = ArrayLike | Literal["estimated"]
 ScalarOrSchedule = ArrayLike | Callable[[jax.Array], ArrayLike]
 
@@ -121,16 +127,17 @@ def cabs(
         lower_bound = optimal_value
 
     def noise(statistics: Statistics) -> jax.Array:
-        alpha = _rate_at(learning_rate, statistics.step)
-        return _float32(scale) * alpha * _float32(statistics.gradient_variance)
+        alpha = _effective_rate(learning_rate, statistics)
+        return _float32(scale) * alpha * _variance(statistics)
 
     def with_eps(gap: jax.Array) -> jax.Array:
         return jnp.where(gap <= 0, gap, gap + _float32(eps))
 
     def rule(statistics: Statistics) -> jax.Array:
         if lower_bound is not None:
-            gap = _float32(statistics.value) - _float32(lower_bound)
+            gap = _float32(measured(statistics.value, "value")) - _float32(lower_bound)
             return _ratio(noise(statistics), with_eps(gap))
+        measured(statistics.value, "value")
         if statistics.estimated_gap is None:
             raise ValueError(
                 'optimal_value="estimated" counts examples: pass moments= or count= to update, got '
@@ -168,10 +175,10 @@ def expected_progress(learning_rate: ScalarOrSchedule, lipschitz: ArrayLike) -> 
     check_number("lipschitz", lipschitz, "a positive number", lambda x: x > 0)
 
     def rule(statistics: Statistics) -> jax.Array:
-        curvature = _float32(lipschitz) * _rate_at(learning_rate, statistics.step)
+        curvature = _float32(lipschitz) * _effective_rate(learning_rate, statistics)
         norm, _ = _unbiased_squared_norm(statistics, "expected_progress")
         return _ratio(
-            2 * curvature * _float32(statistics.gradient_variance),
+            2 * curvature * _variance(statistics),
             jnp.maximum(2 - curvature, 0) * jnp.maximum(norm, 0),
         )
 
@@ -200,7 +207,7 @@ def norm_test(theta: ArrayLike) -> Rule:
 
     def rule(statistics: Statistics) -> jax.Array:
         norm, _ = _unbiased_squared_norm(statistics, "norm_test")
-        return _ratio(_float32(statistics.gradient_variance), jnp.square(_float32(theta)) * norm)
+        return _ratio(_variance(statistics), jnp.square(_float32(theta)) * norm)
 
     return rule
 
@@ -235,7 +242,7 @@ def biased_norm_test(theta: ArrayLike) -> Rule:
 
     def rule(statistics: Statistics) -> jax.Array:
         unbiased, count = _unbiased_squared_norm(statistics, "biased_norm_test")
-        variance = _float32(statistics.gradient_variance)
+        variance = _variance(statistics)
         norm = unbiased + noise_in_squared_norm(variance, count)
         return _ratio(variance, jnp.square(_float32(theta)) * norm)
 
@@ -257,7 +264,7 @@ def noise_scale() -> Rule:
 
     def rule(statistics: Statistics) -> jax.Array:
         norm, _ = _unbiased_squared_norm(statistics, "noise_scale")
-        return _ratio(_float32(statistics.gradient_variance), norm)
+        return _ratio(_variance(statistics), norm)
 
     return rule
 
@@ -297,101 +304,13 @@ def big_batch(theta: ArrayLike = 1.0, *, growth: ArrayLike = 0.1) -> Rule:
 
     def rule(statistics: Statistics) -> jax.Array:
         unbiased, count = _unbiased_squared_norm(statistics, "big_batch")
-        noise = noise_in_squared_norm(_float32(statistics.gradient_variance), count)
+        noise = noise_in_squared_norm(_variance(statistics), count)
         fails = jnp.square(_float32(theta)) * (unbiased + noise) <= noise
         size = _float32(statistics.batch_size)
         # A batch without noise passes, at a minimum of the loss too.
         return jnp.where(fails & (noise > 0), jnp.ceil((1 + _float32(growth)) * size), size)
 
     return rule
-
-
-def geometric_growth(size: int, factor: float, milestones: Sequence[int]) -> Rule:
-    """Multiplies the batch size where a step decay would divide the learning rate: m₀·ρᵏ.
-
-    The noise of a step goes with α/m, so that both have the same effect on it. As the sizes are
-    known beforehand, so are the steps at which a number of examples has been seen; they are right
-    as long as `round_to` leaves the sizes as they are. Bounds may cut them off at the maximum.
-
-    Args:
-      size: Size m₀ of the first batches, in [1, 2**31 − 1]; give it as `initial_batch_size` too.
-      factor: ρ > 1; sizes are rounded to whole numbers.
-      milestones: Increasing numbers of examples; the first batch that starts at or after the k-th
-        is the first of size m₀·ρᵏ.
-
-    Returns:
-      The rule.
-
-    Raises:
-      ValueError: If an argument is out of range, or the milestones do not increase.
-
-    Example:
-      >>> import cabs_jax, optax
-      >>> rule = geometric_growth(64, factor=5, milestones=[1_000_000, 2_000_000])
-      >>> tx = optax.chain(
-      ...     cabs_jax.adapt_batch_size(rule, initial_batch_size=64),
-      ...     optax.scale_by_learning_rate(0.1))
-
-    References:
-      Smith, Kindermans, Ying and Le, [Don't Decay the Learning Rate, Increase the Batch
-      Size](https://arxiv.org/abs/1711.00489), 2018.
-    """
-    check_number("factor", factor, "a number above 1", lambda x: x > 1)
-    first = int(check_batch_size("size", size))
-    at = [int(check_batch_size("each milestone", milestone)) for milestone in milestones]
-    if any(a >= b for a, b in pairwise(at)):
-        raise ValueError(f"milestones must increase, got {milestones!r}.")
-
-    sizes, steps, step, seen = [float(first)], [], 0, 0
-    for milestone in at:
-        waited = max(0, math.ceil((milestone - seen) / sizes[-1]))
-        step, seen = step + waited, seen + waited * int(sizes[-1])
-        steps.append(step)
-        sizes.append(float(round(first * factor ** len(steps))))
-    all_sizes, last_steps = np.asarray(sizes, np.float32), np.asarray(steps, np.int32) - 1
-
-    def rule(statistics: Statistics) -> jax.Array:
-        passed = jnp.sum(statistics.step >= last_steps, dtype=jnp.int32)
-        return jnp.asarray(all_sizes)[passed]
-
-    return rule
-
-
-def constant(size: ArrayLike) -> Rule:
-    """Always asks for the same size.
-
-    Args:
-      size: Number of examples, in [1, 2**31 − 1].
-
-    Returns:
-      The rule.
-
-    Raises:
-      ValueError: If size is not a whole number in that range.
-    """
-    checked = check_batch_size("size", size)
-    return lambda statistics: _float32(checked)
-
-
-def schedule(step_to_size: Callable[[jax.Array], ArrayLike]) -> Rule:
-    """Asks for a size that depends on the index of the step alone.
-
-    Args:
-      step_to_size: Called with the index k of the step just made, from 0, an int32 scalar; returns
-        the size of the batch that follows it, k + 1. That of batch 0 is `initial_batch_size`.
-
-    Returns:
-      The rule.
-
-    Raises:
-      TypeError: If step_to_size is not callable.
-    """
-    if not callable(step_to_size):
-        raise TypeError(
-            f"step_to_size must be a function of the step, got {step_to_size!r}; "
-            "for a fixed size use rules.constant."
-        )
-    return lambda statistics: _float32(step_to_size(statistics.step))
 
 
 def check_learning_rate(learning_rate: ScalarOrSchedule) -> None:
@@ -418,13 +337,21 @@ def at_step(learning_rate: ScalarOrSchedule, step: jax.Array) -> ArrayLike:
     return rate
 
 
-def _rate_at(learning_rate: ScalarOrSchedule, step: jax.Array) -> jax.Array:
-    """Returns the learning rate of a step; NaN for a negative one, from which no size follows."""
-    rate = _float32(at_step(learning_rate, step))
-    return jnp.where(rate < 0, jnp.nan, rate)
+def _effective_rate(learning_rate: ScalarOrSchedule, statistics: Statistics) -> jax.Array:
+    """Returns the learning rate α of a step times s; NaN where α < 0, from which no size follows.
+
+    Where what stands before has made s·ḡ of the measured gradient ḡ, the step −α·s·ḡ is one of s·α.
+    """
+    rate = _float32(at_step(learning_rate, statistics.step))
+    return jnp.where(rate < 0, jnp.nan, rate) * _float32(statistics.gradient_scale)
+
+
+def _variance(statistics: Statistics) -> jax.Array:
+    return _float32(measured(statistics.gradient_variance, "gradient_variance"))
 
 
 def _unbiased_squared_norm(statistics: Statistics, rule_name: str) -> tuple[jax.Array, jax.Array]:
+    measured(statistics.gradient_variance, "gradient_variance")
     if statistics.squared_gradient_norm is None or statistics.count is None:
         raise ValueError(
             f"rules.{rule_name} needs the number of examples, to estimate ‖∇F‖² without bias: "

@@ -1,9 +1,10 @@
 """What the transformation remembers between steps: a few scalars, whatever the model's size."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
+from cabs_jax.noise_scale import NoiseScale
 from cabs_jax.progress import ExampleCount, Progress
 from cabs_jax.statistics import PyTree
 
@@ -13,9 +14,21 @@ class Info(NamedTuple):
 
     Attributes:
       raw_batch_size: What the rule asked for, before rounding and bounds; float32, may be infinite.
-      value: Mean loss F of the step's batch, float32.
-      gradient_variance: Trace ξ of the gradient covariance of the step's batch, float32.
+      value: Mean loss F of the step's batch, float32; 0 where `update` was given none.
+      gradient_variance: Trace ξ of the gradient covariance of the step's batch, float32; 0
+        likewise.
       mean_gradient_squared_norm: ‖ḡ‖² of the step's mean gradient, noise included, float32.
+      squared_gradient_norm: Running average of ‖ḡ‖² − ξ/(m − 1), the unbiased estimate of ‖∇F‖²,
+        float32; not positive where noise hides it.
+      noise_scale: V/‖∇F‖², the size at which a batch holds as much noise as gradient; a ratio of
+        two running averages, V = ξ·m/(m − 1) being the unbiased trace; float32. Infinite where the
+        estimate of ‖∇F‖² is not positive, and before the first batch of known `count`.
+      noise_scale_low: Lower end of its 95 % interval (Fieller's), float32.
+      noise_scale_high: Upper end, float32; infinite while ‖∇F‖² cannot be told from 0.
+      gradient_scale: s where what stands before in the chain, such as clipping, has made s·ḡ of the
+        gradient ḡ in `moments`, float32; 1 where `update` was not given `moments`.
+      altered: 1 where it has made something else of it, as `MultiSteps`, signs and projections do,
+        else 0; int32. The rule then goes by the s of the steps before, and its size is a guess.
       bound: −1 where the raw size lies below `min_batch_size`, 1 where it lies above
         `max_batch_size`, 0 where it lies between; int32.
       learning_rate_scale: Factor on the step's learning rate, float32; below 1 where a smaller step
@@ -28,6 +41,12 @@ class Info(NamedTuple):
     value: jax.Array
     gradient_variance: jax.Array
     mean_gradient_squared_norm: jax.Array
+    squared_gradient_norm: jax.Array
+    noise_scale: jax.Array
+    noise_scale_low: jax.Array
+    noise_scale_high: jax.Array
+    gradient_scale: jax.Array
+    altered: jax.Array
     bound: jax.Array
     learning_rate_scale: jax.Array
     non_finite: jax.Array
@@ -42,12 +61,14 @@ class AdaptBatchSizeState(NamedTuple):
       value_average: Running average of the loss, float32.
       gradient_variance_average: Running average of ξ, float32.
       squared_gradient_norm_average: Running average of ‖ḡ‖² − ξ/(m − 1), float32.
+      gradient_scale_average: Running average of `info.gradient_scale`, float32.
       weight: How much of an average that started at 0 comes from the n steps averaged so far,
         1 − decay^n, float32; `debias` divides by it.
       unrounded_batch_size: What the rule answered last, within the bounds but not rounded, float32;
         above `max_batch_size` only where a smaller learning rate stands in for the rest.
       examples: Exact number of examples seen; it stands still where `update` is given no `count`.
       progress: Averages of the loss from which F − F* is estimated.
+      noise_scale: Averages from which the noise scale is estimated.
       info: What one wants to plot of the last step.
     """
 
@@ -56,10 +77,12 @@ class AdaptBatchSizeState(NamedTuple):
     value_average: jax.Array
     gradient_variance_average: jax.Array
     squared_gradient_norm_average: jax.Array
+    gradient_scale_average: jax.Array
     weight: jax.Array
     unrounded_batch_size: jax.Array
     examples: ExampleCount
     progress: Progress
+    noise_scale: NoiseScale
     info: Info
 
 
@@ -73,6 +96,16 @@ class CoupledState(NamedTuple):
 
     adapt: AdaptBatchSizeState
     direction: PyTree
+
+
+class MonitorState(NamedTuple):
+    """State of `monitor`.
+
+    Attributes:
+      measured: What `adapt_batch_size` would remember; its batch size is not asked for.
+    """
+
+    measured: AdaptBatchSizeState
 
 
 def batch_size(state: PyTree) -> jax.Array:
@@ -94,21 +127,53 @@ def batch_size(state: PyTree) -> jax.Array:
     >>> print(batch_size(tx.init({"w": jnp.zeros(3)})))
     16
     """
+    adapts = [node for node in _ours(state) if isinstance(node, AdaptBatchSizeState)]
+    size: jax.Array = _only(adapts, state, "batch size", "cabs_jax.adapt_batch_size").batch_size
+    return size
 
-    def is_ours(node: PyTree) -> bool:
-        return isinstance(node, AdaptBatchSizeState)
 
-    found = [node for node in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(node)]
+def info(state: PyTree) -> Info:
+    """Finds what was measured of the last step in an optimizer state, however deep it is wrapped.
+
+    Args:
+      state: State of an optax optimizer that holds `cabs`, `cabs_adam`, `adapt_batch_size` or
+        `monitor` exactly once.
+
+    Returns:
+      The measurements, all scalars: `float(x)` and `x.item()` take them to the host, and
+      `info(state)._asdict()` is what a logger wants.
+
+    Raises:
+      ValueError: If the state holds none, or more than one.
+
+    >>> import cabs_jax, jax.numpy as jnp, optax
+    >>> tx = optax.chain(optax.clip_by_global_norm(1.0), cabs_jax.cabs_adam(1e-3))
+    >>> print(info(tx.init({"w": jnp.zeros(3)})).raw_batch_size)
+    16.0
+    """
+    measured = [n.measured if isinstance(n, MonitorState) else n for n in _ours(state)]
+    found: Info = _only(measured, state, "measurement", "cabs_jax.monitor").info
+    return found
+
+
+def _is_ours(node: PyTree) -> bool:
+    return isinstance(node, (AdaptBatchSizeState, MonitorState))
+
+
+def _ours(state: PyTree) -> list[Any]:
+    return [node for node in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(node)]
+
+
+def _only(found: list[Any], state: PyTree, what: str, or_what: str) -> Any:
     if len(found) == 1:
-        size: jax.Array = found[0].batch_size
-        return size
+        return found[0]
     if not found:
         raise ValueError(
-            f"no batch size in this state of type {type(state).__name__}: it must come from `init` "
-            "or `update` of an optimizer that holds cabs_jax.cabs or cabs_jax.adapt_batch_size "
+            f"no {what} in this state of type {type(state).__name__}: it must come from `init` "
+            f"or `update` of an optimizer that holds cabs_jax.cabs or {or_what} "
             "(a restored checkpoint: restore it into the tree that `init` returns)."
         )
     raise ValueError(
-        f"{len(found)} batch sizes in this state of type {type(state).__name__}: pass the part of "
+        f"{len(found)} {what}s in this state of type {type(state).__name__}: pass the part of "
         "it that belongs to one of them."
     )

@@ -1,10 +1,11 @@
 """What is measured on a batch and averaged over steps, in float32 whatever the model's dtype."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 PyTree = Any
 Variance = Literal["trace", "diagonal"]
@@ -43,10 +44,12 @@ class Statistics(NamedTuple):
     """What a rule may look at, after a step.
 
     Attributes:
-      value: Running average of the loss F, float32 scalar.
-      gradient_variance: Running average of the trace ξ of the gradient covariance, float32 scalar.
+      value: Running average of the loss F, float32 scalar; None where `update` was given no loss.
+      gradient_variance: Running average of the trace ξ of the gradient covariance, float32 scalar;
+        None where `update` was given neither per-example gradients nor their variance.
       squared_gradient_norm: Running average of ‖ḡ‖² − ξ/(m − 1), the unbiased estimate of ‖∇F‖²,
-        which noise can make negative; float32 scalar. None where `update` was given no `count`.
+        which noise can make negative; float32 scalar. None where `update` was given no `count` or
+        no variance.
       count: Number m of real examples of this step's batch, int32 scalar, or None likewise.
       step: Index of this step, from 0, int32 scalar.
       batch_size: Batch size that was asked for this step, int32 scalar.
@@ -58,10 +61,12 @@ class Statistics(NamedTuple):
         bounds, float32 scalar: where a rule that moves gradually starts from.
       examples: Number of examples seen, this step's included, float32 scalar, rounded from an exact
         count; None where `update` was given no `count`.
+      gradient_scale: Running average of s, where what stands before has made s·ḡ of the gradient
+        ḡ that was measured, float32 scalar: a step of α along it is one of s·α along ḡ.
     """
 
-    value: jax.Array
-    gradient_variance: jax.Array
+    value: jax.Array | None
+    gradient_variance: jax.Array | None
     squared_gradient_norm: jax.Array | None
     count: jax.Array | None  # type: ignore[assignment]
     step: jax.Array
@@ -70,6 +75,30 @@ class Statistics(NamedTuple):
     averaged_excess: jax.Array | None = None
     raw_batch_size: jax.Array | None = None
     examples: jax.Array | None = None
+    gradient_scale: jax.Array | float = 1.0
+
+
+Rule = Callable[[Statistics], ArrayLike]
+
+
+def measured(x: jax.Array | None, name: Literal["value", "gradient_variance"]) -> jax.Array:
+    """Returns what was measured.
+
+    Raises:
+      ValueError: If `update` was given no such thing.
+    """
+    if x is not None:
+        return x
+    if name == "value":
+        raise ValueError(
+            "update got value=None: pass moments=, what gradient_moments returned, or value=, the "
+            "per-example losses or their mean."
+        )
+    raise ValueError(
+        "update got gradient_variance=None, and gradients of the shapes of the parameters, which "
+        "are mean gradients: pass moments=, what gradient_moments returned, or gradient_variance="
+        "; or per-example gradients in place of their mean."
+    )
 
 
 def is_absurd(average: jax.Array, measured: jax.Array) -> jax.Array:
@@ -97,6 +126,16 @@ def tree_squared_norm(tree: PyTree) -> jax.Array:
 
     norms = map(squared_norm, jax.tree.leaves(tree))
     return sum(norms, start=jnp.zeros((), jnp.float32))
+
+
+def tree_dot(tree: PyTree, other: PyTree) -> jax.Array:
+    """Returns Σ x·y over all entries of two trees of arrays, accumulated in float32."""
+
+    def dot(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32))
+
+    dots = map(dot, jax.tree.leaves(tree), jax.tree.leaves(other))
+    return sum(dots, start=jnp.zeros((), jnp.float32))
 
 
 def tree_sum(tree: PyTree) -> jax.Array:

@@ -1,16 +1,19 @@
 """The two ways into `update`, checked, told apart and brought to one form.
 
 Path (a) is given per-example gradients and averages them; path (b) is given the mean gradient and
-its variance. From here on there is no difference between the two.
+its variance. From here on there is no difference between the two. A mean gradient alone will do for
+a rule that asks for neither loss nor variance.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.tree_util import keystr
 
 from cabs_jax._arguments import check_parameters, is_traced
@@ -18,28 +21,44 @@ from cabs_jax.statistics import (
     GradientMoments,
     PyTree,
     Variance,
+    measured,
     moments_from_per_example,
+    tree_dot,
+    tree_squared_norm,
     tree_sum,
 )
+
+# How far a rescaled gradient may be from a multiple of the measured one, as a part of its norm:
+# bfloat16 rounds each entry by up to 0.4 %.
+_NO_RESCALING = 0.01
 
 
 class StepMoments(NamedTuple):
     """What one step's batch says, whichever way it was given.
 
     Attributes:
-      mean: Mean gradient, like the parameters.
-      value: Mean loss, float32 scalar.
+      mean: Mean gradient to pass on, like the parameters.
+      value: Mean loss, float32 scalar; None where none was given.
       gradient_variance: Trace of the gradient covariance, float32 scalar; or its diagonal, a
-        float32 tree like the parameters.
+        float32 tree like the parameters; None where none was given.
+      trace: The trace ξ in any case, or None.
+      squared_norm: ‖ḡ‖² of the gradient as measured, float32 scalar.
       count: Number of real examples, int32 scalar; None where path (b) was not told.
       averaged_value: Mean loss of averaged weights on the batch, float32 scalar, or None.
+      gradient_scale: s where what stands before has made s·ḡ of the measured gradient ḡ, float32
+        scalar.
+      altered: Whether it has made something else of it, a boolean scalar.
     """
 
     mean: PyTree
-    value: jax.Array
+    value: jax.Array | None
     gradient_variance: PyTree
+    trace: jax.Array | None
+    squared_norm: jax.Array
     count: jax.Array | None  # type: ignore[assignment]
-    averaged_value: jax.Array | None = None
+    averaged_value: jax.Array | None
+    gradient_scale: jax.Array
+    altered: jax.Array
 
 
 def read_moments(
@@ -81,44 +100,56 @@ def read_moments(
             "update got params=None: pass the parameters as its third argument, so that "
             "per-example gradients can be told from their mean."
         )
+    check_parameters(params)
+    if not same_structure(updates, params):
+        raise ValueError(
+            f"the gradients must be a tree like the parameters, {jax.tree.structure(params)}, got "
+            f"{jax.tree.structure(updates)}."
+        )
+    measured_mean = None
     if moments is not None:
-        value, gradient_variance, count, averaged_value = _unpacked(
+        check_moments(
             moments,
             gradient_variance=gradient_variance,
             count=count,
             averaged_value=averaged_value,
             mask=mask,
         )
-    if value is None:
-        raise ValueError(
-            "update got value=None: pass moments=, what gradient_moments returned, or value=, the "
-            "per-example losses or their mean."
-        )
-    check_parameters(params)
-    if not _same_structure(updates, params):
-        raise ValueError(
-            f"the gradients must be a tree like the parameters, {jax.tree.structure(params)}, got "
-            f"{jax.tree.structure(updates)}."
-        )
-    updates, value = jax.tree.map(jnp.asarray, (updates, value))
-    if gradient_variance is None:
+        value, count, averaged_value = moments.value, moments.count, moments.averaged_value
+        measured_mean, gradient_variance = moments.mean, moments.variance
+        if _is_like(gradient_variance, measured_mean):
+            measured_mean = _visible(measured_mean, params)
+            gradient_variance = _visible(gradient_variance, params)
+    updates = jax.tree.map(jnp.asarray, updates)
+    averaged_value = _averaged_value(averaged_value)
+    one_loss = value is None or jnp.shape(value) == ()
+    if gradient_variance is None and not (one_loss and _is_mean(updates, params)):
         if count is not None:
             raise ValueError(
                 f"count={count!r} belongs to mean gradients: pass gradient_variance= with it, "
                 "or mask= with per-example gradients."
             )
-        read = _average(updates, params, value, mask, axis_name, variance)
-        return read._replace(averaged_value=_averaged_value(averaged_value))
+        losses = jnp.asarray(measured(value, "value"))
+        read = _average(updates, params, losses, mask, axis_name, variance)
+        return read._replace(averaged_value=averaged_value)
     if mask is not None:
         raise ValueError(
             f"mask of shape {jnp.shape(mask)} belongs to per-example gradients: give it to "
             "gradient_moments, and count=moments.count to update."
         )
+    if gradient_variance is not None:
+        measured(value, "value")
     read = _pass_on(updates, params, value, gradient_variance, count, variance)
-    return read._replace(averaged_value=_averaged_value(averaged_value))
+    read = read._replace(averaged_value=averaged_value)
+    if measured_mean is None:
+        return read
+    scale, altered = _rescaling(updates, _visible(measured_mean, params))
+    norm = tree_squared_norm(measured_mean)
+    return read._replace(squared_norm=norm, gradient_scale=scale, altered=altered)
 
 
-def _unpacked(moments: Any, **given: Any) -> tuple[Any, PyTree, Any, Any]:
+def check_moments(moments: Any, **given: Any) -> None:
+    """Raises unless `moments` are moments, and none of the other arguments is given with them."""
     if not isinstance(moments, GradientMoments):
         raise TypeError(
             f"moments must be what gradient_moments returned, got {type(moments).__name__}; with "
@@ -127,7 +158,67 @@ def _unpacked(moments: Any, **given: Any) -> tuple[Any, PyTree, Any, Any]:
     twice = [name for name, argument in given.items() if argument is not None]
     if twice:
         raise ValueError(f"update got moments= and {twice[0]}=: leave {twice[0]}= out.")
-    return moments.value, moments.variance, moments.count, moments.averaged_value
+
+
+def read_count(count: Any) -> jax.Array:
+    """Returns a number of examples as an int32 scalar.
+
+    Raises:
+      ValueError: If it is none.
+    """
+    number = jnp.asarray(count)
+    if number.shape != () or not jnp.issubdtype(number.dtype, jnp.integer):
+        raise ValueError(
+            f"count must be an integer scalar, got dtype {number.dtype}, shape {number.shape}."
+        )
+    if not is_traced(number) and number < 0:
+        raise ValueError(f"count must be the number of real examples, got {number}.")
+    return number.astype(jnp.int32)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _visible(tree: PyTree, params: PyTree) -> PyTree:
+    """Returns a tree without what `optax.masked` or `optax.partition` hides of the parameters."""
+    if not any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked))):
+        return tree
+    return jax.tree.map(lambda p, x: p if _is_masked(p) else x, params, tree, is_leaf=_is_masked)
+
+
+def _is_like(tree: PyTree, mean: PyTree) -> bool:
+    shapes, expected = (list(map(jnp.shape, jax.tree.leaves(x))) for x in (tree, mean))
+    return same_structure(tree, mean) and shapes == expected
+
+
+def _is_mean(grads: PyTree, params: PyTree) -> bool:
+    shapes = [(jnp.shape(g), p) for _, g, p in _named_leaves(grads, params)]
+    return bool(shapes) and all(g == p for g, p in shapes)
+
+
+def _rescaling(seen: PyTree, measured_mean: PyTree) -> tuple[jax.Array, jax.Array]:
+    """Returns s ≥ 0, by which the gradient that is seen is a multiple of the measured one.
+
+    And whether it is none.
+    """
+    if not same_structure(seen, measured_mean):
+        raise ValueError(
+            f"moments.mean must be a tree like the gradients, {jax.tree.structure(seen)}, got "
+            f"{jax.tree.structure(measured_mean)}."
+        )
+    if all(map(operator.is_, jax.tree.leaves(seen), jax.tree.leaves(measured_mean))):
+        return jnp.ones((), jnp.float32), jnp.zeros((), jnp.bool_)
+    norm = tree_squared_norm(measured_mean)
+    scale = tree_dot(seen, measured_mean) / jnp.where(norm > 0, norm, 1)
+    scale = jnp.where(norm > 0, scale, 1)
+
+    def rest(u: jax.Array, g: jax.Array) -> jax.Array:
+        return u.astype(jnp.float32) - scale * g.astype(jnp.float32)
+
+    residual = tree_squared_norm(jax.tree.map(rest, seen, measured_mean))
+    rescaled = (residual <= _NO_RESCALING**2 * tree_squared_norm(seen)) & (scale >= 0)
+    return jnp.where(rescaled, scale, 1), ~rescaled
 
 
 def _averaged_value(averaged_value: Any) -> jax.Array | None:
@@ -165,7 +256,25 @@ def _average(
             )
     losses = jnp.broadcast_to(value, (examples,))
     moments = moments_from_per_example(losses, grads, mask, variance=variance, axis_name=axis_name)
-    return StepMoments(moments.mean, moments.value, moments.variance, moments.count)
+    return _as_given(moments.mean, moments.value, moments.variance, moments.count)
+
+
+def _as_given(
+    mean: PyTree, value: jax.Array | None, gradient_variance: PyTree, count: jax.Array | None
+) -> StepMoments:
+    """Returns the moments of a gradient that nothing stands before, as far as one can see."""
+    trace = None if gradient_variance is None else tree_sum(gradient_variance)
+    return StepMoments(
+        mean,
+        value,
+        gradient_variance,
+        trace,
+        squared_norm=tree_squared_norm(mean),
+        count=count,
+        averaged_value=None,
+        gradient_scale=jnp.ones((), jnp.float32),
+        altered=jnp.zeros((), jnp.bool_),
+    )
 
 
 def _example_axis(grads: PyTree, params: PyTree) -> int:
@@ -191,7 +300,7 @@ def _example_axis(grads: PyTree, params: PyTree) -> int:
 def _pass_on(
     mean: PyTree,
     params: PyTree,
-    value: jax.Array,
+    value: Any,
     gradient_variance: PyTree,
     count: Any,
     variance: Variance,
@@ -203,22 +312,18 @@ def _pass_on(
                 "with gradient_variance= update takes the mean gradient. Leave gradient_variance "
                 "out to pass per-example gradients."
             )
-    if value.shape != ():
-        raise ValueError(
-            f"value must be the mean loss, a scalar, where gradient_variance is given; got shape "
-            f"{value.shape}."
-        )
-    if count is not None:
-        count = jnp.asarray(count)
-        if count.shape != () or not jnp.issubdtype(count.dtype, jnp.integer):
+    if value is not None:
+        value = jnp.asarray(value)
+        if value.shape != ():
             raise ValueError(
-                f"count must be an integer scalar, got dtype {count.dtype}, shape {count.shape}."
+                "value must be the mean loss, a scalar, where gradient_variance is given; got "
+                f"shape {value.shape}."
             )
-        if not is_traced(count) and count < 0:
-            raise ValueError(f"count must be the number of real examples, got {count}.")
-        count = count.astype(jnp.int32)
-    covariance = _covariance(gradient_variance, params, variance)
-    return StepMoments(mean, value.astype(jnp.float32), covariance, count)
+        value = value.astype(jnp.float32)
+    covariance = None
+    if gradient_variance is not None:
+        covariance = _covariance(gradient_variance, params, variance)
+    return _as_given(mean, value, covariance, None if count is None else read_count(count))
 
 
 def _covariance(gradient_variance: PyTree, params: PyTree, variance: Variance) -> PyTree:
@@ -226,7 +331,7 @@ def _covariance(gradient_variance: PyTree, params: PyTree, variance: Variance) -
     if variance == "trace" and isinstance(given, jax.Array) and given.shape == ():
         return given
     shapes, expected = (list(map(jnp.shape, jax.tree.leaves(x))) for x in (given, params))
-    if shapes != expected or not _same_structure(given, params):
+    if shapes != expected or not same_structure(given, params):
         the_trace = "the trace, a scalar, or " if variance == "trace" else ""
         raise ValueError(
             f"gradient_variance must be {the_trace}the diagonal, a tree like the "
@@ -237,7 +342,8 @@ def _covariance(gradient_variance: PyTree, params: PyTree, variance: Variance) -
     return tree_sum(given) if variance == "trace" else given
 
 
-def _same_structure(tree: PyTree, other: PyTree) -> bool:
+def same_structure(tree: PyTree, other: PyTree) -> bool:
+    """Returns whether two trees have the same structure."""
     structure: Any = jax.tree.structure(tree)  # its stub has no ==
     return bool(structure == jax.tree.structure(other))
 

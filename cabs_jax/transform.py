@@ -1,38 +1,19 @@
-"""The optax transformation: moments → running averages → rule → rounding → batch size."""
+"""The optax transformation that averages the gradient and tracks the batch size."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from cabs_jax import progress
-from cabs_jax._arguments import check_number
-from cabs_jax.progress import ExampleCount, Progress
-from cabs_jax.rounding import (
-    LegalSizes,
-    RoundTo,
-    check_initial_batch_size,
-    legal_sizes,
-    nearest_legal_size,
-)
+from cabs_jax.rounding import RoundTo
 from cabs_jax.rules import Rule
-from cabs_jax.state import AdaptBatchSizeState, Info
-from cabs_jax.statistics import (
-    PyTree,
-    Statistics,
-    is_absurd,
-    noise_in_squared_norm,
-    tree_squared_norm,
-)
-from cabs_jax.step_moments import StepMoments, read_moments
-
-BeyondMax = Literal["clip", "scale_learning_rate"]
+from cabs_jax.sizing import Sizing, sizing, unless_empty
+from cabs_jax.state import AdaptBatchSizeState
+from cabs_jax.statistics import PyTree
+from cabs_jax.step_moments import read_moments
 
 
 def adapt_batch_size(
@@ -46,16 +27,18 @@ def adapt_batch_size(
     round_to: RoundTo = 1,
     axis_name: Hashable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """_Averages the gradient (path a) or passes it on (path b), and tracks the batch size.
+    """Averages the gradient (path a) or passes it on (path b), and tracks the batch size.
 
     `update` takes what that of `cabs` takes, and returns the mean gradient. A rule of
-    `cabs_jax.rules` that needs the squared norm of the gradient needs `count` on path (b).
+    `cabs_jax.rules` that needs the squared norm of the gradient needs `count` on path (b), and one
+    that needs neither loss nor variance does with the mean gradient alone.
 
     Within optax:
 
-    * `chain`: first on path (a), since what follows expects mean gradients; on path (b) after
-      whatever should change the gradient before its norm is taken. Adaptive steps and momentum
-      follow it.
+    * `chain`: first on path (a), since what follows expects mean gradients. On path (b) with
+      `moments`, after clipping too: where that has made s·ḡ of the gradient, the rule takes the
+      step for one of s·α, and norms as measured. `info(state).altered` says where something else
+      has become of it. Adaptive steps and momentum follow it.
     * `inject_hyperparams` makes every number a tracer and every function a schedule: name `rule` in
       `static_args`, and the bounds, `initial_batch_size` and `round_to`, which are not checked
       where they are traced.
@@ -140,254 +123,3 @@ def transformation(
         return unless_empty(moments.count, moments.mean, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-class _Averages(NamedTuple):
-    """The running averages of the state, advanced by a step; float32 scalars."""
-
-    value: jax.Array
-    gradient_variance: jax.Array
-    squared_gradient_norm: jax.Array
-    weight: jax.Array
-
-
-class Sizing(NamedTuple):
-    """How the moments of the steps become batch sizes; made by `sizing`, which checks it.
-
-    Attributes:
-      rule: From the statistics to the size to aim at.
-      legal: The sizes that it is rounded to.
-      first: Size of the first batch, not rounded yet.
-      decay: Constant of the running averages.
-      debias: Whether the averages are divided by their weight.
-      beyond_max: Whether the unrounded size may pass the largest one, for a smaller learning rate
-        to stand in for the rest.
-    """
-
-    rule: Rule
-    legal: LegalSizes
-    first: int | jax.Array
-    decay: ArrayLike
-    debias: bool
-    beyond_max: bool = False
-
-    def initial_state(self) -> AdaptBatchSizeState:
-        """Returns the state before the first step, no two leaves of which share their memory."""
-        first = jnp.asarray(self.first, jnp.float32)
-        return AdaptBatchSizeState(
-            step=jnp.zeros((), jnp.int32),
-            batch_size=nearest_legal_size(first, self.legal),
-            value_average=jnp.full((), 0.0 if self.debias else 1.0, jnp.float32),
-            gradient_variance_average=jnp.zeros((), jnp.float32),
-            squared_gradient_norm_average=jnp.zeros((), jnp.float32),
-            weight=jnp.zeros((), jnp.float32),
-            unrounded_batch_size=jnp.copy(first),
-            examples=progress.no_examples(),
-            progress=progress.no_progress(),
-            info=Info(
-                raw_batch_size=jnp.copy(first),
-                value=jnp.zeros((), jnp.float32),
-                gradient_variance=jnp.zeros((), jnp.float32),
-                mean_gradient_squared_norm=jnp.zeros((), jnp.float32),
-                bound=jnp.zeros((), jnp.int32),
-                learning_rate_scale=jnp.ones((), jnp.float32),
-                non_finite=jnp.zeros((), jnp.int32),
-            ),
-        )
-
-    def advance(
-        self, state: AdaptBatchSizeState, moments: StepMoments, *, plain_trace: bool = True
-    ) -> AdaptBatchSizeState:
-        """Returns the state after a step that had examples: averages, then rule, then rounding.
-
-        Args:
-          state: That before the step.
-          moments: What its batch said.
-          plain_trace: Whether `moments.gradient_variance` is ξ itself: only then does ξ/(m − 1)
-            tell the noise in ‖ḡ‖².
-        """
-        biased_norm = tree_squared_norm(moments.mean)
-        noise = None
-        if plain_trace and moments.count is not None:
-            noise = noise_in_squared_norm(moments.gradient_variance, moments.count)
-        averages = self._averages(state, moments, biased_norm, noise)
-        examples, progressed = self._progress(state, moments)
-        statistics = self._statistics(state, moments, averages, examples, progressed)
-        raw = self._ask(
-            statistics._replace(squared_gradient_norm=None) if noise is None else statistics
-        )
-        answered = ~jnp.isnan(raw)
-        info = Info(
-            raw_batch_size=raw,
-            value=moments.value,
-            gradient_variance=moments.gradient_variance,
-            mean_gradient_squared_norm=biased_norm,
-            bound=_bound(raw, self.legal),
-            learning_rate_scale=self.learning_rate_scale(state),
-            non_finite=jnp.asarray(~answered, jnp.int32),
-        )
-        adapted = AdaptBatchSizeState(
-            step=optax.safe_increment(state.step),
-            batch_size=jnp.where(answered, nearest_legal_size(raw, self.legal), state.batch_size),
-            value_average=averages.value,
-            gradient_variance_average=averages.gradient_variance,
-            squared_gradient_norm_average=averages.squared_gradient_norm,
-            weight=averages.weight,
-            unrounded_batch_size=jnp.where(
-                answered, self._within_bounds(raw, state), state.unrounded_batch_size
-            ),
-            examples=examples,
-            progress=progressed,
-            info=info,
-        )
-        measured = jnp.stack([moments.value, moments.gradient_variance, biased_norm])
-        flagged = info._replace(non_finite=jnp.ones((), jnp.int32))
-        untouched = held(state, adapted._replace(info=flagged))
-        selected: AdaptBatchSizeState = select(jnp.isfinite(measured).all(), adapted, untouched)
-        return selected
-
-    def learning_rate_scale(self, state: AdaptBatchSizeState) -> jax.Array:
-        """Returns what a step is multiplied by, in place of a batch beyond the largest size.
-
-        The noise floor of gradient descent, α·ξ/(4m), is the same for a step of α·max/m on a batch
-        of max examples as for one of α on m.
-        """
-        largest = jnp.asarray(self.legal.maximum, jnp.float32)
-        return jnp.minimum(1, largest / jnp.maximum(state.unrounded_batch_size, 1))
-
-    def _within_bounds(self, raw: jax.Array, state: AdaptBatchSizeState) -> jax.Array:
-        smallest = jnp.asarray(self.legal.minimum, jnp.float32)
-        largest = jnp.asarray(self.legal.maximum, jnp.float32)
-        if not self.beyond_max:
-            return jnp.clip(raw, smallest, largest)
-        # An infinite size has no finite stand-in: the last finite one stays.
-        finite = jnp.where(jnp.isinf(raw), jnp.maximum(state.unrounded_batch_size, largest), raw)
-        return jnp.maximum(finite, smallest)
-
-    def _averages(
-        self,
-        state: AdaptBatchSizeState,
-        moments: StepMoments,
-        biased_norm: jax.Array,
-        noise: jax.Array | None,
-    ) -> _Averages:
-        decay = jnp.asarray(self.decay, jnp.float32)
-        weight = decay * state.weight + (1 - decay)
-        whole = weight if self.debias else jnp.ones((), jnp.float32)
-
-        def average(old: jax.Array, new: jax.Array) -> jax.Array:
-            averaged = decay * old + (1 - decay) * new
-            # One measurement of 1e38 would last until decay^n has taken it down: for 1,570 steps.
-            return jnp.where(is_absurd(old, new), whole * new, averaged)
-
-        norm_average = state.squared_gradient_norm_average
-        if noise is not None:
-            norm_average = average(norm_average, biased_norm - noise)
-        return _Averages(
-            value=average(state.value_average, moments.value),
-            gradient_variance=average(state.gradient_variance_average, moments.gradient_variance),
-            squared_gradient_norm=norm_average,
-            weight=weight,
-        )
-
-    def _progress(
-        self, state: AdaptBatchSizeState, moments: StepMoments
-    ) -> tuple[ExampleCount, Progress]:
-        """Returns the count of examples and the averages over them, after the step."""
-        if moments.count is None:
-            return state.examples, state.progress
-        examples = progress.add_examples(state.examples, moments.count)
-        return examples, progress.advance(
-            state.progress,
-            moments.value,
-            moments.averaged_value,
-            moments.count,
-            progress.as_float32(examples),
-            first=state.weight == 0,
-        )
-
-    def _statistics(
-        self,
-        state: AdaptBatchSizeState,
-        moments: StepMoments,
-        averages: _Averages,
-        examples: ExampleCount,
-        progressed: Progress,
-    ) -> Statistics:
-        divisor = averages.weight if self.debias else jnp.ones((), jnp.float32)
-        counted = moments.count is not None
-        return Statistics(
-            value=averages.value / divisor,
-            gradient_variance=averages.gradient_variance / divisor,
-            squared_gradient_norm=averages.squared_gradient_norm / divisor,
-            count=moments.count,
-            step=state.step,
-            batch_size=state.batch_size,
-            estimated_gap=progressed.gap if counted else None,
-            averaged_excess=None if moments.averaged_value is None else progressed.excess,
-            raw_batch_size=state.unrounded_batch_size,
-            examples=progress.as_float32(examples) if counted else None,
-        )
-
-    def _ask(self, statistics: Statistics) -> jax.Array:
-        """Returns what the rule answers, a float32 scalar."""
-        raw = jnp.asarray(self.rule(statistics), jnp.float32)
-        if raw.shape != ():
-            raise ValueError(f"the rule must return a scalar, got an array of shape {raw.shape}.")
-        return raw
-
-
-def sizing(
-    rule: Rule,
-    *,
-    min_batch_size: ArrayLike,
-    max_batch_size: ArrayLike,
-    decay: ArrayLike,
-    debias: bool,
-    initial_batch_size: ArrayLike | None,
-    round_to: RoundTo,
-    beyond_max: BeyondMax = "clip",
-) -> Sizing:
-    """Checks the arguments of `adapt_batch_size`, which says what they mean and what is raised."""
-    if not callable(rule):
-        raise TypeError(
-            f"rule must be a function of Statistics, such as rules.cabs(learning_rate), got "
-            f"{rule!r}."
-        )
-    check_number("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
-    legal = legal_sizes(min_batch_size, max_batch_size, round_to)
-    first = check_initial_batch_size(initial_batch_size, legal)
-    if beyond_max not in get_args(BeyondMax):
-        raise ValueError(
-            f"beyond_max must be one of {', '.join(map(repr, get_args(BeyondMax)))}, got "
-            f"{beyond_max!r}."
-        )
-    return Sizing(rule, legal, first, decay, debias, beyond_max != "clip")
-
-
-def held(old: AdaptBatchSizeState, new: AdaptBatchSizeState) -> AdaptBatchSizeState:
-    """Returns the state after a step from which no batch size follows: it counts, and is shown."""
-    info = new.info._replace(raw_batch_size=old.info.raw_batch_size, bound=old.info.bound)
-    return old._replace(step=new.step, examples=new.examples, info=info)
-
-
-def _bound(raw: jax.Array, legal: LegalSizes) -> jax.Array:
-    below = raw < jnp.asarray(legal.minimum, jnp.float32)
-    above = raw > jnp.asarray(legal.maximum, jnp.float32)
-    return above.astype(jnp.int32) - below.astype(jnp.int32)
-
-
-def unless_empty(
-    count: jax.Array | None, updates: PyTree, new_state: PyTree, old_state: PyTree
-) -> tuple[PyTree, PyTree]:
-    """Returns the updates and the new state, or zeros and the old one if `count` is 0."""
-    if count is None:
-        return updates, new_state
-    nothing = (jax.tree.map(jnp.zeros_like, updates), old_state)
-    kept_updates, kept_state = select(count > 0, (updates, new_state), nothing)
-    return kept_updates, kept_state
-
-
-def select(condition: jax.Array, if_true: PyTree, if_false: PyTree) -> PyTree:
-    """Returns one of two trees of equal structure, by a boolean scalar."""
-    return jax.tree.map(partial(jnp.where, condition), if_true, if_false)

@@ -21,6 +21,7 @@ def statistics(**changes):
         "count": 17,
         "step": 3,
         "batch_size": 18,
+        "examples": 50.0,
     } | changes
     integers = ("count", "step", "batch_size")
     return Statistics(
@@ -41,6 +42,8 @@ ALL_RULES = {
     "geometric_growth": rules.geometric_growth(16, 2.5, (48, 100, 1000)),
     "constant": rules.constant(32),
     "schedule": rules.schedule(lambda step: 2**step),
+    "schedule of examples": rules.schedule([(0, 16), (50, 32), (51, 48)]),
+    "seesaw": rules.seesaw(lambda step: 0.5**step, 16),
 }
 EXPECTED = {
     "cabs": 0.5 * 40 / 0.5,
@@ -52,6 +55,8 @@ EXPECTED = {
     "geometric_growth": 40,
     "constant": 32,
     "schedule": 2**3,
+    "schedule of examples": 32,
+    "seesaw": 16 * 2**3,
 }
 NEED_THE_NORM = ["expected_progress", "norm_test", "biased_norm_test", "noise_scale", "big_batch"]
 

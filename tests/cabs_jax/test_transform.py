@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from cabs_jax import Statistics, adapt_batch_size, batch_size, cabs, cabs_adam, rules
+from cabs_jax import Info, Statistics, adapt_batch_size, batch_size, cabs, cabs_adam, rules
 from tests.cabs_jax.steps import (
     ALPHA,
     PARAMS,
@@ -24,7 +24,10 @@ def test_initial_state_is_that_of_the_authors():
     assert state.weight == 0.0
     assert state.step == 0
     assert state.batch_size == 16
-    assert state.info == (16.0, 0.0, 0.0, 0.0, 0, 1.0, 0)
+    known = {"raw_batch_size": 16.0, "learning_rate_scale": 1.0, "gradient_scale": 1.0}
+    unknown = {"noise_scale": jnp.inf, "noise_scale_high": jnp.inf}
+    expected = dict.fromkeys(Info._fields, 0.0) | known | unknown
+    assert state.info._asdict() == expected
     assert cabs(ALPHA, debias=True).init(PARAMS).value_average == 0.0
 
 
