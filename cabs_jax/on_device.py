@@ -13,9 +13,9 @@ from cabs_jax.loader.device_order import Position, advanced, indices
 from cabs_jax.moments import gradient_moments
 from cabs_jax.moments.per_example import batch_size_of
 from cabs_jax.state import batch_size
-from cabs_jax.statistics import PyTree, Variance, tree_sum
+from cabs_jax.statistics import GradientMoments, PyTree, Variance, tree_squared_norm, tree_sum
 
-BATCHES_AHEAD = 8  # largest batches whose order is computed at a time
+BLOCKS_AHEAD = 64  # blocks whose order is computed at a time
 
 
 class StepMetrics(NamedTuple):
@@ -49,24 +49,25 @@ class OnDeviceResult(NamedTuple):
 
 
 class _Progress(NamedTuple):
-    """What one step of the loop hands to the next.
+    """What one block of examples hands to the next.
 
     Attributes:
       number: Steps made so far, int32 scalar.
+      examples: Examples seen so far, int32 scalar.
       params: The parameters.
       opt_state: The state of the optimizer.
       position: Of the next example.
-      order: Indices of the examples of the current window, int32 (window,).
-      used: Examples of the window that are used up, int32 scalar.
+      batch: Moments of the blocks of the batch under way, the mean gradient in float32; of no
+        example between two batches.
       metrics: One entry a step.
     """
 
     number: jax.Array
+    examples: jax.Array
     params: PyTree
     opt_state: PyTree
     position: Position
-    order: jax.Array
-    used: jax.Array
+    batch: GradientMoments
     metrics: StepMetrics
 
 
@@ -75,10 +76,10 @@ def on_device_loop(
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     variance: Variance = "trace",
-    max_batch_size: int = 2048,
+    averaged_params: Callable[[PyTree], PyTree] | None = None,
     microbatch_size: int = 64,
     max_steps: int = 1000,
-    seed: int = 0,
+    seed: int | jax.Array = 0,
     shuffle: bool = True,
 ) -> Callable[..., OnDeviceResult]:
     """Many training steps as one function, for data that fit in device memory.
@@ -86,34 +87,39 @@ def on_device_loop(
     A small net's step takes less time than the host needs to cut a batch and start the next step.
     Here all steps are one `lax.while_loop`, compiled once: the order of the examples is computed on
     the device, bit for bit that of `BatchLoader` with the same seed, and every step draws as many
-    as the optimizer's state asks for. The batch is worked through in blocks of `microbatch_size`,
-    of which only the occupied ones are gathered and computed (in a process of several devices more
-    of them are: see `gradient_moments`). Sizes, losses and parameters are
-    those of the host's loop, up to the rounding of sums.
+    as the optimizer's state asks for. The loop goes over blocks of `microbatch_size` examples, and
+    a step is made after the block that completes a batch. Sizes, losses and parameters are those of
+    the host's loop, up to the rounding of sums.
+
+    Many runs are one, too: wrapped in `jax.vmap` over learning rates, seeds or whatever else the
+    optimizer or `params` are made from, every run works on its own block at its own batch, so that
+    none waits for larger batches of another.
 
     Args:
       loss_fn: `loss_fn(params, example) -> scalar loss` of one example.
-      optimizer: Optimizer whose state holds a batch size, such as `cabs`.
+      optimizer: Optimizer whose state holds a batch size, such as `cabs`. Its `update` is given
+        `moments=` and, for other transformations in a chain, `value=`.
       variance: What the optimizer asks for: "diagonal" for `cabs_adam`, else "trace".
-      max_batch_size: Largest batch, which should be the optimizer's own; larger ones are cut to it,
-        rounded up to a multiple of `microbatch_size`.
+      averaged_params: From the optimizer's state to averaged parameters that it keeps, whose loss
+        `cabs(optimal_value="estimated")` tells noise by; None where there are none.
       microbatch_size: Examples computed at a time. A step costs as much as the next multiple, so
         that small batches ask for a small one, and large batches for a large one.
       max_steps: Number of steps that the metrics have room for.
-      seed: Identifies the order.
+      seed: Identifies the order; where it is traced, it must lie below 2**32.
       shuffle: False gives the data's own order in every epoch.
 
     Returns:
-      A pure function `(params, opt_state, data, position, num_steps) -> OnDeviceResult`, to be
-      compiled with `jax.jit`. The leaves of `data` have shape (length, ...); `position` is that of
-      the first example, `Position()` at the start; `num_steps`, at most `max_steps`, may be traced
-      (then more are cut to it).
+      A pure function `(params, opt_state, data, position, num_steps=None, num_examples=None) ->
+      OnDeviceResult`, to be compiled with `jax.jit`. The leaves of `data` have shape (length, ...);
+      `position` is that of the first example, `Position()` at the start. The loop ends after
+      `num_steps` steps, or with the step by which `num_examples` examples are seen, whichever comes
+      first. Both may be traced; there are never more than `max_steps` steps.
 
     Raises:
       TypeError: If `seed` is no integer.
       ValueError: If a number is not positive, or `seed` is negative; when called, if the data's
-        leaves differ in length or hold no examples, the optimizer's state holds no batch size, or
-        `num_steps` exceeds `max_steps`.
+        leaves differ in length or hold no examples, the optimizer's state holds no batch size,
+        `num_steps` exceeds `max_steps`, or neither `num_steps` nor `num_examples` is given.
 
     Example:
       >>> import cabs_jax, jax, jax.numpy as jnp
@@ -122,30 +128,45 @@ def on_device_loop(
       >>> inputs = jax.random.normal(jax.random.key(0), (1000, 3))
       >>> data = {"x": inputs, "y": inputs @ jnp.array([1.0, -2.0, 3.0])}
       >>> tx = cabs_jax.cabs(0.1, min_batch_size=4, max_batch_size=64)
-      >>> loop = jax.jit(cabs_jax.on_device_loop(
-      ...     loss_fn, tx, max_batch_size=64, microbatch_size=16, max_steps=50))
+      >>> loop = jax.jit(cabs_jax.on_device_loop(loss_fn, tx, microbatch_size=16, max_steps=50))
       >>> params = {"w": jnp.zeros(3)}
       >>> result = loop(params, tx.init(params), data, cabs_jax.Position(), 50)
       >>> bool(result.metrics.value[-1] < 0.01)
       True
       >>> result = loop(*result[:2], data, result.position, 50)  # and on, without compiling again
+
+      Six runs at once, over learning rates and seeds:
+
+      >>> @jax.jit
+      ... @jax.vmap
+      ... def final_value(learning_rate, seed):
+      ...     tx = cabs_jax.cabs(learning_rate, min_batch_size=4, max_batch_size=64)
+      ...     loop = cabs_jax.on_device_loop(loss_fn, tx, microbatch_size=16, seed=seed)
+      ...     result = loop(params, tx.init(params), data, cabs_jax.Position(), num_examples=2000)
+      ...     return jnp.mean(jax.vmap(loss_fn, (None, 0))(result.params, data))
+      >>> rates, seeds = jnp.repeat(jnp.array([0.05, 0.1, 0.2]), 2), jnp.tile(jnp.arange(2), 3)
+      >>> bool(jnp.all(final_value(rates, seeds) < 1e-3))
+      True
     """
-    for name, number in (
-        ("max_batch_size", max_batch_size),
-        ("microbatch_size", microbatch_size),
-        ("max_steps", max_steps),
-    ):
+    for name, number in (("microbatch_size", microbatch_size), ("max_steps", max_steps)):
         if number < 1:
             raise ValueError(f"{name} must be positive, got {number}.")
-    seed = check_non_negative("seed", seed)
-    rows = -(-max_batch_size // microbatch_size) * microbatch_size
-    window = BATCHES_AHEAD * rows
+    if not is_traced(seed):
+        seed = check_non_negative("seed", seed)
+    rows, window = microbatch_size, BLOCKS_AHEAD * microbatch_size
 
     def loop(
-        params: PyTree, opt_state: PyTree, data: PyTree, position: Position, num_steps: Any
+        params: PyTree,
+        opt_state: PyTree,
+        data: PyTree,
+        position: Position,
+        num_steps: Any = None,
+        num_examples: Any = None,
     ) -> OnDeviceResult:
         length = batch_size_of(data)
-        if not is_traced(num_steps) and num_steps > max_steps:
+        if num_steps is None and num_examples is None:
+            raise ValueError("give num_steps, num_examples or both, got neither.")
+        if num_steps is not None and not is_traced(num_steps) and num_steps > max_steps:
             raise ValueError(f"num_steps={num_steps} exceeds max_steps={max_steps}.")
 
         def loss_at(params: PyTree, index: jax.Array) -> jax.Array:
@@ -153,53 +174,118 @@ def on_device_loop(
             example = jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), data)
             return loss_fn(params, example)
 
-        moments_of = gradient_moments(loss_at, variance=variance, microbatch_size=microbatch_size)
+        moments_of = gradient_moments(loss_at, variance=variance)
 
-        def order_from(position: Position) -> tuple[jax.Array, jax.Array]:
-            return indices(position, window, length, seed, shuffle), jnp.zeros((), jnp.int32)
+        def goes_on(at: _Progress) -> jax.Array:
+            more = at.number < last_step
+            if num_examples is not None:
+                more &= at.examples < num_examples
+            return more | (at.batch.count > 0)  # a batch begun is finished
 
-        def step(at: _Progress) -> _Progress:
-            size = jnp.minimum(batch_size(at.opt_state), rows)
-            order, used = lax.cond(
-                at.used + rows > window, order_from, lambda _: (at.order, at.used), at.position
-            )
+        def with_order(at: _Progress) -> _Progress:
+            """Goes on for as long as one computed stretch of the order lasts."""
+            order = indices(at.position, window, length, seed, shuffle)
+            start = at.examples
+
+            def lasts(at: _Progress) -> jax.Array:
+                return goes_on(at) & (at.examples - start <= window - rows)
+
+            def block(at: _Progress) -> _Progress:
+                return of_block(at, lax.dynamic_slice(order, (at.examples - start,), (rows,)))
+
+            reached: _Progress = lax.while_loop(lasts, block, at)
+            return reached
+
+        def of_block(at: _Progress, places: jax.Array) -> _Progress:
+            size = batch_size(at.opt_state)
+            count = jnp.minimum(size - at.batch.count, rows)
             moments = moments_of(
                 at.params,
-                lax.dynamic_slice(order, (used,), (rows,)),
-                jnp.arange(rows, dtype=jnp.int32) < size,
+                places,
+                jnp.arange(rows, dtype=jnp.int32) < count,
+                averaged_params=averaged_params and averaged_params(at.opt_state),
             )
+            read = at._replace(
+                examples=at.examples + count,
+                position=advanced(at.position, count, length),
+                batch=_merged(at.batch, moments, variance),
+            )
+            incomplete = read.batch.count < size
+            after: _Progress = lax.cond(incomplete, lambda read: read, step, read)
+            return after
+
+        def step(at: _Progress) -> _Progress:
+            mean = jax.tree.map(lambda g, p: g.astype(p.dtype), at.batch.mean, at.params)
+            moments = at.batch._replace(mean=mean)
             updates, opt_state = optimizer.update(
-                moments.mean,
-                at.opt_state,
-                at.params,
-                value=moments.value,
-                gradient_variance=moments.variance,
-                count=moments.count,
+                mean, at.opt_state, at.params, value=moments.value, moments=moments
             )
-            measured = StepMetrics(size, moments.value, tree_sum(moments.variance))
-            return _Progress(
+            measured = StepMetrics(moments.count, moments.value, tree_sum(moments.variance))
+            return at._replace(
                 number=at.number + 1,
                 params=optax.apply_updates(at.params, updates),
                 opt_state=opt_state,
-                position=advanced(at.position, size, length),
-                order=order,
-                used=used + size,
+                batch=jax.tree.map(jnp.zeros_like, at.batch),
                 metrics=jax.tree.map(
                     lambda all_, x: all_.at[at.number].set(x), at.metrics, measured
                 ),
             )
 
-        start = Position(*(jnp.asarray(part, jnp.int32) for part in position))
-        order, used = order_from(start)
+        last_step = max_steps if num_steps is None else jnp.minimum(num_steps, max_steps)
         nothing = jnp.zeros(max_steps, jnp.float32)
-        metrics = StepMetrics(nothing.astype(jnp.int32), nothing, nothing)
         zero = jnp.zeros((), jnp.int32)
-        last = jnp.minimum(num_steps, max_steps)
         end: _Progress = lax.while_loop(
-            lambda at: at.number < last,
-            step,
-            _Progress(zero, params, opt_state, start, order, used, metrics),
+            goes_on,
+            with_order,
+            _Progress(
+                number=zero,
+                examples=zero,
+                params=params,
+                opt_state=opt_state,
+                position=Position(*(jnp.asarray(part, jnp.int32) for part in position)),
+                batch=_of_no_example(params, variance, averaged_params is not None),
+                metrics=StepMetrics(nothing.astype(jnp.int32), nothing, nothing),
+            ),
         )
         return OnDeviceResult(end.params, end.opt_state, end.position, end.metrics)
 
     return loop
+
+
+def _of_no_example(params: PyTree, variance: Variance, averaged: bool) -> GradientMoments:
+    zero = jnp.zeros((), jnp.float32)
+    mean = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), jnp.float32), params)
+    return GradientMoments(
+        value=zero,
+        mean=mean,
+        variance=zero if variance == "trace" else mean,
+        count=jnp.zeros((), jnp.int32),
+        averaged_value=zero if averaged else None,
+    )
+
+
+def _merged(a: GradientMoments, b: GradientMoments, variance: Variance) -> GradientMoments:
+    """Returns the moments of two disjoint batches together, b not empty.
+
+    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+    variances", 1979: σ² = (n_a·σ_a² + n_b·σ_b²)/n + n_a·n_b/n²·(μ_b − μ_a)².
+    """
+    count = a.count + b.count
+    share = b.count.astype(jnp.float32) / count.astype(jnp.float32)
+
+    def mixed(x: jax.Array, y: jax.Array) -> jax.Array:
+        return x + share * (y.astype(jnp.float32) - x)
+
+    apart = jax.tree.map(lambda x, y: y.astype(jnp.float32) - x, a.mean, b.mean)
+    squared = tree_squared_norm(apart) if variance == "trace" else jax.tree.map(jnp.square, apart)
+    return GradientMoments(
+        value=mixed(a.value, b.value),
+        mean=jax.tree.map(mixed, a.mean, b.mean),
+        variance=jax.tree.map(
+            lambda x, y, d: mixed(x, y) + share * (1 - share) * d, a.variance, b.variance, squared
+        ),
+        count=count,
+        averaged_value=None
+        if a.averaged_value is None or b.averaged_value is None
+        else mixed(a.averaged_value, b.averaged_value),
+    )

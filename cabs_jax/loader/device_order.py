@@ -35,20 +35,24 @@ def advanced(position: Position, count: int | jax.Array, length: int) -> Positio
     return Position(position.epoch + offset // length, offset % length)
 
 
-def indices(position: Position, count: int, length: int, seed: int, shuffle: bool) -> jax.Array:
+def indices(
+    position: Position, count: int, length: int, seed: int | jax.Array, shuffle: bool
+) -> jax.Array:
     """Indices, int32 (count,), of the examples from a position on.
 
     Args:
       position: Of the first of them.
       count: How many.
       length: Number of examples in an epoch, below 2**31 − count.
-      seed: Identifies the order, static.
+      seed: Identifies the order; a non-negative integer, or a traced one below 2**32.
       shuffle: False for the source's own order.
     """
     at = advanced(position, jnp.arange(count, dtype=jnp.int32), length)
     if not shuffle:
         return jnp.asarray(at.offset)
     bits = bits_of(length)
+    if not isinstance(seed, int):
+        seed = jnp.asarray(seed).astype(jnp.uint32)
     keys = round_keys(seed, jnp.asarray(at.epoch).astype(jnp.uint32), bits)
 
     def walk(values: jax.Array) -> jax.Array:  # follow the cycles until they re-enter the range

@@ -6,6 +6,7 @@ same numbers: uint32 arithmetic that wraps around. numpy's scalars would warn of
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,7 +28,7 @@ def bits_of(length: int) -> int:
     return max(2, (length - 1).bit_length())
 
 
-def round_keys(seed: int, epoch: Words, bits: int) -> list[Words]:
+def round_keys(seed: int | Words, epoch: Words, bits: int) -> list[Words]:
     """Returns the keys of the rounds of an epoch's permutation.
 
     They are what numpy's `SeedSequence(seed, spawn_key=(epoch,))` generates. Its mixing (O'Neill,
@@ -35,21 +36,24 @@ def round_keys(seed: int, epoch: Words, bits: int) -> list[Words]:
     enters, so that many epochs are one computation.
 
     Args:
-      seed: Non-negative integer.
+      seed: Non-negative integer; or one that is traced, a uint32 scalar, which gives the same keys.
       epoch: Indices of the epochs, uint32; after 2**32 epochs their orders repeat.
       bits: Of the values to permute, which decides on the number of rounds.
 
     Returns:
       One array like `epoch` for each round.
     """
-    words = max(4, -(-seed.bit_length() // 32))
+    if isinstance(seed, int):
+        words = max(4, -(-seed.bit_length() // 32))
+        entropy = [np.asarray([word]) for word in np.random.SeedSequence(seed).pool]
+    else:
+        words, entropy = 4, _pool(seed)
     hashes = 4 * words  # that were drawn before the epoch is mixed in
     constant = INIT_A * pow(MULT_A, hashes, 2**32) % 2**32
     pool = []
-    for word in np.random.SeedSequence(seed).pool:
+    for word in entropy:
         hashed, constant = _hashmix(epoch, constant, MULT_A)
-        mixed = np.uint32(MIX_L * int(word) % 2**32) - np.uint32(MIX_R) * hashed
-        pool.append(mixed ^ (mixed >> 16))
+        pool.append(_mix(word, hashed))
     keys, constant = [], INIT_B
     for i in range(SHORT_ROUNDS if bits <= SHORT_BITS else ROUNDS):
         key, constant = _hashmix(pool[i % 4], constant, MULT_B)
@@ -73,6 +77,23 @@ def permuted(values: Values, keys: list[Words], bits: int) -> Values:
         low ^= _hash(high, even) >> (32 - low_bits)
         high ^= _hash(low, odd) >> (32 - high_bits)
     return (high.astype(values.dtype) << low_bits) | low
+
+
+def _pool(seed: Words) -> list[Words]:
+    """Returns what is `SeedSequence(seed).pool` for a seed of one word."""
+    pool, constant = [], INIT_A
+    for word in (seed, *[seed ^ seed] * 3):
+        hashed, constant = _hashmix(word, constant, MULT_A)
+        pool.append(hashed)
+    for source, target in permutations(range(4), 2):
+        hashed, constant = _hashmix(pool[source], constant, MULT_A)
+        pool[target] = _mix(pool[target], hashed)
+    return pool
+
+
+def _mix(word: Words, hashed: Words) -> Words:
+    mixed = np.uint32(MIX_L) * word - np.uint32(MIX_R) * hashed
+    return mixed ^ (mixed >> 16)
 
 
 def _hashmix(value: Words, constant: int, multiplier: int) -> tuple[Words, int]:

@@ -214,7 +214,6 @@ def on_device(options: Options) -> tuple[str, Any]:
                 cabs_jax.on_device_loop(
                     problem.loss,
                     optimizer,
-                    max_batch_size=size,
                     microbatch_size=size,
                     max_steps=steps,
                 )

@@ -19,9 +19,7 @@ def loss_fn(params, example):
 
 def on_device(**options):
     return jax.jit(
-        cabs_jax.on_device_loop(
-            loss_fn, OPTIMIZER, max_batch_size=100, microbatch_size=8, max_steps=60, **options
-        )
+        cabs_jax.on_device_loop(loss_fn, OPTIMIZER, microbatch_size=8, max_steps=60, **options)
     )
 
 
@@ -105,8 +103,85 @@ def test_a_diagonal_variance_gives_the_same_run_and_drives_adam():
     )
     adam = cabs_jax.cabs_adam(0.2, scale=10.0, min_batch_size=4, max_batch_size=100)
     loop = cabs_jax.on_device_loop(
-        loss_fn, adam, variance="diagonal", max_batch_size=100, microbatch_size=8, max_steps=60
+        loss_fn, adam, variance="diagonal", microbatch_size=8, max_steps=60
     )
     result = jax.jit(loop)(PARAMS, adam.init(PARAMS), DATA, position, 60)
     assert len(set(result.metrics.batch_size.tolist())) > 5
     np.testing.assert_allclose(result.params["w"], 1.0, atol=0.3)
+
+
+def same(found, expected):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), found, expected
+    )
+
+
+def test_a_traced_seed_gives_the_run_of_that_seed():
+    def run(seed, steps):
+        return cabs_jax.on_device_loop(
+            loss_fn, OPTIMIZER, microbatch_size=8, max_steps=60, seed=seed
+        )(PARAMS, OPTIMIZER.init(PARAMS), DATA, cabs_jax.Position(), steps)
+
+    traced = jax.jit(run)(7, 60)
+    jax.tree.map(np.testing.assert_array_equal, traced, on_device(seed=7)(*started(), 60))
+    assert traced.metrics.value[0] != on_device(seed=8)(*started(), 60).metrics.value[0]
+
+
+def started():
+    return PARAMS, OPTIMIZER.init(PARAMS), DATA, cabs_jax.Position()
+
+
+def test_the_step_that_reaches_the_examples_is_the_last():
+    loop = on_device()
+    whole = loop(*started(), 60)
+    seen = np.cumsum(whole.metrics.batch_size)
+    for examples, steps in ((1, 1), (seen[20], 21), (seen[20] + 1, 22), (10**6, 60)):
+        result = loop(*started(), num_examples=int(examples))
+        jax.tree.map(np.testing.assert_array_equal, result, loop(*started(), steps))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        loop(*started(), 5, num_examples=10**6),
+        loop(*started(), 5),
+    )
+    assert not loop(*started(), num_examples=0).metrics.batch_size.any()
+    with pytest.raises(ValueError, match="num_steps, num_examples or both"):
+        loop(*started())
+
+
+def test_many_runs_at_once_are_those_made_one_by_one():
+    def run(rate, seed):
+        tx = cabs_jax.cabs(rate, scale=40.0, min_batch_size=4, max_batch_size=100)
+        loop = cabs_jax.on_device_loop(loss_fn, tx, microbatch_size=8, max_steps=200, seed=seed)
+        return loop(PARAMS, tx.init(PARAMS), DATA, cabs_jax.Position(), num_examples=1500)
+
+    rates, seeds = jnp.array([0.02, 0.1, 0.3]), jnp.array([0, 1, 1])
+    together = jax.jit(jax.vmap(run))(rates, seeds)
+    steps = np.count_nonzero(together.metrics.batch_size, axis=1)
+    assert len(set(steps)) == 3  # they end at different times
+    one = jax.jit(run)
+    for lane, (rate, seed) in enumerate(zip(rates, seeds, strict=True)):
+        expected = one(rate, seed)
+        found = jax.tree.map(lambda x, lane=lane: x[lane], together)
+        np.testing.assert_array_equal(found.metrics.batch_size, expected.metrics.batch_size)
+        same(found, expected)
+
+
+def test_the_loss_of_averaged_parameters_reaches_the_rule():
+    seen = []
+
+    def rule(statistics):
+        seen.append(statistics.averaged_excess is not None)
+        return 4.0 + (statistics.averaged_excess > 0) * 20.0
+
+    adapt = cabs_jax.adapt_batch_size(rule, min_batch_size=4, max_batch_size=100)
+    tx = optax.chain(adapt, optax.scale_by_learning_rate(0.1))
+    loop = cabs_jax.on_device_loop(
+        loss_fn,
+        tx,
+        averaged_params=lambda state: {"w": jnp.ones(5), "b": jnp.zeros(())},
+        microbatch_size=8,
+        max_steps=10,
+    )
+    result = jax.jit(loop)(PARAMS, tx.init(PARAMS), DATA, cabs_jax.Position(), 10)
+    assert all(seen)
+    assert result.metrics.batch_size[1] == 24  # the true weights are better than the first

@@ -103,7 +103,7 @@ def test_cabs_on_per_example_gradients(momentum, dtype):
 def test_on_device_loop(dtype):
     params, data = problem(dtype)
     tx = cabs_jax.cabs(0.1, min_batch_size=2, max_batch_size=8)
-    loop = cabs_jax.on_device_loop(loss_fn, tx, max_batch_size=8, microbatch_size=4, max_steps=4)
+    loop = cabs_jax.on_device_loop(loss_fn, tx, microbatch_size=4, max_steps=4)
     result = jax.jit(loop)(params, tx.init(params), data, cabs_jax.Position(), 4)
     assert {leaf.dtype for leaf in jax.tree.leaves(result.params)} == {dtype}
     assert [leaf.dtype.name for leaf in result.metrics] == ["int32", "float32", "float32"]

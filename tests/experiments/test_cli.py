@@ -65,22 +65,24 @@ def test_without_out_each_run_gets_a_new_folder(tmp_path):
     }
 
 
-@pytest.mark.slow  # trains whole runs
-def test_without_arguments_three_runs_share_a_figure(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "EXAMPLES", 600)
+@pytest.mark.slow
+def test_without_arguments_methods_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "ENDS", (320, 640))
+    monkeypatch.setattr(compare, "LEARNING_RATES", (0.1, 0.5))
+    monkeypatch.setattr(compare, "LOG_SECONDS", 0.2)
     assert cli.main([]) == 0
-    out = tmp_path / "runs" / "digits-comparison-1"
-    assert {path.name for path in out.iterdir()} == {
-        "cabs",
-        "constant-16",
-        "constant-128",
-        "figure.png",
-    }
-    for name in ("cabs", "constant-16", "constant-128"):
-        assert {path.name for path in (out / name).iterdir()} == FILES - {"figure.png"}
+    out = tmp_path / "runs" / "comparison-1"
+    assert {path.name for path in out.iterdir()} == {"results.jsonl", "figure.png"}
+    runs = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert len(runs) == 2 * 4 * 2 * 3
+    assert all(640 <= run["examples"] < 768 for run in runs)
+    assert {run["steps"] for run in runs if run["method"] == "constant 128"} == {5}
     printed = capsys.readouterr().out
-    assert "accuracy" in printed
-    assert str(Path("runs/digits-comparison-1/figure.png")) in printed
+    assert "wrong: compiling" in printed
+    assert "CABS, estimated, w̄" in printed
+    assert str(Path("runs/comparison-1/figure.png")) in printed
+    assert cli.main(["compare", "--out", str(out)]) == 2
+    assert "is not empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -31,3 +31,9 @@ def test_compiled_and_unshuffled_too(length):
     for shuffle in (True, False):
         expected = Order(length, 7, shuffle)(start, start + 4000)
         np.testing.assert_array_equal(call(shuffle), expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345, 2**31, 2**32 - 1])
+def test_a_traced_seed_gives_the_same_order(seed):
+    traced = jax.jit(lambda seed: indices(Position(0, 0), 3000, 1437, seed, True))
+    np.testing.assert_array_equal(traced(np.uint32(seed)), Order(1437, seed, True)(0, 3000))

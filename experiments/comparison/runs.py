@@ -1,0 +1,191 @@
+"""Runs of many methods, learning rates and seeds as one program."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import cabs_jax
+from cabs_jax import rules
+from cabs_jax.statistics import PyTree
+from experiments.comparison.problems import Problem, mean_loss
+from experiments.training import averages, descent
+
+BLOCK = 16  # examples computed at a time, the smallest size
+
+
+class Method(NamedTuple):
+    """A way to choose batch sizes, and perhaps learning rates, for plain gradient descent.
+
+    Attributes:
+      rule: From the learning rate, which may be traced, and the examples of a run, to the rule.
+      rate: From the same to what the learning rate is at each step.
+      first: Size of the first batch.
+      decay: Constant of the running averages.
+    """
+
+    rule: Callable[[jax.Array, int], rules.Rule]
+    rate: Callable[[Any, int], descent.Rate] = lambda rate, examples: descent.constant(rate)
+    first: int = 16
+    decay: float = 0.95
+
+
+def _constant(size: int, rate: Callable[[Any, int], descent.Rate] | None = None) -> Method:
+    method = Method(lambda rate, examples: rules.constant(size), first=size)
+    return method if rate is None else method._replace(rate=rate)
+
+
+METHODS = {
+    "constant 16": _constant(16),
+    "constant 128": _constant(128),
+    "CABS": Method(lambda rate, examples: rules.cabs(rate)),
+    "CABS, estimated": Method(lambda rate, examples: rules.cabs(rate, optimal_value="estimated")),
+    "constant 32": _constant(32),
+    "constant 64": _constant(64),
+    "constant 512": _constant(512),
+    "constant 16, step decay": _constant(16, descent.step_decay),
+    "constant 16, cosine decay": _constant(16, descent.cosine),
+    "geometric growth": Method(
+        lambda rate, examples: rules.geometric_growth(
+            16, 1 / descent.STEP_DECAY, descent.milestones(examples)
+        )
+    ),
+    "expected progress, L = 1/α": Method(
+        lambda rate, examples: rules.expected_progress(rate, 1 / rate)
+    ),
+    "norm test, θ = 1": Method(lambda rate, examples: rules.norm_test(1.0)),
+    "biased norm test, θ = 0.9": Method(lambda rate, examples: rules.biased_norm_test(0.9)),
+    "noise scale": Method(
+        lambda rate, examples: rules.noise_scale(),
+        rate=lambda rate, examples: descent.noise_scaled(rate),
+    ),
+    "Big Batch SGD": Method(lambda rate, examples: rules.big_batch(), decay=0.0),
+}
+MAIN = tuple(METHODS)[:4]
+
+
+class Grid(NamedTuple):
+    """The runs: every method at every learning rate with every seed."""
+
+    methods: Sequence[str]
+    learning_rates: Sequence[float]
+    seeds: Sequence[int]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Numbers of methods, learning rates and seeds."""
+        return len(self.methods), len(self.learning_rates), len(self.seeds)
+
+
+class Run(NamedTuple):
+    """How far a run has come, or many of them: what the next stretch goes on from."""
+
+    params: PyTree
+    opt_state: PyTree
+    position: cabs_jax.Position
+
+
+class Stretch(NamedTuple):
+    """What the runs measured up to a number of examples; arrays of shape (*grid.shape, ...).
+
+    Attributes:
+      loss: Mean loss over all training examples, above the optimum.
+      averaged_loss: That of the averaged weights.
+      batch_sizes: Of each step of the stretch, int32 (..., steps); 0 beyond the last.
+    """
+
+    loss: np.ndarray
+    averaged_loss: np.ndarray
+    batch_sizes: np.ndarray
+
+
+def optimizer_of(
+    methods: Sequence[Method], which: jax.Array, rate: jax.Array, examples: int
+) -> optax.GradientTransformationExtraArgs:
+    """Gradient descent as method number `which` of `methods` would have it, averages kept.
+
+    A rule costs next to nothing, so all are asked and one is heard: methods differ in a number, and
+    runs of all of them are one program.
+
+    Args:
+      methods: All of them.
+      which: Index of one, int32 scalar.
+      rate: Learning rate, float32 scalar.
+      examples: Of a whole run.
+    """
+
+    def heard(answers: Iterable[Any]) -> jax.Array:
+        return jnp.stack([jnp.asarray(answer, jnp.float32) for answer in answers])[which]
+
+    all_rules = [method.rule(rate, examples) for method in methods]
+    all_rates = [method.rate(rate, examples) for method in methods]
+    adapt = cabs_jax.adapt_batch_size(
+        lambda statistics: heard(rule(statistics) for rule in all_rules),
+        decay=heard(method.decay for method in methods),
+        initial_batch_size=heard(method.first for method in methods),
+    )
+    descend = descent.descend(
+        adapt,
+        optax.identity(),
+        lambda observed: heard(rate(observed) for rate in all_rates),
+    )
+    return averages.with_averages(descend)
+
+
+def stretches(problem: Problem, grid: Grid, ends: Sequence[int]) -> Iterator[Stretch]:
+    """Trains all runs side by side.
+
+    Args:
+      problem: What to minimise.
+      grid: The runs.
+      ends: Numbers of examples seen, increasing. A run pauses after the batch that reaches each.
+    """
+    chosen = [METHODS[name] for name in grid.methods]
+    most = max(np.diff([0, *ends])) // BLOCK + 1
+    which, rate, seed = (
+        jnp.asarray(axis.reshape(-1))
+        for axis in np.meshgrid(
+            np.arange(len(chosen)),
+            np.asarray(grid.learning_rates, np.float32),
+            np.arange(len(grid.seeds)),
+            indexing="ij",
+        )
+    )
+    data_seeds = jnp.asarray(grid.seeds, jnp.uint32)
+
+    def start(which: jax.Array, rate: jax.Array, seed: jax.Array) -> Run:
+        params = jax.tree.map(lambda x: x[seed], problem.starts)
+        state = optimizer_of(chosen, which, rate, ends[-1]).init(params)
+        zero = jnp.zeros((), jnp.int32)
+        return Run(params, state, cabs_jax.Position(zero, zero))
+
+    def go_on(
+        run: Run, which: jax.Array, rate: jax.Array, seed: jax.Array, end: jax.Array
+    ) -> tuple[Run, tuple[jax.Array, jax.Array, jax.Array]]:
+        loop = cabs_jax.on_device_loop(
+            problem.loss,
+            optimizer_of(chosen, which, rate, ends[-1]),
+            averaged_params=lambda state: state.exponential,
+            microbatch_size=BLOCK,
+            max_steps=int(most),
+            seed=data_seeds[seed],
+        )
+        left = end - run.opt_state.examples
+        *reached, metrics = loop(
+            run.params, run.opt_state, problem.data, run.position, num_examples=left
+        )
+        run = Run(*reached)
+        loss, averaged_loss = (
+            mean_loss(problem.loss, params, problem.data) - problem.optimum
+            for params in (run.params, run.opt_state.exponential)
+        )
+        return run, (loss, averaged_loss, metrics.batch_size)
+
+    run = jax.jit(jax.vmap(start))(which, rate, seed)
+    advance = jax.jit(jax.vmap(go_on, in_axes=(0, 0, 0, 0, None)), donate_argnums=0)
+    for end in ends:
+        run, measured = advance(run, which, rate, seed, jnp.int32(end))
+        yield Stretch(*(np.asarray(x).reshape(*grid.shape, *x.shape[1:]) for x in measured))
