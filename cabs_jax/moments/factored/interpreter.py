@@ -61,7 +61,7 @@ def _evaluate(context: Context, step: Step, values: list[Value]) -> Sequence[Val
     if step.kind is Kind.SHIFT:
         # Its gradient is the same for all examples, and is taken once, by `shift`.
         fixed = [Shared(lax.stop_gradient(v.value)) if isinstance(v, Shared) else v for v in values]
-        return evaluate_batched(equation, fixed)
+        return evaluate_batched(context.sample, equation, fixed)
     if inner is not None and step.kind is Kind.CALL:
         return run(context, inner, values)
     if inner is not None and step.kind is Kind.CHECKPOINT:
@@ -75,7 +75,7 @@ def _evaluate(context: Context, step: Step, values: list[Value]) -> Sequence[Val
     if inner is not None and step.kind is Kind.SCAN:
         return _scan(context, equation, inner, values)
     if any(isinstance(value, Batched) for value in values):
-        return evaluate_batched(equation, values)
+        return evaluate_batched(context.sample, equation, values)
     return _evaluate_shared(context, equation, [v for v in values if isinstance(v, Shared)])
 
 
@@ -152,20 +152,23 @@ def _evaluate_shared(
         if cast or primitive in views.IDENTITIES:
             return [value._replace(value=outputs[0])]
         if primitive in REARRANGING:
-            return _rearranged(equation, value, outputs)
+            return _rearranged(context, equation, value, outputs)
     if not gradients:  # a parameter whose squares are wanted is never measured behind this
         return [Shared(output) for output in outputs]
     slots = _new_slots(context, equation, values)
     return [Shared(output, slots.get(i)) for i, output in enumerate(outputs)]
 
 
-def _rearranged(equation: jaxprs.Equation, value: Shared, outputs: list[Any]) -> list[Shared]:
+def _rearranged(
+    context: Context, equation: jaxprs.Equation, value: Shared, outputs: list[Any]
+) -> list[Shared]:
     """Moves slots as an equation moves the entries of its operand."""
     none = [None] * len(outputs)
     gradient_slots: Sequence[Any] = none
     square_slots: Sequence[Any] = none
     if value.gradient_slots is not None:  # (n, *shape): the same for every example
-        gradient_slots = jax.vmap(lambda x: jaxprs.evaluate(equation, [x]))(value.gradient_slots)
+        moved = context.sample.target.vmap(lambda x: jaxprs.evaluate(equation, [x]))
+        gradient_slots = moved(value.gradient_slots)
     if value.square_slots is not None:
         square_slots = jaxprs.evaluate(equation, [value.square_slots])
     return [Shared(*parts) for parts in zip(outputs, gradient_slots, square_slots, strict=True)]
@@ -197,7 +200,7 @@ def _new_slots(
         arguments, others = saved
         _, pull = jax.vjp(lambda w: jaxprs.floating_outputs(equation, w | others), arguments)
         cast = [c.astype(aval.dtype) for c, aval in zip(cotangents, avals, strict=True)]
-        (pulled,) = jax.vmap(pull)(cast)  # (n, *u.shape) to (n, *w.shape)
+        (pulled,) = context.sample.target.vmap(pull)(cast)  # (n, *u.shape) to (n, *w.shape)
         into_inner = {i: g.astype(slot_dtype(g.dtype)) for i, g in pulled.items()}
         return jax.tree.map(jnp.zeros_like, arguments), None, into_inner
 

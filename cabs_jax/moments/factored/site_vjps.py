@@ -65,7 +65,7 @@ def evaluate_site(context: Context, number: int, values: list[Value]) -> list[Ba
         return _by_derivative(context.sample, site, values)
     places = {place for place, _ in site.parameters}
     copied = [to_batched(context.sample, v) if i in places else v for i, v in enumerate(values)]
-    return evaluate_batched(site.equation, copied)
+    return evaluate_batched(context.sample, site.equation, copied)
 
 
 class Residuals(NamedTuple):
@@ -102,7 +102,7 @@ def _by_rule(context: Context, number: int, site: Site, rule: Rule, values: list
     def evaluate(w: jax.Array, x: jax.Array) -> jax.Array:
         operands: list[Value] = [Batched(x), Batched(x)]
         operands[rule.operand] = Shared(w)
-        (output,) = evaluate_batched(site.equation, operands)
+        (output,) = evaluate_batched(context.sample, site.equation, operands)
         return jnp.asarray(output.value)
 
     @jax.custom_vjp
@@ -161,7 +161,8 @@ def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Ar
         return (g if reuses else ()), jnp.sum(g * g, axis=(1, 2, 3))
 
     measured = (sample.rows(at.x), sample.rows(at.cotangent))
-    total, norms = sum_in_cache(block, measured, cost.norm_bytes(rule.sizes(), direct=direct))
+    needed = cost.norm_bytes(rule.sizes(), direct=direct)
+    total, norms = sum_in_cache(block, measured, needed, sample.target)
     if reuses:
         return rule.assemble(total, at.w.shape).astype(at.w.dtype), norms
     return at.into_w(), norms
@@ -180,7 +181,7 @@ def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
 
     measured = (sample.rows(at.x), sample.rows(at.cotangent))
     needed = cost.norm_bytes(rule.sizes(), direct=True)
-    (total, squares), _ = sum_in_cache(block, measured, needed)
+    (total, squares), _ = sum_in_cache(block, measured, needed, sample.target)
     squares = rule.assemble(squares, at.w.shape)
     if sample.is_whole:
         return rule.assemble(total, at.w.shape).astype(at.w.dtype), squares
@@ -221,7 +222,8 @@ def _by_derivative(sample: Sample, site: Site, values: list[Value]) -> list[Batc
     def apply(parameters: Any, fixed: Any, examples: Any, slots: Any) -> list[Any]:
         operands: dict[int, Value] = {i: Batched(x) for i, x in examples.items()}
         operands |= {i: Shared(x) for i, x in (parameters | fixed).items()}
-        outputs = evaluate_batched(equation, [operands[i] for i in range(len(operands))])
+        values = [operands[i] for i in range(len(operands))]
+        outputs = evaluate_batched(sample, equation, values)
         return [output.value for output in outputs]
 
     def forward(parameters: Any, fixed: Any, examples: Any, slots: Any) -> tuple[list[Any], Any]:
@@ -240,7 +242,7 @@ def _by_derivative(sample: Sample, site: Site, values: list[Value]) -> list[Batc
 
     def backward(saved: Any, cotangents: Any) -> tuple[Any, Any, Any, Any]:
         parameters, fixed, examples = saved
-        of_all = jax.vmap(without_batched_convolutions(of_one), (None, 0, 0))
+        of_all = sample.target.vmap(without_batched_convolutions(of_one), (None, 0, 0))
         floats = [cotangents[i] for i in floating]
         gradients, into_smooth = of_all((parameters, fixed), examples, floats)  # g: (m, *w.shape)
         into_parameters = {

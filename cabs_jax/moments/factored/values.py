@@ -23,6 +23,7 @@ from jax import lax
 from cabs_jax.moments import jaxprs, sharding
 from cabs_jax.moments.factored.choice import Choice
 from cabs_jax.moments.factored.program import Program
+from cabs_jax.moments.target import Target
 from cabs_jax.statistics import Variance
 
 
@@ -57,11 +58,13 @@ class Sample(NamedTuple):
       examples: Size m of the batch.
       measured: How many of the examples are measured, n: evenly spread, or all of them.
       axis_names: Mesh axes over which the batch varies, inside a shard_map.
+      target: The machine, and how the batch lies on it.
     """
 
     examples: int
     measured: int
     axis_names: tuple[str, ...]
+    target: Target
 
     @property
     def is_whole(self) -> bool:
@@ -129,9 +132,11 @@ def to_batched(sample: Sample, value: Value) -> Batched:
     return Batched(copies)
 
 
-def evaluate_batched(equation: jaxprs.Equation, values: list[Value]) -> list[Batched]:
+def evaluate_batched(
+    sample: Sample, equation: jaxprs.Equation, values: list[Value]
+) -> list[Batched]:
     """Evaluates an equation for every example, without regard to slots."""
     in_axes = [0 if isinstance(v, Batched) else None for v in values]
     arrays = [v.value for v in values]
-    outputs = jax.vmap(lambda *xs: jaxprs.evaluate(equation, xs), in_axes)(*arrays)
+    outputs = sample.target.vmap(lambda *xs: jaxprs.evaluate(equation, xs), in_axes)(*arrays)
     return [Batched(output) for output in outputs]

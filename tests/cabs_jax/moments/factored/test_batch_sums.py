@@ -10,6 +10,7 @@ from cabs_jax import gradient_moments
 from cabs_jax.moments.factored.batch_sums import batch_sums
 from cabs_jax.moments.factored.values import Sample
 from cabs_jax.moments.per_example import loss_and_aux
+from cabs_jax.moments.target import Target
 from tests.cabs_jax.moments.oracle import (
     assert_close,
     expected,
@@ -53,7 +54,7 @@ def test_only_parameters_named_so_have_no_gradient(name):
 def test_squares_of_evenly_spread_examples_with_weights(name, measured):
     case = ZOO[name]()
     weights = np.linspace(-1, 2, EXAMPLES).astype(np.float32)
-    sample = Sample(EXAMPLES, measured, ())
+    sample = Sample(EXAMPLES, measured, (), Target("cpu"))
     sums = quick_jit(
         lambda *args: batch_sums(loss_and_aux(case.loss, False), *args, "trace", sample),
     )(case.params, case.batch, weights)
@@ -71,7 +72,9 @@ def test_terms_of_parameters_alone_shift_the_mean_but_not_the_squares():
         return jnp.sum(x * p) + jnp.sum(jnp.square(p))
 
     batch, p = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([5.0, -1.0])
-    sums = batch_sums(loss_and_aux(loss, False), p, batch, jnp.ones(2), "trace", Sample(2, 2, ()))
+    sums = batch_sums(
+        loss_and_aux(loss, False), p, batch, jnp.ones(2), "trace", Sample(2, 2, (), Target("cpu"))
+    )
     np.testing.assert_allclose(sums.squares, [5.0, 25.0])
     np.testing.assert_allclose(sums.shift, 2 * p)
 

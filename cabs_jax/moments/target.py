@@ -1,0 +1,79 @@
+"""The machine that is compiled for, and what things cost there.
+
+`sharding.target` finds it out once for each call; from there on it travels with the batch, and
+nothing asks the process, which may have other devices than those it compiles for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+
+Platform = Literal["cpu", "gpu", "tpu"]
+AxisNames = str | tuple[str, ...]
+
+
+class Costs(NamedTuple):
+    """What a platform is good at.
+
+    Attributes:
+      budget: Bytes of intermediate results that stay near the units while a norm is taken.
+      is_shared: Whether all devices share that memory, as the CPU devices of one process do.
+    """
+
+    budget: int
+    is_shared: bool
+
+
+COSTS: dict[Platform, Costs] = {
+    "cpu": Costs(budget=4 * 2**20, is_shared=True),
+    "gpu": Costs(budget=256 * 2**20, is_shared=False),
+    "tpu": Costs(budget=256 * 2**20, is_shared=False),
+}
+
+
+class Target(NamedTuple):
+    """The machine, and how the batch lies on it.
+
+    Attributes:
+      platform: What the devices are.
+      lanes: Number of devices over which a batch may be split without its shape showing it; 1
+        where every device sees its own part alone.
+      spmd_axis_name: Mesh axes that the compiler is told to split every batch over, or None.
+    """
+
+    platform: Platform
+    lanes: int = 1
+    spmd_axis_name: tuple[str, ...] | None = None
+
+    @property
+    def costs(self) -> Costs:
+        """What things cost there."""
+        return COSTS[self.platform]
+
+    def budget(self, lanes: int) -> int:
+        """Bytes that stay near the units of the devices of some lanes."""
+        return self.costs.budget * (1 if self.costs.is_shared else lanes)
+
+    def vmap(self, function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
+        """`jax.vmap` over examples, which keeps them where they are."""
+        mapped: Callable[..., Any] = jax.vmap(function, in_axes, spmd_axis_name=self.spmd_axis_name)
+        return mapped
+
+
+def platform_named(name: str) -> Platform:
+    """The platform of a device, by the name that JAX gives it.
+
+    >>> platform_named("cuda"), platform_named("tpu")
+    ('gpu', 'tpu')
+    """
+    # What is neither a CPU nor a TPU has small caches, many units and a large memory.
+    return "cpu" if name == "cpu" else "tpu" if name == "tpu" else "gpu"
+
+
+def check_platform(platform: str | None) -> None:
+    """Raises ValueError unless a platform is None or one of those known."""
+    if platform is not None and platform not in get_args(Platform):
+        raise ValueError(f"platform must be one of {get_args(Platform)} or None, got {platform!r}.")
