@@ -21,7 +21,7 @@ from cabs_jax.moments.per_example import (
     per_example_value_and_grad,
 )
 from cabs_jax.moments.split import Method
-from cabs_jax.moments.target import Platform, Target, check_platform
+from cabs_jax.moments.target import AxisNames, Platform, Target, check_platform
 from cabs_jax.statistics import (
     GradientMoments,
     PyTree,
@@ -57,9 +57,9 @@ class Options(TypedDict, total=False):
     subsample: int | None
     microbatch_size: int | None
     groups: int | None
-    axis_name: sharding.AxisNames | None
+    axis_name: AxisNames | None
     mesh: jax.sharding.Mesh | None
-    spmd_axis_name: sharding.AxisNames | None
+    spmd_axis_name: AxisNames | None
     platform: Platform | None
 
 
@@ -85,9 +85,9 @@ def gradient_moments(
     subsample: int | None = None,
     microbatch_size: int | None = None,
     groups: int | None = None,
-    axis_name: sharding.AxisNames | None = None,
+    axis_name: AxisNames | None = None,
     mesh: jax.sharding.Mesh | None = None,
-    spmd_axis_name: sharding.AxisNames | None = None,
+    spmd_axis_name: AxisNames | None = None,
     platform: Platform | None = None,
 ) -> MomentsFunction[Any]:
     """Mean loss, mean gradient and gradient variance of a batch.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from cabs_jax._arguments import check_parameters
 from cabs_jax.moments import sharding
 from cabs_jax.moments.rewriting import without_batched_convolutions
-from cabs_jax.moments.target import Target
+from cabs_jax.moments.target import AxisNames, Target
 from cabs_jax.statistics import PyTree
 
 LossAndAux: TypeAlias = Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
@@ -28,9 +28,9 @@ class PerExampleFunction(Protocol[Values_co]):
 class Placement(TypedDict, total=False):
     """Where the batch is split, as `per_example_value_and_grad` takes it."""
 
-    axis_name: sharding.AxisNames | None
+    axis_name: AxisNames | None
     mesh: jax.sharding.Mesh | None
-    spmd_axis_name: sharding.AxisNames | None
+    spmd_axis_name: AxisNames | None
 
 
 @overload
@@ -57,9 +57,9 @@ def per_example_value_and_grad(
     loss_fn: Callable[..., Any],
     *,
     has_aux: bool = False,
-    axis_name: sharding.AxisNames | None = None,
+    axis_name: AxisNames | None = None,
     mesh: jax.sharding.Mesh | None = None,
-    spmd_axis_name: sharding.AxisNames | None = None,
+    spmd_axis_name: AxisNames | None = None,
 ) -> PerExampleFunction[Any]:
     """Per-example losses and gradients: what `update` takes when no variance is passed to it.
 

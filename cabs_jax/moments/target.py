@@ -19,18 +19,33 @@ class Costs(NamedTuple):
     """What a platform is good at.
 
     Attributes:
+      traffic: As many multiplications cost what it costs to write a number of a per-example
+        gradient and to read it again: in products of float32, in highest precision.
+      rounded_traffic: The same in products of rounded or 16-bit numbers.
+      counts_one_hot: Whether products with one-hot factors, which are comparisons, are counted for
+        what they cost there, rather than like any others.
+      rounds_alike: Whether all contractions at default precision round a float32 operand to the
+        same bfloat16 number, whatever else is multiplied with it.
+      one_hot_patches: Whether patches of images are best cut by convolution with one-hot kernels.
       budget: Bytes of intermediate results that stay near the units while a norm is taken.
       is_shared: Whether all devices share that memory, as the CPU devices of one process do.
     """
 
+    traffic: int
+    rounded_traffic: int
+    counts_one_hot: bool
+    rounds_alike: bool
+    one_hot_patches: bool
     budget: int
     is_shared: bool
 
 
+# Of a CPU measured on two cores, of a TPU by the compiler's estimates for a v5e, of a GPU by the
+# limits of an H100: three passes over memory against the products that it can do in that time.
 COSTS: dict[Platform, Costs] = {
-    "cpu": Costs(budget=4 * 2**20, is_shared=True),
-    "gpu": Costs(budget=256 * 2**20, is_shared=False),
-    "tpu": Costs(budget=256 * 2**20, is_shared=False),
+    "cpu": Costs(30, 30, False, False, False, budget=4 * 2**20, is_shared=True),
+    "gpu": Costs(120, 1800, True, False, False, budget=256 * 2**20, is_shared=False),
+    "tpu": Costs(90, 450, True, True, True, budget=256 * 2**20, is_shared=False),
 }
 
 

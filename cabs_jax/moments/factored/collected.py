@@ -60,7 +60,7 @@ def _norms(uses: Sequence[Use], factors: dict[int, Factors], target: Target) -> 
     first = min(uses, key=lambda use: not use.rule.one_hot)
     groups, _, p, q = first.sizes()
     sizes = groups, sum(use.sizes()[1] for use in uses), p, q
-    direct = cost.prefers_direct(sizes)
+    direct = cost.prefers_direct(sizes, target)
 
     def sided(use: Use) -> Factors:
         left, right = _steps_as_positions(use, factors[use.number])

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cabs_jax.moments import jaxprs
+from cabs_jax.moments import convolution, jaxprs
 from cabs_jax.moments.blocks import sum_in_cache
 from cabs_jax.moments.factored import cost, outer_products
 from cabs_jax.moments.factored.choice import Mode, copies_are_cheap
@@ -52,7 +52,7 @@ from cabs_jax.moments.factored.values import (
     slot_dtype,
     to_batched,
 )
-from cabs_jax.moments.rewriting import without_batched_convolutions
+from cabs_jax.moments.rewriting import CONVOLUTION, without_batched_convolutions
 from cabs_jax.statistics import PyTree
 
 
@@ -72,12 +72,14 @@ class Residuals(NamedTuple):
     """What the backward pass knows at a site with a rule.
 
     Attributes:
+      equation: The equation.
       w: The parameter.
       x: The other operand, shape (m, ...).
       cotangent: The cotangents of the output, shape (m, ...).
       into_w: Computes the gradient of the batch as JAX would, Σ_i g_i, shaped like w.
     """
 
+    equation: jaxprs.Equation
     w: jax.Array
     x: jax.Array
     cotangent: jax.Array
@@ -86,6 +88,11 @@ class Residuals(NamedTuple):
     def factors(self, sample: Sample, rule: Rule) -> tuple[jax.Array, jax.Array]:
         """Factors of the measured examples' gradients."""
         return rule.factors(sample.rows(self.x), sample.rows(self.cotangent))
+
+    def assembled(self, rule: Rule, pieces: tuple[jax.Array, ...]) -> jax.Array:
+        """A gradient, shaped like w, from pieces (groups, part of p, q) cut along p."""
+        whole = jnp.concatenate(pieces, axis=-2)
+        return rule.assemble(whole, self.w.shape).astype(self.w.dtype)
 
 
 # Returns the gradient of the batch and the statistic that goes into the slot.
@@ -123,7 +130,8 @@ def _by_rule(context: Context, number: int, site: Site, rule: Rule, values: list
             (gradient,) = jax.linear_transpose(lambda w: evaluate(w, x), w)(cotangent)
             return jnp.asarray(gradient)
 
-        gradient, statistic = measure(context.sample, rule, Residuals(w, x, cotangent, into_w))
+        at = Residuals(site.equation, w, x, cotangent, into_w)
+        gradient, statistic = measure(context.sample, rule, at)
         return gradient, into_x, statistic
 
     apply.defvjp(forward, backward)
@@ -148,44 +156,73 @@ def _measure(
 
 def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Gradient of the batch and squared norms of the examples' gradients."""
-    rows = rule.sizes()[2]
-    direct = cost.prefers_direct(rule.sizes())
+    sizes, alike = rule.sizes(), _rounds_alike(sample, rule, at)
+    narrow = alike or at.cotangent.dtype.itemsize == at.x.dtype.itemsize == 2
+    direct = cost.prefers_direct(sizes, sample.target, rounded=narrow, one_hot=rule.one_hot)
     # Where the gradients of all examples are formed, their sum is the gradient of the batch.
     reuses = direct and sample.is_whole
+    model = outer_products.model_precision(at.equation)
+    precision = model if reuses or alike else outer_products.HIGHEST
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
+        if direct:
+            pieces = _gradients_in_pieces(sample, rule, at, operands, precision)
+            norms = sum(jnp.sum(jnp.square(g), axis=(1, 2, 3)) for g in pieces)
+            return (pieces if reuses else ()), norms
         factors = rule.factors(*operands)
-        if not direct:
-            return (), outer_products.gram_norms([factors])
-        g = outer_products.gradients(factors, rows)  # (examples of the block, groups, p, q)
-        return (g if reuses else ()), jnp.sum(g * g, axis=(1, 2, 3))
+        if alike and sizes[1] == 1:
+            factors = outer_products.rounded(factors)
+        return (), outer_products.gram_norms([factors], precision)
 
     measured = (sample.rows(at.x), sample.rows(at.cotangent))
-    needed = cost.norm_bytes(rule.sizes(), direct=direct)
+    needed = cost.norm_bytes(sizes, direct=direct)
     total, norms = sum_in_cache(block, measured, needed, sample.target)
     if reuses:
-        return rule.assemble(total, at.w.shape).astype(at.w.dtype), norms
+        return at.assembled(rule, total), norms
     return at.into_w(), norms
 
 
 def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Gradient of the batch and the sum of the squares of the examples' gradients."""
-    _, positions, p, _ = rule.sizes()
-    if positions == 1 and not rule.one_hot:  # (left ⊗ right)² = left² ⊗ right²
-        squares = outer_products.square_sums(at.factors(sample, rule))
+    alike = _rounds_alike(sample, rule, at)
+    model = outer_products.model_precision(at.equation)
+    precision = model if sample.is_whole or alike else outer_products.HIGHEST
+    if rule.positions == 1 and not rule.one_hot:  # (left ⊗ right)² = left² ⊗ right²
+        factors = at.factors(sample, rule)
+        squares = outer_products.square_sums(outer_products.rounded(factors) if alike else factors)
         return at.into_w(), rule.assemble(squares, at.w.shape)
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
-        g = outer_products.gradients(rule.factors(*operands), p)
-        return (g, g * g), ()
+        pieces = _gradients_in_pieces(sample, rule, at, operands, precision)
+        return (pieces, tuple(map(jnp.square, pieces))), ()
 
     measured = (sample.rows(at.x), sample.rows(at.cotangent))
     needed = cost.norm_bytes(rule.sizes(), direct=True)
     (total, squares), _ = sum_in_cache(block, measured, needed, sample.target)
-    squares = rule.assemble(squares, at.w.shape)
-    if sample.is_whole:
-        return rule.assemble(total, at.w.shape).astype(at.w.dtype), squares
-    return at.into_w(), squares
+    squares = rule.assemble(jnp.concatenate(squares, axis=-2), at.w.shape)
+    return (at.assembled(rule, total) if sample.is_whole else at.into_w()), squares
+
+
+def _rounds_alike(sample: Sample, rule: Rule, at: Residuals) -> bool:
+    """Whether the products of a norm see the operands as the product of the mean does, rounded."""
+    model = outer_products.model_precision(at.equation)
+    return sample.target.costs.rounds_alike and outer_products.is_default(model)
+
+
+def _gradients_in_pieces(
+    sample: Sample,
+    rule: Rule,
+    at: Residuals,
+    operands: tuple[jax.Array, jax.Array],
+    precision: outer_products.Precision,
+) -> tuple[jax.Array, ...]:
+    """Gradients of some examples, cut along p: arrays (examples, groups, part of p, q)."""
+    if sample.target.costs.one_hot_patches and jaxprs.name(at.equation) == CONVOLUTION:
+        pieces = convolution.pieces_by_row(at.equation, *operands, precision)
+        if pieces:
+            return pieces
+    factors = rule.factors(*operands)
+    return (outer_products.gradients(factors, rule.sizes()[2], precision),)
 
 
 def _factors(
@@ -199,7 +236,11 @@ def _factors(
 
 def _gradients(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """The examples' gradients; that of the batch is their sum, taken at the end."""
-    g = outer_products.gradients(at.factors(sample, rule), rule.sizes()[2])
+    alike = sample.is_whole or _rounds_alike(sample, rule, at)
+    model = outer_products.model_precision(at.equation)
+    precision = model if alike else outer_products.HIGHEST
+    operands = (sample.rows(at.x), sample.rows(at.cotangent))
+    g = jnp.concatenate(_gradients_in_pieces(sample, rule, at, operands, precision), axis=-2)
     g = rule.assemble(g, at.w.shape)  # (n, groups, p, q) to (n, *w.shape)
     return (jnp.zeros_like(at.w) if sample.is_whole else at.into_w()), g
 
