@@ -67,8 +67,7 @@ def factored(
     measured = split.measured(task.subsample, size, task.axis_names)
     sample = Sample(size, measured, task.axis_names, task.target)
     result = batch_sums(task.loss_fn, params, batch, weights, task.variance, sample)
-    step = size // measured
-    real = jnp.sum(keep[: step * measured : step], dtype=jnp.int32)
+    real = jnp.sum(sample.rows(keep), dtype=jnp.int32)
     squares = jnp.sum(result.squares) if task.variance == "trace" else result.squares
     shift = jax.tree.map(lambda g: g * jnp.sum(weights), result.shift)
     value = _kept_sum(result.losses, keep) * share

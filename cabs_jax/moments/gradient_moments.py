@@ -118,9 +118,10 @@ def gradient_moments(
       variance: "trace" for a scalar, "diagonal" for a tree like the parameters.
       has_aux: Whether `loss_fn` returns auxiliary data, which is returned per example.
       keep_batch_dim: Whether `loss_fn` expects its example as a batch of one.
-      subsample: Measure only n examples, evenly spread over the batch (and its shards):
+      subsample: Measure only n examples, the first of the batch, or as many of each of its shards:
         (1/n) Σ‖g_i‖² minus ‖ḡ‖² of the whole batch has the same expectation, at a fraction of
-        the cost. The mean gradient is always that of the whole batch.
+        the cost, where the batch is shuffled. One sorted by class, or by length, would be
+        measured by its beginning. The mean gradient is always that of the whole batch.
       microbatch_size: Work through the batch (each device through its shard) in blocks of this
         size, which bounds the memory. It must divide the batch. Blocks that are all padding at the
         end of the batch are skipped. Under `jit` on Auto axes without `mesh`, an array shows the
