@@ -102,9 +102,17 @@ def patches(lhs: jax.Array, g: Geometry) -> jax.Array:
     return jnp.stack(pieces, axis=2 if by_kernel else 1)
 
 
+def goes_by_row(equation: Any) -> bool:
+    """Whether `pieces_by_row` covers a convolution: of images, without groups or dilated input."""
+    if equation.primitive.name != "conv_general_dilated":
+        return False
+    params = equation.params
+    return params["feature_group_count"] == 1 and params["lhs_dilation"] == (1, 1)
+
+
 def pieces_by_row(
     equation: Any, x: jax.Array, cotangent: jax.Array, precision: lax.Precision | None
-) -> tuple[jax.Array, ...] | None:
+) -> tuple[jax.Array, ...]:
     """Gradients of a filter for each example, in pieces: one for each row of the kernel.
 
     Patches hold every pixel as often as the kernel has entries, and are moved about in memory to be
@@ -113,20 +121,17 @@ def pieces_by_row(
     they meet. Where there are few channels, all rows of the kernel are unfolded at once.
 
     Args:
-      equation: The convolution, of one example.
+      equation: The convolution, of one example; one that `goes_by_row`.
       x: Its input with a leading axis of examples.
       cotangent: The cotangents of its output, likewise.
       precision: Of the products.
 
     Returns:
-      Pieces of shape (examples, 1, rows · width · channels, filters), in the order of the rows;
-      None for a convolution that is not of images, or has groups or a dilated input.
+      Pieces of shape (examples, 1, rows · width · channels, filters), in the order of the rows.
     """
     lhs_spec, _, out_spec = equation.params["dimension_numbers"]
     lhs, rhs, out = (v.aval.shape for v in (*equation.invars, *equation.outvars))
     g = geometry(lhs, rhs, out, equation.params)
-    if len(g.kernel) != 2 or g.groups > 1 or g.lhs_dilation != (1, 1):
-        return None
     x, cotangent = channels_last(x, lhs_spec, lead=1), channels_last(cotangent, out_spec, lead=1)
     (height, width), (out_height, out_width) = g.kernel, g.output
     at_once = height if height * width * g.channels <= LANES else 1

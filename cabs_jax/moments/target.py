@@ -26,7 +26,8 @@ class Costs(NamedTuple):
         what they cost there, rather than like any others.
       rounds_alike: Whether all contractions at default precision round a float32 operand to the
         same bfloat16 number, whatever else is multiplied with it.
-      one_hot_patches: Whether patches of images are best cut by convolution with one-hot kernels.
+      patch_traffic: The same for a number of a patch of an image that is laid out for a product.
+        Where it is not 0, convolutions are measured row by row instead if they can.
       budget: Bytes of intermediate results that stay near the units while a norm is taken.
       is_shared: Whether all devices share that memory, as the CPU devices of one process do.
     """
@@ -35,7 +36,7 @@ class Costs(NamedTuple):
     rounded_traffic: int
     counts_one_hot: bool
     rounds_alike: bool
-    one_hot_patches: bool
+    patch_traffic: int
     budget: int
     is_shared: bool
 
@@ -43,9 +44,9 @@ class Costs(NamedTuple):
 # Of a CPU measured on two cores, of a TPU by the compiler's estimates for a v5e, of a GPU by the
 # limits of an H100: three passes over memory against the products that it can do in that time.
 COSTS: dict[Platform, Costs] = {
-    "cpu": Costs(30, 30, False, False, False, budget=4 * 2**20, is_shared=True),
-    "gpu": Costs(120, 1800, True, False, False, budget=256 * 2**20, is_shared=False),
-    "tpu": Costs(90, 450, True, True, True, budget=256 * 2**20, is_shared=False),
+    "cpu": Costs(30, 30, False, False, 0, budget=4 * 2**20, is_shared=True),
+    "gpu": Costs(120, 1800, True, False, 0, budget=256 * 2**20, is_shared=False),
+    "tpu": Costs(90, 450, True, True, 16_000, budget=256 * 2**20, is_shared=False),
 }
 
 

@@ -17,7 +17,12 @@ Sizes = tuple[int, int, int, int]
 
 
 def prefers_direct(
-    sizes: Sizes, target: Target, *, rounded: bool = False, one_hot: bool = False
+    sizes: Sizes,
+    target: Target,
+    *,
+    rounded: bool = False,
+    one_hot: bool = False,
+    patches: bool = False,
 ) -> bool:
     """Whether the direct form is cheaper than the Gram form.
 
@@ -26,6 +31,7 @@ def prefers_direct(
       target: The machine.
       rounded: Whether the products of the Gram form are of rounded or 16-bit numbers.
       one_hot: Whether the left factors are one-hot.
+      patches: Whether they are patches that the Gram form must lay out, and the direct form not.
 
     >>> cpu, tpu = Target("cpu"), Target("tpu")
     >>> prefers_direct((1, 196, 800, 64), cpu), prefers_direct((1, 1, 3136, 1024), cpu)
@@ -37,7 +43,8 @@ def prefers_direct(
     costs = target.costs
     traffic = costs.rounded_traffic if rounded else costs.traffic
     across = q if one_hot and costs.counts_one_hot else p + q
-    return positions > 1 and traffic * p * q <= positions**2 * across
+    laid_out = costs.patch_traffic * positions * p if patches else 0
+    return positions > 1 and traffic * p * q <= positions**2 * across + laid_out
 
 
 def norm_bytes(sizes: Sizes, *, direct: bool) -> int:

@@ -52,7 +52,7 @@ from cabs_jax.moments.factored.values import (
     slot_dtype,
     to_batched,
 )
-from cabs_jax.moments.rewriting import CONVOLUTION, without_batched_convolutions
+from cabs_jax.moments.rewriting import without_batched_convolutions
 from cabs_jax.statistics import PyTree
 
 
@@ -158,7 +158,13 @@ def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Ar
     """Gradient of the batch and squared norms of the examples' gradients."""
     sizes, alike = rule.sizes(), _rounds_alike(sample, rule, at)
     narrow = alike or at.cotangent.dtype.itemsize == at.x.dtype.itemsize == 2
-    direct = cost.prefers_direct(sizes, sample.target, rounded=narrow, one_hot=rule.one_hot)
+    direct = cost.prefers_direct(
+        sizes,
+        sample.target,
+        rounded=narrow,
+        one_hot=rule.one_hot,
+        patches=_goes_by_row(sample, at),
+    )
     # Where the gradients of all examples are formed, their sum is the gradient of the batch.
     reuses = direct and sample.is_whole
     model = outer_products.model_precision(at.equation)
@@ -209,6 +215,11 @@ def _rounds_alike(sample: Sample, rule: Rule, at: Residuals) -> bool:
     return sample.target.costs.rounds_alike and outer_products.is_default(model)
 
 
+def _goes_by_row(sample: Sample, at: Residuals) -> bool:
+    """Whether the site is a convolution that is best measured row by row of its kernel."""
+    return sample.target.costs.patch_traffic > 0 and convolution.goes_by_row(at.equation)
+
+
 def _gradients_in_pieces(
     sample: Sample,
     rule: Rule,
@@ -217,10 +228,8 @@ def _gradients_in_pieces(
     precision: outer_products.Precision,
 ) -> tuple[jax.Array, ...]:
     """Gradients of some examples, cut along p: arrays (examples, groups, part of p, q)."""
-    if sample.target.costs.one_hot_patches and jaxprs.name(at.equation) == CONVOLUTION:
-        pieces = convolution.pieces_by_row(at.equation, *operands, precision)
-        if pieces:
-            return pieces
+    if _goes_by_row(sample, at):
+        return convolution.pieces_by_row(at.equation, *operands, precision)
     factors = rule.factors(*operands)
     return (outer_products.gradients(factors, rule.sizes()[2], precision),)
 

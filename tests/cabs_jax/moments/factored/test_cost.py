@@ -28,7 +28,9 @@ def test_direct_form_is_chosen_from_some_number_of_positions_on(
 @pytest.mark.parametrize(
     ("sizes", "platform", "options", "direct"),
     [
-        ((1, 196, 800, 64), "tpu", {"rounded": True}, True),  # conv2 of mnist_2c2d
+        ((1, 196, 800, 64), "tpu", {"rounded": True, "patches": True}, True),  # conv2 of mnist_2c2d
+        ((1, 25, 864, 128), "tpu", {"rounded": True, "patches": True}, True),  # 0.4 times Gram
+        ((1, 16, 9 * 512, 2048), "tpu", {"rounded": True, "patches": True}, False),
         ((1, 128, 1024, 1024), "tpu", {"rounded": True}, False),  # 3.3 times plain, Gram 1.05
         ((1, 512, 1024, 1024), "tpu", {"rounded": True}, True),  # 1.7 times plain, Gram 1.9
         ((1, 128, 32768, 512), "tpu", {"one_hot": True}, False),  # 578 µs, Gram 19
