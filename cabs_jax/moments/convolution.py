@@ -107,7 +107,7 @@ def goes_by_row(equation: Any) -> bool:
     if equation.primitive.name != "conv_general_dilated":
         return False
     params = equation.params
-    return params["feature_group_count"] == 1 and params["lhs_dilation"] == (1, 1)
+    return bool(params["feature_group_count"] == 1 and params["lhs_dilation"] == (1, 1))
 
 
 def pieces_by_row(
