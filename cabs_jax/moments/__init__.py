@@ -3,7 +3,7 @@
 What happens to a loss, `loss_fn(params, example) -> scalar`:
 
 1. `gradient_moments` checks the options (`split`), finds out whether the batch is split over
-   devices (`sharding`), and goes through it block by block (`blocks`).
+   devices (`sharding`) and what they are (`target`), and goes through it block by block (`blocks`).
 2. An estimator (`estimators`) turns a block into sums of losses, gradients and squared gradients.
    The plain one holds every gradient (`per_example`); what follows is the factored one
    (`factored`), which gives the same numbers without holding them.
@@ -76,6 +76,7 @@ Glossary:
   variance.
 * share: 1/m, the part of one example in a mean over m of them.
 * lane: an equal stretch of the batch, which may belong to one device.
+* target: the machine that is compiled for; it decides between ways of equal result.
 """
 
 from cabs_jax.moments.explain import Explanation, explain

@@ -20,10 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from cabs_jax.moments import jaxprs, sharding
+from cabs_jax.moments.target import Target
 from cabs_jax.statistics import PyTree
-
-CACHE_BYTES = {"cpu": 4 * 2**20}
-CACHE_BYTES_ELSEWHERE = 256 * 2**20
 
 OfBlock = Callable[[PyTree], tuple[PyTree, PyTree]]
 
@@ -98,7 +96,7 @@ def over_blocks(
 
 
 def sum_in_cache(
-    function: OfBlock, examples: PyTree, bytes_per_example: int
+    function: OfBlock, examples: PyTree, bytes_per_example: int, target: Target
 ) -> tuple[PyTree, PyTree]:
     """Applies `function(examples) -> (summands, rows)` in blocks that stay in cache.
 
@@ -110,14 +108,14 @@ def sum_in_cache(
         example axis. The summands of examples that are all zero must be zero.
       examples: Arrays with a leading example axis.
       bytes_per_example: What the function needs for one example.
+      target: The machine, and how the batch lies on it.
 
     Returns:
       The sums, and the rows in the order of the examples.
     """
-    first = jax.tree.leaves(examples)[0]
-    total, devices = first.shape[0], jax.device_count()
-    lanes = 1 if total % devices or jaxprs.varying_axes(first) else devices
-    size, count = fitting(total, bytes_per_example, lanes)
+    total = jax.tree.leaves(examples)[0].shape[0]
+    lanes = 1 if total % target.lanes else target.lanes
+    size, count = fitting(total, bytes_per_example, target.budget(lanes), lanes)
 
     def padded(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, size * count - total), *((0, 0),) * (x.ndim - 1)))
@@ -137,18 +135,18 @@ def sum_in_cache(
     return sums, rows if fills else jax.tree.map(lambda r: r[:total], rows)
 
 
-def fitting(examples: int, bytes_per_example: int, unit: int = 1) -> tuple[int, int]:
+def fitting(examples: int, bytes_per_example: int, budget: int, unit: int = 1) -> tuple[int, int]:
     """Splits a batch into blocks whose intermediate results stay in cache.
 
     Args:
       examples: Size of the batch, a multiple of `unit`.
       bytes_per_example: What one example needs.
+      budget: What a block may need.
       unit: What the size of a block must be a multiple of.
 
     Returns:
       The block's size and the number of blocks; together they hold the batch or a little more.
     """
-    budget = CACHE_BYTES.get(jax.default_backend(), CACHE_BYTES_ELSEWHERE)
     largest = max(budget // max(bytes_per_example, 1) // unit, 1) * unit
     count = -(-examples // largest)
     # A few more blocks than needed, if these divide the batch, spare the padding.

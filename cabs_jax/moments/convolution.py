@@ -3,7 +3,8 @@
 The gradient of a convolution's filter, one example at a time, is a convolution of two operands that
 both belong to the example. vmap turns that into a grouped convolution, which XLA's partitioner
 computes wrongly when the examples are split over devices, and which is slow on every backend.
-Patches and a matrix product are right everywhere.
+Patches and a matrix product are right everywhere. On a TPU, where patches are slow to move about, a
+convolution with a one-hot kernel makes them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+LANES, SUBLANES = 128, 8  # a TPU keeps the last two axes of an array in tiles of this size
 
 
 class Geometry(NamedTuple):
@@ -97,6 +100,79 @@ def patches(lhs: jax.Array, g: Geometry) -> jax.Array:
         )
         pieces.append(piece.reshape(lhs.shape[0], math.prod(within), lhs.shape[-1]))
     return jnp.stack(pieces, axis=2 if by_kernel else 1)
+
+
+def goes_by_row(equation: Any) -> bool:
+    """Whether `pieces_by_row` covers a convolution: of images, without groups or dilated input."""
+    if equation.primitive.name != "conv_general_dilated":
+        return False
+    params = equation.params
+    return bool(params["feature_group_count"] == 1 and params["lhs_dilation"] == (1, 1))
+
+
+def pieces_by_row(
+    equation: Any, x: jax.Array, cotangent: jax.Array, precision: lax.Precision | None
+) -> tuple[jax.Array, ...]:
+    """Gradients of a filter for each example, in pieces: one for each row of the kernel.
+
+    Patches hold every pixel as often as the kernel has entries, and are moved about in memory to be
+    laid out. Here only what one row of the kernel sees is unfolded, by a convolution with a one-hot
+    kernel, which a matrix unit does on the way; the rows of the kernel differ in which rows of that
+    they meet. Where there are few channels, all rows of the kernel are unfolded at once.
+
+    Args:
+      equation: The convolution, of one example; one that `goes_by_row`.
+      x: Its input with a leading axis of examples.
+      cotangent: The cotangents of its output, likewise.
+      precision: Of the products.
+
+    Returns:
+      Pieces of shape (examples, 1, rows · width · channels, filters), in the order of the rows.
+    """
+    lhs_spec, _, out_spec = equation.params["dimension_numbers"]
+    lhs, rhs, out = (v.aval.shape for v in (*equation.invars, *equation.outvars))
+    g = geometry(lhs, rhs, out, equation.params)
+    x, cotangent = channels_last(x, lhs_spec, lead=1), channels_last(cotangent, out_spec, lead=1)
+    (height, width), (out_height, out_width) = g.kernel, g.output
+    at_once = height if height * width * g.channels <= LANES else 1
+    entries = at_once * width * g.channels
+    # Rows of whole sublanes merge into positions without a copy; what is added meets zeros.
+    added = -out_width % SUBLANES if at_once < height else 0
+    low, high = g.padding[1]
+    unfolded = lax.conv_general_dilated(
+        x.reshape(-1, *x.shape[2:]),
+        jnp.eye(entries, dtype=x.dtype).reshape(at_once, width, g.channels, entries),
+        window_strides=(g.strides[0] if at_once == height else 1, g.strides[1]),
+        padding=(g.padding[0], (low, high + added * g.strides[1])),
+        rhs_dilation=g.rhs_dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
+    )
+    unfolded = unfolded.reshape(*x.shape[:2], *unfolded.shape[1:])
+
+    def product(formula: str, left: jax.Array, right: jax.Array) -> jax.Array:
+        piece: jax.Array = jnp.einsum(
+            formula, left, right, precision=precision, preferred_element_type=jnp.float32
+        )
+        return piece[:, None]
+
+    if at_once == height:
+        return (product("bnhwp,bnhwq->bpq", unfolded, cotangent),)
+    cotangent = jnp.pad(cotangent, [(0, 0)] * 3 + [(0, added), (0, 0)])
+    right = cotangent.reshape(*x.shape[:2], -1, g.filters)  # (examples, batch, positions, filters)
+    step, wide = g.strides[0], out_width + added
+    if step == 1:  # (examples, batch, rows · wide, entries)
+        unfolded = unfolded.reshape(*x.shape[:2], -1, entries)
+
+    def seen_by(row: int) -> jax.Array:
+        first = row * g.rhs_dilation[0]
+        if step == 1:
+            return lax.slice_in_dim(unfolded, first * wide, (first + out_height) * wide, axis=2)
+        last = first + (out_height - 1) * step
+        rows = lax.slice_in_dim(unfolded, first, last + 1, step, axis=2)
+        return rows.reshape(*x.shape[:2], -1, entries)
+
+    return tuple(product("bntp,bntq->bpq", seen_by(row), right) for row in range(height))
 
 
 def channels_last(x: jax.Array, spec: tuple[int, ...], lead: int = 0) -> jax.Array:

@@ -18,6 +18,7 @@ from cabs_jax.moments import split
 from cabs_jax.moments.factored.batch_sums import batch_sums
 from cabs_jax.moments.factored.values import Sample
 from cabs_jax.moments.per_example import LossAndAux, or_zeros, per_example_value_and_grad
+from cabs_jax.moments.target import Target
 from cabs_jax.statistics import PyTree, Variance, tree_sum
 
 
@@ -48,12 +49,14 @@ class Task(NamedTuple):
       variance: "trace" or "diagonal".
       subsample: How many examples of the whole batch are measured; None for all.
       axis_names: Mesh axes that split the batch, inside a shard_map.
+      target: The machine, and how the batch lies on it.
     """
 
     loss_fn: LossAndAux
     variance: Variance
     subsample: int | None
     axis_names: tuple[str, ...]
+    target: Target
 
 
 def factored(
@@ -62,10 +65,9 @@ def factored(
     """Squares of the gradients of examples, from the inputs and cotangents of the layers."""
     weights, size = jnp.where(keep, share, 0.0), keep.shape[0]
     measured = split.measured(task.subsample, size, task.axis_names)
-    sample = Sample(size, measured, task.axis_names)
+    sample = Sample(size, measured, task.axis_names, task.target)
     result = batch_sums(task.loss_fn, params, batch, weights, task.variance, sample)
-    step = size // measured
-    real = jnp.sum(keep[: step * measured : step], dtype=jnp.int32)
+    real = jnp.sum(sample.rows(keep), dtype=jnp.int32)
     squares = jnp.sum(result.squares) if task.variance == "trace" else result.squares
     shift = jax.tree.map(lambda g: g * jnp.sum(weights), result.shift)
     value = _kept_sum(result.losses, keep) * share
@@ -76,8 +78,12 @@ def per_example(
     task: Task, params: PyTree, share: jax.Array, batch: PyTree, keep: jax.Array
 ) -> tuple[Sums, PyTree]:
     """Squares of the gradients of examples, each of which is held."""
-    axis_names = task.axis_names or None
-    gradients_of = per_example_value_and_grad(task.loss_fn, has_aux=True, axis_name=axis_names)
+    gradients_of = per_example_value_and_grad(
+        task.loss_fn,
+        has_aux=True,
+        axis_name=task.axis_names or None,
+        spmd_axis_name=task.target.spmd_axis_name,
+    )
     (losses, aux), grads = gradients_of(params, batch)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) * share, grads)
     squares = jax.tree.map(lambda g: _kept_sum(jnp.square(g), keep), grads)
@@ -95,7 +101,7 @@ def between(
     """Square of the gradient of a block, which is a group."""
 
     def total(params: PyTree) -> tuple[jax.Array, PyTree]:
-        losses, aux = jax.vmap(task.loss_fn, (None, 0))(params, batch)
+        losses, aux = task.target.vmap(task.loss_fn, (None, 0))(params, batch)
         return _kept_sum(losses, keep) * share, aux
 
     (value, aux), gradient = jax.value_and_grad(total, has_aux=True, allow_int=True)(params)

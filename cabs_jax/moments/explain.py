@@ -14,6 +14,7 @@ from cabs_jax.moments.factored import cost
 from cabs_jax.moments.factored.choice import Choice, Mode, choose, copies_are_cheap
 from cabs_jax.moments.factored.program import Program, shifting, trace_program
 from cabs_jax.moments.per_example import loss_and_aux
+from cabs_jax.moments.target import Target, platform_named
 from cabs_jax.statistics import PyTree, Variance
 
 
@@ -133,7 +134,7 @@ def _row(
 def _cost(sizes: cost.Sizes) -> tuple[str, int, int]:
     """The form, the extra operations and the bytes for one example."""
     groups, positions, p, q = sizes
-    direct = cost.prefers_direct(sizes)
+    direct = cost.prefers_direct(sizes, Target(platform_named(jax.default_backend())))
     memory = cost.norm_bytes(sizes, direct=direct)
     if positions == 1:
         return "one position", 2 * groups * (p + q), 4 * groups * (p + q)

@@ -21,6 +21,7 @@ from cabs_jax.moments.per_example import (
     per_example_value_and_grad,
 )
 from cabs_jax.moments.split import Method
+from cabs_jax.moments.target import AxisNames, Platform, Target, check_platform
 from cabs_jax.statistics import (
     GradientMoments,
     PyTree,
@@ -56,8 +57,10 @@ class Options(TypedDict, total=False):
     subsample: int | None
     microbatch_size: int | None
     groups: int | None
-    axis_name: sharding.AxisNames | None
+    axis_name: AxisNames | None
     mesh: jax.sharding.Mesh | None
+    spmd_axis_name: AxisNames | None
+    platform: Platform | None
 
 
 @overload
@@ -82,8 +85,10 @@ def gradient_moments(
     subsample: int | None = None,
     microbatch_size: int | None = None,
     groups: int | None = None,
-    axis_name: sharding.AxisNames | None = None,
+    axis_name: AxisNames | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    spmd_axis_name: AxisNames | None = None,
+    platform: Platform | None = None,
 ) -> MomentsFunction[Any]:
     """Mean loss, mean gradient and gradient variance of a batch.
 
@@ -113,14 +118,16 @@ def gradient_moments(
       variance: "trace" for a scalar, "diagonal" for a tree like the parameters.
       has_aux: Whether `loss_fn` returns auxiliary data, which is returned per example.
       keep_batch_dim: Whether `loss_fn` expects its example as a batch of one.
-      subsample: Measure only n examples, evenly spread over the batch (and its shards):
+      subsample: Measure only n examples, the first of the batch, or as many of each of its shards:
         (1/n) Σ‖g_i‖² minus ‖ḡ‖² of the whole batch has the same expectation, at a fraction of
-        the cost. The mean gradient is always that of the whole batch.
+        the cost, where the batch is shuffled. One sorted by class, or by length, would be
+        measured by its beginning. The mean gradient is always that of the whole batch.
       microbatch_size: Work through the batch (each device through its shard) in blocks of this
         size, which bounds the memory. It must divide the batch. Blocks that are all padding at the
-        end of the batch are skipped. Under `jit` on Auto axes without `mesh`, an array does not
-        show how it is split over the devices: a process of several devices then takes each block
-        in equal parts from as many stretches of the batch, and fewer blocks are all padding.
+        end of the batch are skipped. Under `jit` on Auto axes without `mesh`, an array shows the
+        mesh it is on, but not how it is split: each block is then taken in equal parts from as many
+        stretches of the batch as the axes have devices (those of `spmd_axis_name`, where given),
+        and fewer blocks are all padding.
       groups: Number of groups for "between": on one device, of the batch; on a mesh, of each shard
         (1 by default, so that the shards are the groups).
       axis_name: Mesh axis or axes that split the batch: inside your own `shard_map`, or together
@@ -128,6 +135,13 @@ def gradient_moments(
       mesh: Wrap a `shard_map` over this mesh. Not needed where the sharding is visible (Explicit
         axes); on Auto meshes all methods are right without it, and "between" uses it to find its
         groups.
+      spmd_axis_name: Auto mesh axis or axes that split the batch, as in `jax.vmap`: the work is
+        left to the compiler, which is told to keep the examples where they are. It is what
+        parameters need that are split over the same axis (FSDP), and are then gathered where they
+        are used; `mesh` would gather them all at the start.
+      platform: What is compiled for, "cpu", "gpu" or "tpu". By default that of the devices of the
+        mesh which the arrays are on, or else JAX's default backend. It chooses between ways of
+        equal result; to be given where a process compiles for one device that it does not have.
 
     Returns:
       A function `(params, batch, mask=None, *, averaged_params=None) -> GradientMoments`, or
@@ -153,30 +167,33 @@ def gradient_moments(
       ([0.5, 1.0], 1.25, 2)
     """
     split.check_options(method, variance, subsample, microbatch_size, groups)
+    check_platform(platform)
+    sharding.check_spmd(spmd_axis_name, mesh, axis_name)
     of_example = loss_and_aux(_of_one(loss_fn, has_aux) if keep_batch_dim else loss_fn, has_aux)
 
     def on_shard(
         axis_names: tuple[str, ...],
+        target: Target,
         params_and_averaged: tuple[PyTree, PyTree],
         batch: PyTree,
         mask: jax.Array | None,
     ) -> tuple[GradientMoments, PyTree]:
         params, averaged_params = sharding.vary(params_and_averaged, axis_names)
         if method == "per_example" and microbatch_size is None and averaged_params is None:
-            return _reference(of_example, params, batch, mask, variance, axis_names)
+            return _reference(of_example, params, batch, mask, variance, axis_names, target)
         size = batch_size_of(batch)
         keep = sharding.vary(jnp.ones(size, jnp.bool_), axis_names) if mask is None else mask
         real = jnp.sum(keep, dtype=jnp.int32)
         count = sum_over(real, axis_names or None)
         share = sharding.vary(1.0 / jnp.maximum(count, 1).astype(jnp.float32), axis_names)
-        task = Task(of_example, variance, subsample, axis_names)
+        task = Task(of_example, variance, subsample, axis_names, target)
         estimate = functools.partial(ESTIMATORS[method], task, params, share)
 
         def of_block(examples: tuple[PyTree, jax.Array]) -> tuple[PyTree, PyTree]:
             of_params, rows = estimate(*examples)
             if averaged_params is None:
                 return (of_params, None), rows
-            losses, _ = jax.vmap(functools.partial(of_example, averaged_params))(examples[0])
+            losses, _ = target.vmap(functools.partial(of_example, averaged_params))(examples[0])
             kept = jnp.where(examples[1], losses.astype(jnp.float32), 0)
             return (of_params, jnp.sum(kept) * share), rows
 
@@ -184,7 +201,7 @@ def gradient_moments(
             of_block,
             (batch if mask is None else _fill(batch, keep), keep),
             split.block_size(size, method, microbatch_size, groups, axis_names),
-            lanes=1 if axis_names else jax.device_count(),
+            lanes=target.lanes,
             keep=None if mask is None or method == "between" else keep,
         )
         if mask is not None:
@@ -205,7 +222,8 @@ def gradient_moments(
             _check_like_parameters(averaged_params, params)
         split.check_mask(mask, batch_size_of(batch))
         mesh_used, axis_names = sharding.resolve(mesh, axis_name, batch)
-        measure: Callable[..., Any] = functools.partial(on_shard, axis_names)
+        target = sharding.target(platform, mesh_used, axis_names, spmd_axis_name, (batch, params))
+        measure: Callable[..., Any] = functools.partial(on_shard, axis_names, target)
         if mesh_used is not None:
             out_specs = sharding.WHOLE, sharding.SPLIT
             measure = sharding.per_shard(measure, mesh_used, axis_names, out_specs)
@@ -231,10 +249,13 @@ def _reference(
     mask: jax.Array | None,
     variance: Variance,
     axis_names: tuple[str, ...],
+    target: Target,
 ) -> tuple[GradientMoments, PyTree]:
     """The moments by their definition, from all gradients at once."""
-    axis_name = axis_names or None
-    gradients_of = per_example_value_and_grad(loss_fn, has_aux=True, axis_name=axis_name)
+    axis_name, spmd = axis_names or None, target.spmd_axis_name
+    gradients_of = per_example_value_and_grad(
+        loss_fn, has_aux=True, axis_name=axis_name, spmd_axis_name=spmd
+    )
     (losses, aux), grads = gradients_of(params, batch)
     moments = moments_from_per_example(losses, grads, mask, variance=variance, axis_name=axis_name)
     return moments, aux

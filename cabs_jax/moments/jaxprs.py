@@ -155,3 +155,17 @@ def varying_axes(x: Any) -> frozenset[str]:
     """The axes of the enclosing shard_map over which an array is known to differ."""
     aval = jax.typeof(x)
     return frozenset(aval.mat.varying if hasattr(aval, "mat") else aval.vma)
+
+
+def visible_mesh(operands: PyTree) -> Any:
+    """The mesh that arrays are known to be on, or else that the program is traced in, or None."""
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands)]
+    return next((m for m in (*meshes, jax.sharding.get_abstract_mesh()) if not m.empty), None)
+
+
+def platform(mesh: Any) -> str | None:
+    """The platform of the devices of a mesh, or None where an abstract one does not tell."""
+    if isinstance(mesh, jax.sharding.Mesh):
+        return str(mesh.devices.flat[0].platform)
+    device = getattr(mesh, "abstract_device", None)
+    return getattr(device, "platform", None)

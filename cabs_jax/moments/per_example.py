@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from cabs_jax._arguments import check_parameters
 from cabs_jax.moments import sharding
 from cabs_jax.moments.rewriting import without_batched_convolutions
+from cabs_jax.moments.target import AxisNames, Target
 from cabs_jax.statistics import PyTree
 
 LossAndAux: TypeAlias = Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
@@ -27,8 +28,9 @@ class PerExampleFunction(Protocol[Values_co]):
 class Placement(TypedDict, total=False):
     """Where the batch is split, as `per_example_value_and_grad` takes it."""
 
-    axis_name: sharding.AxisNames | None
+    axis_name: AxisNames | None
     mesh: jax.sharding.Mesh | None
+    spmd_axis_name: AxisNames | None
 
 
 @overload
@@ -55,8 +57,9 @@ def per_example_value_and_grad(
     loss_fn: Callable[..., Any],
     *,
     has_aux: bool = False,
-    axis_name: sharding.AxisNames | None = None,
+    axis_name: AxisNames | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    spmd_axis_name: AxisNames | None = None,
 ) -> PerExampleFunction[Any]:
     """Per-example losses and gradients: what `update` takes when no variance is passed to it.
 
@@ -68,6 +71,8 @@ def per_example_value_and_grad(
     * Explicit mesh: nothing to say, the sharding of the batch is visible;
     * Auto mesh: pass `mesh=` (and `axis_name=` where it has more axes than the batch's), since
       under `jit` a traced array does not know its sharding;
+    * Auto mesh that also splits the parameters: pass `spmd_axis_name=`, which leaves the work to
+      the compiler and tells it to keep the examples where they are;
     * inside your own `shard_map`: pass `axis_name=`.
 
     Args:
@@ -75,6 +80,7 @@ def per_example_value_and_grad(
       has_aux: Whether `loss_fn` returns auxiliary data.
       axis_name: Mesh axis or axes that split the batch.
       mesh: Mesh to work on, one shard of the batch per device.
+      spmd_axis_name: Auto mesh axis or axes that split the batch, as in `jax.vmap`.
 
     Returns:
       A function `(params, batch) -> (losses, grads)`, or `((losses, aux), grads)`. Every leaf of
@@ -84,7 +90,8 @@ def per_example_value_and_grad(
 
     Raises:
       TypeError: If the loss is not a scalar, or a parameter complex.
-      ValueError: If the leaves of the batch disagree on m, or the mesh is ambiguous.
+      ValueError: If the leaves of the batch disagree on m, the mesh is ambiguous, or
+        `spmd_axis_name` names an Explicit axis or comes with one of the others.
 
     Example:
       >>> import cabs_jax, jax, jax.numpy as jnp
@@ -96,14 +103,16 @@ def per_example_value_and_grad(
       >>> losses.tolist(), grads.tolist()
       ([0.5, 2.0], [[1.0, 0.0], [0.0, 2.0]])
     """
+    sharding.check_spmd(spmd_axis_name, mesh, axis_name)
     function = loss_and_aux(loss_fn, has_aux)
 
     def compute(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
         check_parameters(params)
         mesh_used, axis_names = sharding.resolve(mesh, axis_name, batch)
+        target = sharding.target(None, mesh_used, axis_names, spmd_axis_name, (batch, params))
 
         def on_shard(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
-            return _value_and_grad(function, sharding.vary(params, axis_names), batch)
+            return _value_and_grad(function, sharding.vary(params, axis_names), batch, target)
 
         if mesh_used is not None:
             on_shard = sharding.per_shard(on_shard, mesh_used, axis_names, sharding.SPLIT)
@@ -177,7 +186,9 @@ def or_zeros(gradient: Any) -> jax.Array:
     return result
 
 
-def _value_and_grad(loss_fn: LossAndAux, params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
+def _value_and_grad(
+    loss_fn: LossAndAux, params: PyTree, batch: PyTree, target: Target
+) -> tuple[Any, PyTree]:
     batch_size_of(batch)
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True, allow_int=True)
 
@@ -186,5 +197,5 @@ def _value_and_grad(loss_fn: LossAndAux, params: PyTree, batch: PyTree) -> tuple
         return values, jax.tree.map(or_zeros, gradient)
 
     function = without_batched_convolutions(derivative)
-    result: tuple[Any, PyTree] = jax.vmap(function, (None, 0))(params, batch)
+    result: tuple[Any, PyTree] = target.vmap(function, (None, 0))(params, batch)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from cabs_jax.moments import jaxprs
+from cabs_jax.moments.target import AxisNames, Platform, Target, platform_named
 from cabs_jax.statistics import PyTree
 
-AxisNames = str | tuple[str, ...]
 SPLIT, WHOLE = "split", "whole"
 
 
@@ -80,6 +81,65 @@ def resolve(
         f"the mesh has axes {mesh.axis_names}: say which of them split the batch,"
         ' for example axis_name="data".'
     )
+
+
+def check_spmd(
+    spmd_axis_name: AxisNames | None, mesh: Mesh | None, axis_name: AxisNames | None
+) -> None:
+    """Raises ValueError if the compiler is told to split what is already split by hand."""
+    if spmd_axis_name is not None and (mesh is not None or axis_name is not None):
+        raise ValueError(
+            f"spmd_axis_name={spmd_axis_name!r} leaves the batch to the compiler, while mesh= and"
+            " axis_name= work on each shard by itself: pass the one or the others."
+        )
+
+
+def target(
+    platform: Platform | None,
+    mesh: Mesh | AbstractMesh | None,
+    axis_names: tuple[str, ...],
+    spmd_axis_name: AxisNames | None,
+    operands: PyTree,
+) -> Target:
+    """Finds out what is compiled for, and over how many devices the batch may be split unseen.
+
+    Args:
+      platform: What the caller says.
+      mesh: The mesh that `resolve` found, which knows its devices.
+      axis_names: The axes that split the batch within a shard_map; empty outside.
+      spmd_axis_name: The axes that split it outside.
+      operands: Arrays, which know the mesh they are on, if not always the axes that split them.
+
+    Raises:
+      ValueError: If `spmd_axis_name` is not for the mesh that the operands are on.
+    """
+    spmd, known = as_axis_names(spmd_axis_name), mesh or jaxprs.visible_mesh(operands)
+    if known is not None and spmd:
+        _check_left_to_the_compiler(spmd, known)
+    said = platform or (jaxprs.platform(known) if known is not None else None)
+    named = platform_named(said or jax.default_backend())
+    if axis_names:
+        lanes = 1
+    elif known is not None:
+        kinds = zip(known.axis_names, known.axis_types, strict=True)
+        unseen = spmd or [name for name, kind in kinds if kind == AxisType.Auto]
+        lanes = math.prod(known.shape[name] for name in unseen)
+    else:
+        # Arrays that a jit takes from the host and spreads by itself do not know their mesh.
+        lanes = 1 if platform else jax.device_count()
+    return Target(named, lanes, spmd or None)
+
+
+def _check_left_to_the_compiler(axis_names: tuple[str, ...], mesh: Mesh | AbstractMesh) -> None:
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    for name in axis_names:
+        if name not in kinds:
+            raise ValueError(f"spmd_axis_name={name!r} is no axis of the mesh {mesh.axis_names}.")
+        if kinds[name] == AxisType.Explicit:
+            raise ValueError(
+                f"spmd_axis_name={name!r} is for Auto axes, and {name!r} is Explicit: leave it out,"
+                " since there the sharding of the batch is visible."
+            )
 
 
 def per_shard(

@@ -109,7 +109,7 @@ def batch_sums(
     if sample.is_whole:
         gradients |= {i: jnp.sum(g, axis=0) for i, g in slots.gradients.items()}
     if variance == "trace":
-        squares: PyTree = slots.norms + norms_of_sums(choices, slots.factors)
+        squares: PyTree = slots.norms + norms_of_sums(choices, slots.factors, sample.target)
         squares = squares + sum(
             jnp.sum(jnp.square(g), axis=range(1, g.ndim)) for g in slots.gradients.values()
         )

@@ -19,6 +19,7 @@ from cabs_jax.moments.factored import cost, outer_products, views
 from cabs_jax.moments.factored.choice import Choice, Mode, Use
 from cabs_jax.moments.factored.primitives import Factors
 from cabs_jax.moments.factored.values import Sample
+from cabs_jax.moments.target import Target
 from cabs_jax.statistics import PyTree
 
 
@@ -45,19 +46,21 @@ def _empty(use: Use, sample: Sample) -> Factors:
     return sample.zeros((*lead, groups, positions, p), left_dtype), right
 
 
-def norms_of_sums(choices: Sequence[Choice], factors: dict[int, Factors]) -> jax.Array | float:
+def norms_of_sums(
+    choices: Sequence[Choice], factors: dict[int, Factors], target: Target
+) -> jax.Array | float:
     """Squared norms (n,) of the gradients whose factors were collected, over all parameters."""
-    norms = (_norms(c.uses, factors) for c in choices if c.mode is Mode.COLLECTED)
+    norms = (_norms(c.uses, factors, target) for c in choices if c.mode is Mode.COLLECTED)
     return sum(norms, start=0.0)
 
 
-def _norms(uses: Sequence[Use], factors: dict[int, Factors]) -> jax.Array:
+def _norms(uses: Sequence[Use], factors: dict[int, Factors], target: Target) -> jax.Array:
     """Squared norms (n,) of one parameter's gradients, each the sum over its uses."""
     # Indices stand on the left; a tied output head has left and right exchanged.
     first = min(uses, key=lambda use: not use.rule.one_hot)
     groups, _, p, q = first.sizes()
     sizes = groups, sum(use.sizes()[1] for use in uses), p, q
-    direct = cost.prefers_direct(sizes)
+    direct = cost.prefers_direct(sizes, target)
 
     def sided(use: Use) -> Factors:
         left, right = _steps_as_positions(use, factors[use.number])
@@ -70,7 +73,7 @@ def _norms(uses: Sequence[Use], factors: dict[int, Factors]) -> jax.Array:
         return (), jnp.sum(jnp.square(g), axis=(1, 2, 3))  # (n, groups, p, q) to (n,)
 
     needed = cost.norm_bytes(sizes, direct=direct)
-    norms: jax.Array = sum_in_cache(block, [sided(use) for use in uses], needed)[1]
+    norms: jax.Array = sum_in_cache(block, [sided(use) for use in uses], needed, target)[1]
     return norms
 
 

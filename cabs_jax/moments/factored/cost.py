@@ -1,27 +1,50 @@
-"""What the two ways to take a squared gradient norm cost, known from shapes alone.
+"""What the two ways to take a squared gradient norm cost, known from shapes and the target alone.
 
 For one example with groups k, positions t and outer products of p with q entries, after a backward
 pass that cost t·p·q multiplications for this parameter's gradient anyway:
 
-* the Gram form Σ_{s,t} ⟨left_s, left_t⟩⟨right_s, right_t⟩ adds t²·(p + q) multiplications;
+* the Gram form Σ_{s,t} ⟨left_s, left_t⟩⟨right_s, right_t⟩ adds t²·(p + q) multiplications, or
+  t²·q where the left factors are one-hot, whose products are comparisons;
 * the direct form ‖Σ_t left_t ⊗ right_t‖² adds none, since its gradients add up to the batch's, but
-  p·q numbers are written and read again, which costs as much as `TRAFFIC` multiplications each.
+  p·q numbers are written and read again, which costs as much as `traffic` multiplications each.
 """
 
 from __future__ import annotations
 
-TRAFFIC = 30
+from cabs_jax.moments.target import Target
+
 Sizes = tuple[int, int, int, int]
 
 
-def prefers_direct(sizes: Sizes) -> bool:
-    """Whether the direct form is cheaper than the Gram form, for (groups, positions, p, q).
+def prefers_direct(
+    sizes: Sizes,
+    target: Target,
+    *,
+    rounded: bool = False,
+    one_hot: bool = False,
+    patches: bool = False,
+) -> bool:
+    """Whether the direct form is cheaper than the Gram form.
 
-    >>> prefers_direct((1, 196, 800, 64)), prefers_direct((1, 1, 3136, 1024))
+    Args:
+      sizes: (groups, positions, p, q).
+      target: The machine.
+      rounded: Whether the products of the Gram form are of rounded or 16-bit numbers.
+      one_hot: Whether the left factors are one-hot.
+      patches: Whether they are patches that the Gram form must lay out, and the direct form not.
+
+    >>> cpu, tpu = Target("cpu"), Target("tpu")
+    >>> prefers_direct((1, 196, 800, 64), cpu), prefers_direct((1, 1, 3136, 1024), cpu)
     (True, False)
+    >>> [prefers_direct((1, 128, 1024, 1024), machine) for machine in (cpu, tpu)]
+    [True, False]
     """
     _, positions, p, q = sizes
-    return positions > 1 and TRAFFIC * p * q <= positions**2 * (p + q)
+    costs = target.costs
+    traffic = costs.rounded_traffic if rounded else costs.traffic
+    across = q if one_hot and costs.counts_one_hot else p + q
+    laid_out = costs.patch_traffic * positions * p if patches else 0
+    return positions > 1 and traffic * p * q <= positions**2 * across + laid_out
 
 
 def norm_bytes(sizes: Sizes, *, direct: bool) -> int:

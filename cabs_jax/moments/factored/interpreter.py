@@ -59,7 +59,7 @@ def _evaluate(context: Context, step: Step, values: list[Value]) -> Sequence[Val
     if step.kind is Kind.SHIFT:
         # Its gradient is the same for all examples, and is taken once, by `shift`.
         fixed = [Shared(lax.stop_gradient(v.value)) if isinstance(v, Shared) else v for v in values]
-        return evaluate_batched(equation, fixed)
+        return evaluate_batched(context.sample, equation, fixed)
     if inner is not None and step.kind is Kind.CALL:
         return run(context, inner, values)
     if inner is not None and step.kind is Kind.CHECKPOINT:
@@ -73,10 +73,10 @@ def _evaluate(context: Context, step: Step, values: list[Value]) -> Sequence[Val
     if inner is not None and step.kind is Kind.SCAN:
         return _scan(context, equation, inner, values)
     if any(isinstance(value, Batched) for value in values):
-        return evaluate_batched(equation, values)
+        return evaluate_batched(context.sample, equation, values)
     shared = [v for v in values if isinstance(v, Shared)]
     if step.kind is Kind.VIEW:
-        return evaluate_view(equation, shared, step.viewed)
+        return evaluate_view(context.sample.target, equation, shared, step.viewed)
     return _evaluate_shared(context, equation, shared)
 
 
@@ -177,7 +177,7 @@ def _new_slots(
         arguments, others = saved
         _, pull = jax.vjp(lambda w: jaxprs.floating_outputs(equation, w | others), arguments)
         cast = [c.astype(aval.dtype) for c, aval in zip(cotangents, avals, strict=True)]
-        (pulled,) = jax.vmap(pull)(cast)  # (n, *u.shape) to (n, *w.shape)
+        (pulled,) = context.sample.target.vmap(pull)(cast)  # (n, *u.shape) to (n, *w.shape)
         into_inner = {i: g.astype(slot_dtype(g.dtype)) for i, g in pulled.items()}
         return jax.tree.map(jnp.zeros_like, arguments), None, into_inner
 

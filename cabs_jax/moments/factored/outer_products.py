@@ -1,8 +1,19 @@
 """Squared norms, squares and sums of gradients that are sums of outer products.
 
 Factors are as in `primitives`: left (examples, groups, positions, p), or one-hot indices (examples,
-positions), and right (examples, groups, positions, q). All results are float32, all contractions
-ask for the highest precision: (1/m) Σ‖g‖² − ‖ḡ‖² cancels.
+positions), and right (examples, groups, positions, q). All results are float32.
+
+(1/m) Σ‖g_i‖² − ‖ḡ‖² = ξ cancels, so it matters how norms and mean are rounded. Let ε be the
+relative error of a rounded operand (2⁻⁹ in bfloat16, 2⁻¹¹ in TF32), and g̃_i a gradient made of
+rounded ones.
+
+* Where ḡ is the mean of the very g̃_i whose norms are taken, the result is the variance of the g̃_i:
+  not negative, and as the errors are independent of each other, off by about ε²·(1/m) Σ‖g_i‖².
+* Where the norms are of the g_i and ḡ is of the g̃_i, it is off by 2⟨ḡ, ḡ̃ − ḡ⟩, up to 2ε‖ḡ‖²: where
+  ξ ≪ ‖ḡ‖² nothing is left of it.
+
+So contractions take a precision, which is the model's own where mean and norms round alike, and
+the highest elsewhere.
 """
 
 from __future__ import annotations
@@ -17,21 +28,45 @@ from jax import lax
 from cabs_jax.moments import jaxprs, sharding
 from cabs_jax.moments.factored.primitives import Factors
 
+HIGHEST = lax.Precision.HIGHEST
+Precision = lax.Precision | None
 
-def _einsum(formula: str, *operands: jax.Array) -> jax.Array:
+
+def _einsum(formula: str, *operands: jax.Array, precision: Precision = HIGHEST) -> jax.Array:
     dtypes = {x.dtype for x in operands}
     if len(dtypes) > 1 or dtypes == {jnp.dtype("float64")}:
         operands = tuple(x.astype(jnp.float32) for x in operands)
-    return jnp.einsum(
-        formula, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
+    return jnp.einsum(formula, *operands, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _square(x: jax.Array) -> jax.Array:
     return jnp.square(jnp.asarray(x, jnp.float32))
 
 
-def gradients(factors: Factors, rows: int) -> jax.Array:
+def model_precision(equation: jaxprs.Equation) -> Precision:
+    """The precision that a model asks for in a product; the highest for anything but a product."""
+    if "precision" not in equation.params:
+        return HIGHEST
+    asked = equation.params["precision"]
+    pair = asked if isinstance(asked, tuple) else (asked, asked)
+    if not all(each is None or isinstance(each, lax.Precision) for each in pair):
+        return HIGHEST
+    known = [each for each in pair if each is not None]
+    return max(known, key=lambda each: each.value) if known else None
+
+
+def is_default(precision: Precision) -> bool:
+    """Whether the backend may round the operands of a product as it likes."""
+    return precision in (None, lax.Precision.DEFAULT)
+
+
+def rounded(factors: Factors) -> Factors:
+    """Factors as a contraction at default precision on a TPU sees them, in bfloat16 numbers."""
+    left, right = factors
+    return lax.reduce_precision(left, 8, 7), lax.reduce_precision(right, 8, 7)
+
+
+def gradients(factors: Factors, rows: int, precision: Precision = HIGHEST) -> jax.Array:
     """Per-example gradients (examples, groups, p, q): Σ_t left_t ⊗ right_t."""
     left, right = factors
     if _is_indices(left):  # (b, t): row number left[b, t] gains right[b, 0, t]
@@ -44,10 +79,10 @@ def gradients(factors: Factors, rows: int) -> jax.Array:
         return left[:, :, 0, :, None].astype(jnp.float32) * right[:, :, 0, None, :].astype(
             jnp.float32
         )
-    return _einsum("bktp,bktq->bkpq", left, right)
+    return _einsum("bktp,bktq->bkpq", left, right, precision=precision)
 
 
-def gram_norms(uses: Sequence[Factors]) -> jax.Array:
+def gram_norms(uses: Sequence[Factors], precision: Precision = HIGHEST) -> jax.Array:
     """Squared norms (examples,) of Σ over uses, without forming a gradient."""
     if len(uses) == 1 and uses[0][1].shape[2] == 1:  # ‖left ⊗ right‖² = ‖left‖²·‖right‖²
         left, right = uses[0]
@@ -59,12 +94,13 @@ def gram_norms(uses: Sequence[Factors]) -> jax.Array:
     total = jnp.zeros((), jnp.float32)
     for i, (left, right) in enumerate(uses):
         for j, (other_left, other_right) in enumerate(uses[: i + 1]):
-            inner = _overlaps(left, other_left) * _einsum("bksq,bktq->bkst", right, other_right)
+            across = _einsum("bksq,bktq->bkst", right, other_right, precision=precision)
+            inner = _overlaps(left, other_left, precision) * across
             total = total + (1.0 if i == j else 2.0) * jnp.sum(inner, axis=(1, 2, 3))
     return total
 
 
-def _overlaps(left: jax.Array, other: jax.Array) -> jax.Array:
+def _overlaps(left: jax.Array, other: jax.Array, precision: Precision) -> jax.Array:
     """Inner products (examples, groups, positions, positions) of left factors."""
     if _is_indices(left) and _is_indices(other):
         # One-hot vectors have the product 1 where they are the same, else 0.
@@ -74,8 +110,8 @@ def _overlaps(left: jax.Array, other: jax.Array) -> jax.Array:
         taken = jnp.take_along_axis(other[:, 0], left[:, None, :], axis=2)
         return taken.swapaxes(1, 2)[:, None].astype(jnp.float32)
     if _is_indices(other):
-        return _overlaps(other, left).swapaxes(2, 3)
-    return _einsum("bksp,bktp->bkst", left, other)
+        return _overlaps(other, left, precision).swapaxes(2, 3)
+    return _einsum("bksp,bktp->bkst", left, other, precision=precision)
 
 
 def square_sums(factors: Factors) -> jax.Array:

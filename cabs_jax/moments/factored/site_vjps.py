@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cabs_jax.moments import jaxprs
+from cabs_jax.moments import convolution, jaxprs
 from cabs_jax.moments.blocks import sum_in_cache
 from cabs_jax.moments.factored import cost, outer_products
 from cabs_jax.moments.factored.choice import Mode, copies_are_cheap
@@ -65,13 +65,14 @@ def evaluate_site(context: Context, number: int, values: list[Value]) -> list[Ba
         return _by_derivative(context.sample, site, values)
     places = {place for place, _ in site.parameters}
     copied = [to_batched(context.sample, v) if i in places else v for i, v in enumerate(values)]
-    return evaluate_batched(site.equation, copied)
+    return evaluate_batched(context.sample, site.equation, copied)
 
 
 class Residuals(NamedTuple):
     """What the backward pass knows at a site with a rule.
 
     Attributes:
+      equation: The equation.
       w: The parameter, or what looks at it.
       x: The other operand, shape (m, ...), or a tuple of them where there are several.
       cotangent: The cotangents of the output, shape (m, ...).
@@ -79,6 +80,7 @@ class Residuals(NamedTuple):
       into_w: Computes the gradient of the batch as JAX would, Σ_i g_i, shaped like w.
     """
 
+    equation: jaxprs.Equation
     w: jax.Array
     x: PyTree
     cotangent: jax.Array
@@ -92,6 +94,11 @@ class Residuals(NamedTuple):
     def measured(self, sample: Sample) -> tuple[PyTree, jax.Array]:
         """The other operand and the cotangents of the measured examples."""
         return jax.tree.map(sample.rows, self.x), sample.rows(self.cotangent)
+
+    def assembled(self, rule: Rule, pieces: tuple[jax.Array, ...]) -> jax.Array:
+        """A gradient, shaped like w, from pieces (groups, part of p, q) cut along p."""
+        whole = jnp.concatenate(pieces, axis=-2)
+        return rule.assemble(whole, self.w.shape).astype(self.w.dtype)
 
 
 # Returns the gradient of the batch and the statistic that goes into the slot.
@@ -110,7 +117,7 @@ def _by_rule(context: Context, number: int, site: Site, rule: Rule, values: list
     def evaluate(w: jax.Array, x: PyTree) -> jax.Array:
         operands: list[Value] = [Batched(operand) for operand in jax.tree.leaves(x)]
         operands.insert(place, Shared(w))
-        (output,) = evaluate_batched(site.equation, operands)
+        (output,) = evaluate_batched(context.sample, site.equation, operands)
         return jnp.asarray(output.value)
 
     @jax.custom_vjp
@@ -131,8 +138,8 @@ def _by_rule(context: Context, number: int, site: Site, rule: Rule, values: list
             (gradient,) = jax.linear_transpose(lambda w: evaluate(w, x), w)(cotangent)
             return jnp.asarray(gradient)
 
-        residuals = Residuals(w, x, cotangent, scale, into_w)
-        gradient, statistic = measure(context.sample, rule, residuals)
+        at = Residuals(site.equation, w, x, cotangent, scale, into_w)
+        gradient, statistic = measure(context.sample, rule, at)
         return gradient, into_x, None, statistic
 
     apply.defvjp(forward, backward)
@@ -169,11 +176,13 @@ def _weighted_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Arra
     scale, (_, positions, p, _) = rule.lay_out(at.scale), rule.sizes()
     direct = not rule.one_hot and positions > 1
     reuses = direct and sample.is_whole
+    model = outer_products.model_precision(at.equation)
+    precision = model if reuses else outer_products.HIGHEST
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
         left, right = rule.factors(*operands)
         if direct:
-            g = outer_products.gradients((left, right), p)
+            g = outer_products.gradients((left, right), p, precision)
             return (g if reuses else ()), jnp.sum(jnp.square(g * scale[None]), axis=(1, 2, 3))
         if rule.one_hot:  # row by row, before the rows are added up
             right = right * scale[0, left][:, None].astype(right.dtype)
@@ -181,7 +190,7 @@ def _weighted_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Arra
         return (), outer_products.weighted_norms((left, right), scale)
 
     needed = cost.norm_bytes(rule.sizes(), direct=direct)
-    total, norms = sum_in_cache(block, at.measured(sample), needed)
+    total, norms = sum_in_cache(block, at.measured(sample), needed, sample.target)
     if reuses:
         return rule.assemble(total, at.w.shape).astype(at.w.dtype), norms
     return at.into_w(), norms
@@ -189,25 +198,37 @@ def _weighted_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Arra
 
 def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Norms of gradients whose entries are those of the parameters' gradients."""
-    rows = rule.sizes()[2]
     if rule.apart:
         return at.into_w(), outer_products.one_hot_norms(at.factors(sample, rule), True)
-    direct = cost.prefers_direct(rule.sizes())
+    sizes, alike = rule.sizes(), _rounds_alike(sample, at)
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves((at.x, at.cotangent))]
+    narrow = alike or all(dtype.itemsize == 2 for dtype in dtypes)
+    direct = cost.prefers_direct(
+        sizes,
+        sample.target,
+        rounded=narrow,
+        one_hot=rule.one_hot,
+        patches=_goes_by_row(sample, at),
+    )
     # Where the gradients of all examples are formed, their sum is the gradient of the batch.
     reuses = direct and sample.is_whole
+    model = outer_products.model_precision(at.equation)
+    precision = model if reuses or alike else outer_products.HIGHEST
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
+        if direct:
+            pieces = _gradients_in_pieces(sample, rule, at, operands, precision)
+            norms = sum(jnp.sum(jnp.square(g), axis=(1, 2, 3)) for g in pieces)
+            return (pieces if reuses else ()), norms
         factors = rule.factors(*operands)
-        if not direct:
-            return (), outer_products.gram_norms([factors])
-        g = outer_products.gradients(factors, rows)  # (examples of the block, groups, p, q)
-        return (g if reuses else ()), jnp.sum(g * g, axis=(1, 2, 3))
+        if alike and sizes[1] == 1:
+            factors = outer_products.rounded(factors)
+        return (), outer_products.gram_norms([factors], precision)
 
-    total, norms = sum_in_cache(
-        block, at.measured(sample), cost.norm_bytes(rule.sizes(), direct=direct)
-    )
+    needed = cost.norm_bytes(sizes, direct=direct)
+    total, norms = sum_in_cache(block, at.measured(sample), needed, sample.target)
     if reuses:
-        return rule.assemble(total, at.w.shape).astype(at.w.dtype), norms
+        return at.assembled(rule, total), norms
     return at.into_w(), norms
 
 
@@ -217,20 +238,47 @@ def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
     if rule.one_hot:
         squares = outer_products.one_hot_square_sums(at.factors(sample, rule), p, rule.apart)
         return at.into_w(), rule.assemble(squares, at.w.shape)
+    alike = _rounds_alike(sample, at)
+    model = outer_products.model_precision(at.equation)
+    precision = model if sample.is_whole or alike else outer_products.HIGHEST
     if positions == 1:  # (left ⊗ right)² = left² ⊗ right²
-        squares = outer_products.square_sums(at.factors(sample, rule))
+        factors = at.factors(sample, rule)
+        squares = outer_products.square_sums(outer_products.rounded(factors) if alike else factors)
         return at.into_w(), rule.assemble(squares, at.w.shape)
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
-        g = outer_products.gradients(rule.factors(*operands), p)
-        return (g, g * g), ()
+        pieces = _gradients_in_pieces(sample, rule, at, operands, precision)
+        return (pieces, tuple(map(jnp.square, pieces))), ()
 
     needed = cost.norm_bytes(rule.sizes(), direct=True)
-    (total, squares), _ = sum_in_cache(block, at.measured(sample), needed)
-    squares = rule.assemble(squares, at.w.shape)
-    if sample.is_whole:
-        return rule.assemble(total, at.w.shape).astype(at.w.dtype), squares
-    return at.into_w(), squares
+    (total, squares), _ = sum_in_cache(block, at.measured(sample), needed, sample.target)
+    squares = rule.assemble(jnp.concatenate(squares, axis=-2), at.w.shape)
+    return (at.assembled(rule, total) if sample.is_whole else at.into_w()), squares
+
+
+def _rounds_alike(sample: Sample, at: Residuals) -> bool:
+    """Whether the products of a norm see the operands as the product of the mean does, rounded."""
+    model = outer_products.model_precision(at.equation)
+    return sample.target.costs.rounds_alike and outer_products.is_default(model)
+
+
+def _goes_by_row(sample: Sample, at: Residuals) -> bool:
+    """Whether the site is a convolution that is best measured row by row of its kernel."""
+    return sample.target.costs.patch_traffic > 0 and convolution.goes_by_row(at.equation)
+
+
+def _gradients_in_pieces(
+    sample: Sample,
+    rule: Rule,
+    at: Residuals,
+    operands: tuple[jax.Array, jax.Array],
+    precision: outer_products.Precision,
+) -> tuple[jax.Array, ...]:
+    """Gradients of some examples, cut along p: arrays (examples, groups, part of p, q)."""
+    if _goes_by_row(sample, at):
+        return convolution.pieces_by_row(at.equation, *operands, precision)
+    factors = rule.factors(*operands)
+    return (outer_products.gradients(factors, rule.sizes()[2], precision),)
 
 
 def _factors(
@@ -244,7 +292,11 @@ def _factors(
 
 def _gradients(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """The examples' gradients; that of the batch is their sum, taken at the end."""
-    g = outer_products.gradients(at.factors(sample, rule), rule.sizes()[2])
+    alike = sample.is_whole or _rounds_alike(sample, at)
+    model = outer_products.model_precision(at.equation)
+    precision = model if alike else outer_products.HIGHEST
+    operands = (sample.rows(at.x), sample.rows(at.cotangent))
+    g = jnp.concatenate(_gradients_in_pieces(sample, rule, at, operands, precision), axis=-2)
     g = rule.assemble(g, at.w.shape)  # (n, groups, p, q) to (n, *w.shape)
     return (jnp.zeros_like(at.w) if sample.is_whole else at.into_w()), g
 
@@ -267,7 +319,8 @@ def _by_derivative(sample: Sample, site: Site, values: list[Value]) -> list[Batc
     def apply(parameters: Any, fixed: Any, examples: Any, slots: Any) -> list[Any]:
         operands: dict[int, Value] = {i: Batched(x) for i, x in examples.items()}
         operands |= {i: Shared(x) for i, x in (parameters | fixed).items()}
-        outputs = evaluate_batched(equation, [operands[i] for i in range(len(operands))])
+        values = [operands[i] for i in range(len(operands))]
+        outputs = evaluate_batched(sample, equation, values)
         return [output.value for output in outputs]
 
     def forward(parameters: Any, fixed: Any, examples: Any, slots: Any) -> tuple[list[Any], Any]:
@@ -286,7 +339,7 @@ def _by_derivative(sample: Sample, site: Site, values: list[Value]) -> list[Batc
 
     def backward(saved: Any, cotangents: Any) -> tuple[Any, Any, Any, Any]:
         parameters, fixed, examples = saved
-        of_all = jax.vmap(without_batched_convolutions(of_one), (None, 0, 0))
+        of_all = sample.target.vmap(without_batched_convolutions(of_one), (None, 0, 0))
         floats = [cotangents[i] for i in floating]
         gradients, into_smooth = of_all((parameters, fixed), examples, floats)  # g: (m, *w.shape)
         into_parameters = {

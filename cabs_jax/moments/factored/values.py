@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from cabs_jax.moments import jaxprs, sharding
 from cabs_jax.moments.factored.choice import Choice
 from cabs_jax.moments.factored.program import Program
+from cabs_jax.moments.target import Target
 from cabs_jax.statistics import Variance
 
 
@@ -58,36 +58,43 @@ class Sample(NamedTuple):
 
     Attributes:
       examples: Size m of the batch.
-      measured: How many of the examples are measured, n: evenly spread, or all of them.
+      measured: How many of the examples are measured, n: the first of every
+        lane, or all of them.
       axis_names: Mesh axes over which the batch varies, inside a shard_map.
+      target: The machine, and how the batch lies on it.
     """
 
     examples: int
     measured: int
     axis_names: tuple[str, ...]
+    target: Target
 
     @property
     def is_whole(self) -> bool:
         """Whether all examples are measured."""
         return self.measured == self.examples
 
+    @property
+    def lanes(self) -> int:
+        """Number of stretches of the batch that each give an equal part of the measured ones."""
+        lanes = self.target.lanes
+        return 1 if self.examples % lanes or self.measured % lanes else lanes
+
     def rows(self, x: jax.Array) -> jax.Array:
         """Keeps the examples that are measured: (m, ...) to (n, ...)."""
         if self.is_whole:
             return x
-        step = self.examples // self.measured
-        if step * self.measured == self.examples:
-            return x.reshape(self.measured, step, *x.shape[1:])[:, 0]
-        return x[: step * self.measured : step]
+        by_lane = x.reshape(self.lanes, -1, *x.shape[1:])  # (l, m / l, ...)
+        return by_lane[:, : self.measured // self.lanes].reshape(-1, *x.shape[1:])
 
     def spread(self, slots: jax.Array) -> jax.Array:
         """Puts slots where their examples stand, zeros elsewhere: (n, ...) to (m, ...)."""
         if self.is_whole:
             return slots
-        step = self.examples // self.measured
-        after = self.examples - (self.measured - 1) * step - 1
-        config = [(0, after, step - 1)] + [(0, 0, 0)] * (slots.ndim - 1)
-        return lax.pad(slots, jnp.zeros((), slots.dtype), config)
+        by_lane = slots.reshape(self.lanes, -1, *slots.shape[1:])  # (l, n / l, ...)
+        after = (self.examples - self.measured) // self.lanes
+        padded = jnp.pad(by_lane, [(0, 0), (0, after), *[(0, 0)] * (slots.ndim - 1)])
+        return padded.reshape(-1, *slots.shape[1:])
 
     def zeros(self, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         """An empty slot."""
@@ -132,9 +139,11 @@ def to_batched(sample: Sample, value: Value) -> Batched:
     return Batched(copies)
 
 
-def evaluate_batched(equation: jaxprs.Equation, values: list[Value]) -> list[Batched]:
+def evaluate_batched(
+    sample: Sample, equation: jaxprs.Equation, values: list[Value]
+) -> list[Batched]:
     """Evaluates an equation for every example, without regard to slots."""
     in_axes = [0 if isinstance(v, Batched) else None for v in values]
     arrays = [v.value for v in values]
-    outputs = jax.vmap(lambda *xs: jaxprs.evaluate(equation, xs), in_axes)(*arrays)
+    outputs = sample.target.vmap(lambda *xs: jaxprs.evaluate(equation, xs), in_axes)(*arrays)
     return [Batched(output) for output in outputs]

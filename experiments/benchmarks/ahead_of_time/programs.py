@@ -86,13 +86,14 @@ def program(column: str, work: Work, mesh: Mesh) -> Callable[[PyTree, PyTree], A
     The gradient, and a variance that is like it, keep the sharding of the parameters.
     """
     several = mesh.size > 1
+    by_compiler, by_shard = {"spmd_axis_name": "data"}, {"mesh": mesh}
     options: dict[str, dict[str, Any]] = {
-        "trace": {},
-        "trace_mesh": {"mesh": mesh},
-        "diagonal": {"variance": "diagonal"},
-        "per_example": {"method": "per_example"},
-        "between": {"method": "between"} | ({"mesh": mesh} if several else {"groups": GROUPS}),
-        "subsample": {"subsample": SUBSAMPLE},
+        "trace": by_compiler,
+        "trace_mesh": by_shard,
+        "diagonal": by_compiler | {"variance": "diagonal"},
+        "per_example": by_compiler | {"method": "per_example"},
+        "between": {"method": "between"} | (by_shard if several else {"groups": GROUPS}),
+        "subsample": by_compiler | {"subsample": SUBSAMPLE},
     }
     shardings = jax.tree.map(lambda leaf: leaf.sharding, work.params)
     if column == "plain":
@@ -106,7 +107,8 @@ def program(column: str, work: Work, mesh: Mesh) -> Callable[[PyTree, PyTree], A
             return value, jax.lax.with_sharding_constraint(mean, shardings)
 
         return plain
-    moments_of = cabs_jax.gradient_moments(work.loss, **options[column])
+    loss = work.loss if "mesh" in options[column] else work.spread_loss
+    moments_of = cabs_jax.gradient_moments(loss, **options[column])
 
     def moments(params: PyTree, batch: PyTree) -> Any:
         found = moments_of(params, batch)

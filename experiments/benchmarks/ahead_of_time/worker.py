@@ -42,7 +42,6 @@ def main() -> None:
     job = Job(**json.load(sys.stdin))
     target = {"tpu": targets.tpu, "cuda": targets.gpu}[job.platform](job.target)
     mesh = Mesh(targets.devices(target), ("data",))
-    stand_in_for(target, mesh)
     compiled(lambda x: x + 1, (jax.ShapeDtypeStruct((8,), "float32"),), mesh)  # wakes the compiler
     work = programs.work(job.net, job.batch_size, mesh)
     for column in programs.columns_for(job.columns, job.net, job.batch_size, mesh.size):
@@ -52,16 +51,6 @@ def main() -> None:
         except jax.errors.JaxRuntimeError as error:  # such as a program that the memory cannot hold
             result = {"error": str(error).partition("\n")[0]}
         print(json.dumps({"column": column, **result}), flush=True)
-
-
-def stand_in_for(target: targets.Target, mesh: Mesh) -> None:
-    """Lets code that asks JAX for the machine hear of the target, as it would on the target.
-
-    What it is compiled for, JAX knows from the devices of the mesh; this process has but a CPU.
-    """
-    platform = {"cuda": "gpu"}.get(target.platform, target.platform)
-    setattr(jax, "default_backend", lambda: platform)  # noqa: B010 (not for mypy to forbid)
-    setattr(jax, "device_count", lambda *_: mesh.size)  # noqa: B010
 
 
 def compiled(function: Any, operands: tuple[Any, ...], mesh: Mesh) -> Any:

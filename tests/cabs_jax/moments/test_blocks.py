@@ -8,20 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cabs_jax.moments import blocks
+from cabs_jax.moments.target import COSTS, Target
+
+BUDGET = COSTS["cpu"].budget
+CPU = Target("cpu", lanes=8)
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**36), st.integers(1, 8))
 def test_blocks_hold_the_batch_and_fit_the_budget(examples, bytes_per_example, unit):
     examples *= unit
-    size, count = blocks.fitting(examples, bytes_per_example, unit)
+    size, count = blocks.fitting(examples, bytes_per_example, BUDGET, unit)
     assert size % unit == 0
     assert examples <= size * count < examples + count * unit
-    assert size == unit or size * bytes_per_example <= blocks.CACHE_BYTES["cpu"]
+    assert size == unit or size * bytes_per_example <= BUDGET
 
 
 @given(st.integers(1, 1000))
 def test_what_fits_is_one_block(examples):
-    assert blocks.fitting(examples, blocks.CACHE_BYTES["cpu"] // examples) == (examples, 1)
+    assert blocks.fitting(examples, BUDGET // examples, BUDGET) == (examples, 1)
 
 
 def squares_and_rows(x):
@@ -66,7 +70,9 @@ def test_blocks_that_are_all_padding_at_the_end_are_skipped(keep, visited):
 @pytest.mark.parametrize("bytes_per_example", [1, 2**21, 2**40])
 def test_sums_in_cache_are_those_of_the_whole(examples, bytes_per_example):
     x = jnp.arange(1.0, examples * 3 + 1).reshape(examples, 3)
-    sums, rows = jax.jit(lambda x: blocks.sum_in_cache(squares_and_rows, x, bytes_per_example))(x)
+    sums, rows = jax.jit(
+        lambda x: blocks.sum_in_cache(squares_and_rows, x, bytes_per_example, CPU)
+    )(x)
     np.testing.assert_allclose(sums["sum"], jnp.sum(x * x, axis=0), rtol=1e-6)
     np.testing.assert_array_equal(rows, jnp.sum(x, axis=1))
 
@@ -78,5 +84,18 @@ def test_sums_in_cache_really_work_in_blocks():
         seen.append(x.shape[0])
         return (), x
 
-    blocks.sum_in_cache(function, jnp.ones((64, 3)), blocks.CACHE_BYTES["cpu"] // 8)
+    blocks.sum_in_cache(function, jnp.ones((64, 3)), BUDGET // 8, CPU)
     assert set(seen) == {8}
+
+
+@pytest.mark.parametrize(("platform", "size"), [("cpu", 8), ("tpu", 32), ("gpu", 32)])
+def test_devices_with_memory_of_their_own_take_larger_blocks_together(platform, size):
+    seen = []
+
+    def function(x):
+        seen.append(x.shape[0])
+        return (), x
+
+    needed = COSTS[platform].budget // 8
+    blocks.sum_in_cache(function, jnp.ones((64, 3)), needed, Target(platform, lanes=4))
+    assert set(seen) == {size}

@@ -1,10 +1,13 @@
 """Convolutions as patches and a product."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from jax import lax
 
+from cabs_jax.moments import convolution
 from cabs_jax.moments.convolution import channels_last, convolve
 from tests.cabs_jax.moments.geometries import convolutions, numbers
 from tests.cabs_jax.moments.oracle import assert_close
@@ -32,3 +35,69 @@ def test_channels_last_behind_leading_axes():
     np.testing.assert_array_equal(
         channels_last(jax.numpy.asarray(x), (0, 1, 2, 3), lead=1), np.moveaxis(x, 2, -1)
     )
+
+
+LAST, FIRST = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
+IMAGES = {  # layout, kernel, padding, strides, dilation of the kernel
+    "as in the papers net": (LAST, (5, 5), ((2, 2), (2, 2)), (1, 1), (1, 1)),
+    "strided": (LAST, (3, 3), ((0, 1), (1, 1)), (2, 3), (1, 1)),
+    "dilated": (LAST, (3, 2), ((2, 2), (0, 1)), (1, 2), (2, 3)),
+    "strided and dilated rows": (LAST, (2, 3), ((1, 2), (1, 0)), (3, 1), (2, 1)),
+    "cropped": (LAST, (3, 3), ((-1, -1), (1, -2)), (1, 1), (1, 1)),
+    "of one row": (LAST, (1, 4), ((0, 0), (3, 3)), (1, 1), (1, 1)),
+    "channels first": (FIRST, (3, 4), ((1, 1), (2, 1)), (1, 1), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("lanes", [1, convolution.LANES], ids=["row by row", "at once"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_gradients_by_row_are_those_of_the_filter(name, lanes, images, monkeypatch):
+    monkeypatch.setattr(convolution, "LANES", lanes)
+    layout, kernel, padding, strides, dilation = IMAGES[name]
+    channels, filters, examples = 3, 2, 2
+
+    def convolved(x, w):
+        return lax.conv_general_dilated(
+            x, w, strides, padding, rhs_dilation=dilation, dimension_numbers=layout
+        )
+
+    first = layout is FIRST
+    x = numbers(examples, images, *((channels, 7, 9) if first else (7, 9, channels)))
+    w = numbers(*((filters, channels, *kernel) if first else (*kernel, channels, filters)))
+    (equation,) = jax.make_jaxpr(convolved)(x[0], w).eqns
+    cotangent = numbers(examples, *equation.outvars[0].aval.shape)
+
+    @jax.jit
+    def both(x, cotangent):
+        assert convolution.goes_by_row(equation)
+        pieces = convolution.pieces_by_row(equation, x, cotangent, None)
+        assert len(pieces) == (1 if lanes > 1 or kernel[0] == 1 else kernel[0])
+        pulled = [
+            jax.vjp(lambda w, i=i: convolved(x[i], w), w)[1](cotangent[i])[0]
+            for i in range(examples)
+        ]
+        return jnp.concatenate(pieces, axis=2), jnp.stack(pulled)
+
+    ours, wanted = both(x, cotangent)
+    if first:
+        wanted = wanted.transpose(0, 3, 4, 2, 1)
+    assert_close(ours[:, 0], wanted.reshape(ours[:, 0].shape), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "options"),
+    [
+        ((1, 8, 4), (3, 4, 2), {"dimension_numbers": ("NWC", "WIO", "NWC")}),
+        ((1, 8, 8, 4), (3, 3, 2, 2), {"dimension_numbers": LAST, "feature_group_count": 2}),
+        ((1, 8, 8, 4), (3, 3, 4, 2), {"dimension_numbers": LAST, "lhs_dilation": (2, 2)}),
+    ],
+    ids=["of sequences", "grouped", "transposed"],
+)
+def test_other_convolutions_do_not_go_by_row(shape, kernel, options):
+    def convolved(x, w):
+        rank = x.ndim - 2
+        return lax.conv_general_dilated(x, w, (1,) * rank, ((0, 0),) * rank, **options)
+
+    (equation,) = jax.make_jaxpr(convolved)(jnp.zeros(shape), jnp.zeros(kernel)).eqns
+    assert not convolution.goes_by_row(equation)

@@ -326,7 +326,7 @@ def test_subsample_averaged_over_all_shifts_is_the_second_moment(name, variance)
     case = ZOO[name]()
     function = jax.jit(gradient_moments(case.loss, subsample=4, variance=variance))
     wanted = expected(name, variance)
-    shifts = [functools.partial(np.roll, shift=k, axis=0) for k in range(EXAMPLES // 4)]
+    shifts = [functools.partial(np.roll, shift=k, axis=0) for k in range(0, EXAMPLES, 4)]
     shifted = [function(case.params, jax.tree.map(shift, case.batch)) for shift in shifts]
     for m in shifted:
         assert_close((m.value, m.mean), (wanted.value, wanted.mean), case.tolerance)
@@ -344,7 +344,7 @@ def test_subsample_takes_no_more_than_there_is():
 
 
 def test_subsample_of_padding_alone_is_unknown():
-    mask = jnp.arange(4) % 2 == 1
+    mask = jnp.arange(4) >= 2
     m = jax.jit(gradient_moments(linear, subsample=2))(jnp.ones(3), jnp.ones((4, 3)), mask)
     assert jnp.isnan(m.variance)
     np.testing.assert_allclose(m.mean, 1)

@@ -9,9 +9,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cabs_jax import gradient_moments
+from cabs_jax import gradient_moments, per_example_value_and_grad
 from cabs_jax.moments import jaxprs, sharding
-from tests.cabs_jax.moments.oracle import assert_close, expected, with_garbage
+from tests.cabs_jax.moments.oracle import (
+    assert_close,
+    expected,
+    per_example_of,
+    with_garbage,
+)
+from tests.cabs_jax.moments.oracle import moments as oracle_moments
 from tests.cabs_jax.moments.zoo import EXAMPLES, ZOO
 
 KEEP = np.arange(EXAMPLES) % 8 != 2
@@ -70,7 +76,12 @@ def with_mesh(loss, mesh, options):
     return gradient_moments(loss, mesh=mesh, axis_name="data", **options)
 
 
+def with_spmd_axis_name(loss, mesh, options):
+    return gradient_moments(loss, spmd_axis_name="data", **options)
+
+
 WAYS = {
+    "Auto, spmd_axis_name=": (AxisType.Auto, with_spmd_axis_name),
     "Auto": (AxisType.Auto, without_hint),
     "Auto, mesh=": (AxisType.Auto, with_mesh),
     "Explicit": (AxisType.Explicit, without_hint),
@@ -92,7 +103,7 @@ def check(name, way, shape=(8,), axes=("data",), **options):
 
 
 @pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("way", ["Auto", "Explicit", "shard_map"])
+@pytest.mark.parametrize("way", ["Auto", "Auto, spmd_axis_name=", "Explicit", "shard_map"])
 def test_moments_on_a_mesh_are_those_of_one_device(name, way):
     check(name, way)
 
@@ -102,12 +113,12 @@ def test_other_ways_to_name_the_mesh(way):
     check("convolution_2d", way)
 
 
-@pytest.mark.parametrize("way", ["Auto, mesh=", "Explicit"])
+@pytest.mark.parametrize("way", ["Auto, mesh=", "Auto, spmd_axis_name=", "Explicit"])
 def test_a_mesh_with_more_axes_than_the_batchs(way):
     check("convolution_2d", way, (4, 2), ("data", "model"))
 
 
-@pytest.mark.parametrize("way", ["Auto", "Explicit"])
+@pytest.mark.parametrize("way", ["Auto", "Auto, spmd_axis_name=", "Explicit"])
 @pytest.mark.parametrize("options", [{"method": "per_example"}, {"microbatch_size": 2}], ids=str)
 def test_other_methods_on_a_mesh(way, options):
     check("convolution_2d", way, **options)
@@ -127,7 +138,7 @@ ONE_AXIS, TWO_AXES = ((8,), ("data",)), ((4, 2), ("data", "model"))
     "options", [{}, {"variance": "diagonal"}, {"method": "per_example"}], ids=str
 )
 def test_the_zoo_on_every_mesh(name, way, mesh, options):
-    if name in ABORTS and way == "Auto" and "method" in options:
+    if name in ABORTS and way in {"Auto", "Auto, spmd_axis_name="} and "method" in options:
         pytest.skip("XLA aborts")
     if name in NEEDS_NO_CHECK and way == "shard_map that checks":
         pytest.skip("refused by JAX")
@@ -158,7 +169,7 @@ def test_subsample_measures_as_many_on_every_shard(way):
     x = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
     params, batch, keep = place(mesh, jnp.ones(3), x, jnp.ones(32, bool))
     moments = jax.jit(make(jnp.dot, mesh, {"subsample": 16}))(params, batch, keep)
-    measured = np.mean(np.sum(x.reshape(16, 2, 3)[:, 0] ** 2, axis=1))
+    measured = np.mean(np.sum(x.reshape(8, 4, 3)[:, :2] ** 2, axis=2))
     np.testing.assert_allclose(moments.variance, measured - np.sum(x.mean(0) ** 2), rtol=1e-5)
 
 
@@ -231,7 +242,89 @@ def test_traffic_over_the_zoo(name, kind):
     check_traffic(name, kind)
 
 
+LAYERS, WIDTH = 4, 16
+
+
+def layered_loss(anywhere=None):
+    """A loss of layers in a scan, which may say where the activations of an example are."""
+
+    def loss(params, example):
+        def layer(x, w):
+            y = jnp.tanh(x @ w)
+            return (y if anywhere is None else jax.lax.with_sharding_constraint(y, anywhere)), None
+
+        x, _ = jax.lax.scan(layer, example, params)
+        return jnp.sum(x**2)
+
+    return loss
+
+
+def test_parameters_split_like_the_batch_are_not_gathered_up_front():
+    mesh = mesh_of(AxisType.Auto)
+    rng = np.random.default_rng(0)
+    params = rng.normal(size=(LAYERS, WIDTH, WIDTH)).astype(np.float32) / 4
+    batch = rng.normal(size=(16, 5, WIDTH)).astype(np.float32)
+    by_rows, by_example = NamedSharding(mesh, P(None, "data")), NamedSharding(mesh, P("data"))
+    loss = layered_loss(NamedSharding(mesh, P()))
+
+    def sharded(params, batch):
+        moments = gradient_moments(loss, spmd_axis_name="data")(params, batch)
+        return moments._replace(mean=jax.lax.with_sharding_constraint(moments.mean, by_rows))
+
+    placed = jax.device_put(params, by_rows), jax.device_put(batch, by_example)
+    wanted = oracle_moments(*per_example_of(layered_loss(), params, batch))
+    assert_close(jax.jit(sharded)(*placed), wanted)
+    gathered = {size for kind, size in collectives(sharded, *placed) if kind == "all-gather"}
+    assert gathered <= {WIDTH * WIDTH}  # one layer at a time
+
+
+@pytest.mark.parametrize("function", [gradient_moments, per_example_value_and_grad])
+class TestSpmdAxisName:
+    def test_is_refused_where_the_sharding_is_visible(self, function):
+        placed = place(mesh_of(AxisType.Explicit), jnp.ones(3), jnp.ones((8, 3)))
+        with pytest.raises(ValueError, match=r"spmd_axis_name='data' is for Auto axes"):
+            function(jnp.dot, spmd_axis_name="data")(*placed)
+
+    def test_is_refused_where_shards_are_worked_on_by_themselves(self, function):
+        with pytest.raises(ValueError, match=r"spmd_axis_name='data' leaves the batch"):
+            function(jnp.dot, spmd_axis_name="data", mesh=mesh_of(AxisType.Auto))
+        with pytest.raises(ValueError, match=r"spmd_axis_name='data' leaves the batch"):
+            function(jnp.dot, spmd_axis_name="data", axis_name="data")
+
+    def test_must_be_an_axis_of_the_mesh(self, function):
+        placed = place(mesh_of(AxisType.Auto), jnp.ones(3), jnp.ones((8, 3)))
+        with pytest.raises(ValueError, match=r"spmd_axis_name='dat' is no axis of .*'data'"):
+            function(jnp.dot, spmd_axis_name="dat")(*placed)
+
+
 # The parts
+
+
+def target(operands, platform=None, mesh=None, axis_names=(), spmd_axis_name=None):
+    return sharding.target(platform, mesh, axis_names, spmd_axis_name, operands)
+
+
+def test_the_target_is_read_off_the_mesh_and_not_off_the_process(monkeypatch):
+    auto, explicit = (mesh_of(t, (4, 2), ("data", "model")) for t in AxisType if t.name != "Manual")
+    monkeypatch.setattr(jax, "default_backend", lambda: pytest.fail("asked the process"))
+    monkeypatch.setattr(jax, "device_count", lambda: pytest.fail("asked the process"))
+    (split,) = place(auto, jnp.ones(8))
+    assert target(split) == ("cpu", 8, None)
+    assert target(split, spmd_axis_name="data") == ("cpu", 4, ("data",))
+    assert target(split, "tpu") == ("tpu", 8, None)
+    assert target(split, mesh=auto, axis_names=("data",)) == ("cpu", 1, None)
+    assert target(place(explicit, jnp.ones(8))) == ("cpu", 1, None)
+    assert target(jnp.ones(8), "gpu") == ("gpu", 1, None)
+    assert jax.jit(lambda x: jnp.full(target(x).lanes, 1))(split).shape == (8,)
+
+
+def test_without_a_mesh_the_target_is_the_process():
+    assert target(jnp.ones(8)) == ("cpu", 8, None)
+
+
+def test_an_unknown_platform_is_refused():
+    with pytest.raises(ValueError, match=r"platform must be one of .*'tpu'.* got 'abacus'"):
+        gradient_moments(jnp.dot, platform="abacus")
 
 
 def test_axis_names_are_a_tuple():

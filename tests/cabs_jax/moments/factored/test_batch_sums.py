@@ -10,6 +10,7 @@ from cabs_jax import gradient_moments
 from cabs_jax.moments.factored.batch_sums import batch_sums
 from cabs_jax.moments.factored.values import Sample
 from cabs_jax.moments.per_example import loss_and_aux
+from cabs_jax.moments.target import Target
 from tests.cabs_jax.moments.oracle import (
     assert_close,
     expected,
@@ -48,21 +49,29 @@ def test_only_parameters_named_so_have_no_gradient(name):
 
 
 @pytest.mark.parametrize("name", ["convolution_2d", "embedding_as_output_head", "weight_norm"])
-@pytest.mark.parametrize("measured", [1, 4, 5, EXAMPLES])
-def test_squares_of_evenly_spread_examples_with_weights(name, measured):
+@pytest.mark.parametrize(
+    ("measured", "lanes", "rows"),
+    [
+        (1, 1, range(1)),
+        (5, 1, range(5)),
+        (5, 2, range(5)),
+        (4, 2, [0, 1, EXAMPLES // 2, EXAMPLES // 2 + 1]),
+        (EXAMPLES, 2, range(EXAMPLES)),
+    ],
+)
+def test_squares_of_the_first_examples_of_every_lane_with_weights(name, measured, lanes, rows):
     case = ZOO[name]()
     weights = np.linspace(-1, 2, EXAMPLES).astype(np.float32)
-    sample = Sample(EXAMPLES, measured, ())
+    sample = Sample(EXAMPLES, measured, (), Target("cpu", lanes))
     sums = jax.jit(
         lambda *args: batch_sums(loss_and_aux(case.loss, False), *args, "trace", sample),
     )(case.params, case.batch, weights)
     losses, grads = per_example(name)
-    step = EXAMPLES // measured
     weighted = jax.tree.map(lambda g: np.einsum("i,i...->i...", weights, g), grads)
     norms = sum(np.sum(np.square(g), tuple(range(1, g.ndim))) for g in jax.tree.leaves(weighted))
     assert_close(sums.losses, losses)
     assert_close(sums.gradient, jax.tree.map(lambda g: g.sum(0), weighted))
-    assert_close(sums.squares, norms[: step * measured : step])
+    assert_close(sums.squares, norms[list(rows)])
 
 
 def test_terms_of_parameters_alone_shift_the_mean_but_not_the_squares():
@@ -70,7 +79,9 @@ def test_terms_of_parameters_alone_shift_the_mean_but_not_the_squares():
         return jnp.sum(x * p) + jnp.sum(jnp.square(p))
 
     batch, p = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([5.0, -1.0])
-    sums = batch_sums(loss_and_aux(loss, False), p, batch, jnp.ones(2), "trace", Sample(2, 2, ()))
+    sums = batch_sums(
+        loss_and_aux(loss, False), p, batch, jnp.ones(2), "trace", Sample(2, 2, (), Target("cpu"))
+    )
     np.testing.assert_allclose(sums.squares, [5.0, 25.0])
     np.testing.assert_allclose(sums.shift, 2 * p)
 

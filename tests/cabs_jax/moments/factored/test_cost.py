@@ -1,20 +1,43 @@
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cabs_jax.moments.factored import cost
+from cabs_jax.moments.target import COSTS, Target
 
 size = st.integers(1, 4096)
+targets = st.sampled_from(sorted(COSTS)).map(Target)
 
 
-@given(st.integers(1, 8), size, size, size)
-def test_direct_form_is_chosen_from_some_number_of_positions_on(groups, positions, p, q):
-    if cost.prefers_direct((groups, positions, p, q)):
-        assert cost.prefers_direct((groups, positions + 1, p, q))
-    assert not cost.prefers_direct((groups, 1, p, q))
-    enough = math.isqrt(cost.TRAFFIC * p * q) + 2
-    assert cost.prefers_direct((groups, enough, p, q))
+@given(targets, st.booleans(), st.booleans(), st.integers(1, 8), size, size, size)
+def test_direct_form_is_chosen_from_some_number_of_positions_on(
+    target, rounded, one_hot, groups, positions, p, q
+):
+    def direct(positions):
+        sizes = (groups, positions, p, q)
+        return cost.prefers_direct(sizes, target, rounded=rounded, one_hot=one_hot)
+
+    if direct(positions):
+        assert direct(positions + 1)
+    assert not direct(1)
+    assert direct(math.isqrt(target.costs.rounded_traffic * p * q) + 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "platform", "options", "direct"),
+    [
+        ((1, 196, 800, 64), "tpu", {"rounded": True, "patches": True}, True),  # conv2 of mnist_2c2d
+        ((1, 25, 864, 128), "tpu", {"rounded": True, "patches": True}, True),  # 0.4 times Gram
+        ((1, 16, 9 * 512, 2048), "tpu", {"rounded": True, "patches": True}, False),
+        ((1, 128, 1024, 1024), "tpu", {"rounded": True}, False),  # 3.3 times plain, Gram 1.05
+        ((1, 512, 1024, 1024), "tpu", {"rounded": True}, True),  # 1.7 times plain, Gram 1.9
+        ((1, 128, 32768, 512), "tpu", {"one_hot": True}, False),  # 578 µs, Gram 19
+    ],
+)
+def test_what_was_measured_to_be_cheaper_is_chosen(sizes, platform, options, direct):
+    assert cost.prefers_direct(sizes, Target(platform), **options) is direct
 
 
 @given(st.integers(1, 8), size, size, size)
