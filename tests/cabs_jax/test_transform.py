@@ -162,6 +162,7 @@ def test_adapt_batch_size_returns_the_mean_gradient():
     assert_states_equal(passed_on, mean)
 
 
+@pytest.mark.filterwarnings("ignore:the learning rate falls")
 def test_cabs_is_adapt_batch_size_followed_by_the_learning_rate():
     schedule = optax.linear_schedule(1.0, 0.1, 3)
     for rate in (0.3, jnp.float32(0.3), schedule):
@@ -369,6 +370,7 @@ def test_state_always_holds_a_legal_size(low, high, round_to, position):
         assert int(state.batch_size) in legal
 
 
+@pytest.mark.filterwarnings("ignore:the learning rate falls")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_state_is_float32_and_int32_and_updates_keep_the_dtype(dtype):
     params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
@@ -414,6 +416,7 @@ def test_debug_nans_finds_nothing_to_complain_of():
             update_with_moments(tx, state, value=0.0, variance=5.0, count=0)
 
 
+@pytest.mark.filterwarnings("ignore:the learning rate falls")
 def test_one_compilation_for_all_values():
     tx = cabs(optax.linear_schedule(0.1, 0.0, 10))
     traces = []
