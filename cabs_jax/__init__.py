@@ -21,6 +21,7 @@ from cabs_jax import rules
 from cabs_jax._jaxlib_check import warn_if_miscompiling as _warn_if_miscompiling
 from cabs_jax.compilation import CompiledStep
 from cabs_jax.loader import BatchLoader, Position, buckets
+from cabs_jax.merging import merge_moments
 from cabs_jax.meter import monitor
 from cabs_jax.moments import Explanation, explain, gradient_moments, per_example_value_and_grad
 from cabs_jax.on_device import OnDeviceResult, StepMetrics, on_device_loop
@@ -58,6 +59,7 @@ __all__ = [
     "explain",
     "gradient_moments",
     "info",
+    "merge_moments",
     "monitor",
     "on_device_loop",
     "per_example_value_and_grad",
