@@ -11,14 +11,17 @@ examples the next step needs. The rooms of the library, in the order of the data
 * `BatchLoader`, `buckets` (`cabs_jax.loader`): batches of that size from an endless stream of
   examples, each once per epoch.
 
-Beside them, `CompiledStep` compiles the shapes that a growing batch will need before it needs them,
-and `on_device_loop` makes many steps without the host.
+Beside them, `check_loss` says before the first step what is wrong with a loss, `merge_moments`
+accumulates, `scale_with_batch_size` lets the step follow the size, `CompiledStep` compiles the
+shapes that a growing batch will need before it needs them, and `on_device_loop` makes many steps
+without the host.
 """
 
 from importlib import metadata as _metadata
 
 from cabs_jax import rules
 from cabs_jax._jaxlib_check import warn_if_miscompiling as _warn_if_miscompiling
+from cabs_jax.checking import check_loss
 from cabs_jax.compilation import CompiledStep
 from cabs_jax.loader import BatchLoader, Position, buckets
 from cabs_jax.merging import merge_moments
@@ -56,6 +59,7 @@ __all__ = [
     "buckets",
     "cabs",
     "cabs_adam",
+    "check_loss",
     "explain",
     "gradient_moments",
     "info",
