@@ -210,7 +210,7 @@ TABLE = {
         "mask must be a boolean array, got float32",
     ),
     # updates
-    "no loss": (lambda: update(value=None), ValueError, "update got value=None: pass value="),
+    "no loss": (lambda: update(value=None), ValueError, "update got value=None: pass moments="),
     "losses with a mean gradient": (
         lambda: update(value=jnp.ones(4)),
         ValueError,
