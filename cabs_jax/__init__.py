@@ -11,16 +11,20 @@ examples the next step needs. The rooms of the library, in the order of the data
 * `BatchLoader`, `buckets` (`cabs_jax.loader`): batches of that size from an endless stream of
   examples, each once per epoch.
 
-Beside them, `CompiledStep` compiles the shapes that a growing batch will need before it needs them,
-and `on_device_loop` makes many steps without the host.
+Beside them, `check_loss` says before the first step what is wrong with a loss, `merge_moments`
+accumulates, `scale_with_batch_size` lets the step follow the size, `CompiledStep` compiles the
+shapes that a growing batch will need before it needs them, and `on_device_loop` makes many steps
+without the host.
 """
 
 from importlib import metadata as _metadata
 
 from cabs_jax import rules
 from cabs_jax._jaxlib_check import warn_if_miscompiling as _warn_if_miscompiling
+from cabs_jax.checking import check_loss
 from cabs_jax.compilation import CompiledStep
 from cabs_jax.loader import BatchLoader, Position, buckets
+from cabs_jax.merging import merge_moments
 from cabs_jax.meter import monitor
 from cabs_jax.moments import Explanation, explain, gradient_moments, per_example_value_and_grad
 from cabs_jax.on_device import OnDeviceResult, StepMetrics, on_device_loop
@@ -55,9 +59,11 @@ __all__ = [
     "buckets",
     "cabs",
     "cabs_adam",
+    "check_loss",
     "explain",
     "gradient_moments",
     "info",
+    "merge_moments",
     "monitor",
     "on_device_loop",
     "per_example_value_and_grad",

@@ -12,8 +12,9 @@ from jax.typing import ArrayLike
 
 from cabs_jax import rules
 from cabs_jax._arguments import check_number
+from cabs_jax.learning_rates import ScalarOrSchedule, at_step, check_learning_rate
 from cabs_jax.rounding import RoundTo
-from cabs_jax.rules import OptimalValue, ScalarOrSchedule
+from cabs_jax.rules import OptimalValue
 from cabs_jax.sizing import BeyondMax, Sizing, held, select, sizing, unless_empty
 from cabs_jax.state import AdaptBatchSizeState, CoupledState
 from cabs_jax.statistics import PyTree, Variance, measured, tree_sum
@@ -86,7 +87,10 @@ def cabs(
 
     Args:
       learning_rate: Learning rate α ≥ 0: a float, a traced scalar, or an optax schedule. No
-        decreasing schedule is needed, since a growing batch has the same effect.
+        decreasing schedule is needed, since a growing batch has the same effect; one that falls to
+        less than half its peak draws a warning, as the size, being coupled to α, falls with it and
+        leaves the noise as it was. To have both, couple the size to the peak:
+        `chain(cabs(peak), optax.scale_by_schedule(factor))`, where factor is at most 1.
       momentum: β in [0, 1) of `optax.trace`, or None for plain gradient descent.
       min_batch_size: Smallest size, at least 1.
       max_batch_size: Largest size, at most 2**31 − 1.
@@ -144,7 +148,7 @@ def cabs(
     rate = learning_rate
     if momentum is not None:
         check_number("momentum", momentum, "None or in [0, 1)", lambda x: 0 <= x < 1)
-        rules.check_learning_rate(learning_rate)
+        check_learning_rate(learning_rate)
         rate = _effective(learning_rate, momentum)
     rule = rules.cabs(rate, scale=scale, eps=eps, optimal_value=optimal_value)
     rule_to_size = sizing(
@@ -225,7 +229,8 @@ def cabs_adam(
     `optax.apply_if_finite`.
 
     Args:
-      learning_rate: Learning rate α ≥ 0: a float, a traced scalar, or an optax schedule.
+      learning_rate: Learning rate α ≥ 0: a float, a traced scalar, or an optax schedule; of one
+        that falls, see `cabs`.
       b1: Decay of the average of the gradients, in [0, 1).
       b2: Decay of the average of their squares, in [0, 1).
       eps: Added to √v̂; at least 0.
@@ -354,7 +359,7 @@ def _coupled(
 def _step_size(
     learning_rate: ScalarOrSchedule, rule_to_size: Sizing, state: AdaptBatchSizeState
 ) -> ArrayLike:
-    nominal = rules.at_step(learning_rate, state.step)
+    nominal = at_step(learning_rate, state.step)
     # Left as it is, in its own precision, wherever nothing can scale it.
     return nominal * rule_to_size.learning_rate_scale(state) if rule_to_size.beyond_max else nominal
 

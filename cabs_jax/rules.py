@@ -39,15 +39,14 @@ will do, with `count=` where they count examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from cabs_jax._arguments import check_number, is_traced
+from cabs_jax._arguments import check_number
+from cabs_jax.learning_rates import ScalarOrSchedule, at_step, check_coupled
 from cabs_jax.size_schedules import constant as constant
 from cabs_jax.size_schedules import geometric_growth as geometric_growth
 from cabs_jax.size_schedules import schedule as schedule
@@ -57,7 +56,6 @@ from cabs_jax.statistics import Statistics as Statistics
 from cabs_jax.statistics import measured, noise_in_squared_norm
 
 OptimalValue = ArrayLike | Literal["estimated"]
-ScalarOrSchedule = ArrayLike | Callable[[jax.Array], ArrayLike]
 
 
 def cabs(
@@ -95,7 +93,8 @@ def cabs(
 
     Args:
       learning_rate: Learning rate α ≥ 0 of the step −α·ḡ; a scalar or a schedule, called with the
-        index of the step. With heavy-ball momentum β the effective rate is α/(1 − β).
+        index of the step. With heavy-ball momentum β the effective rate is α/(1 − β). A schedule
+        that falls takes the size down with it, and draws a warning: give the peak instead.
       scale: Factor c ≥ 0 on the batch size.
       eps: ε ≥ 0, added to the denominator.
       optimal_value: Lower bound F* on the loss, or "estimated", which needs `count`. Where F ≤ F*
@@ -113,7 +112,7 @@ def cabs(
       Shamir and Zhang, [Stochastic Gradient Descent for Non-smooth
       Optimization](https://arxiv.org/abs/1212.1824), 2013, for the averages S_η.
     """
-    check_learning_rate(learning_rate)
+    check_coupled(learning_rate)
     check_number("scale", scale, "a non-negative number", lambda x: x >= 0)
     check_number("eps", eps, "a non-negative number", lambda x: x >= 0)
     if isinstance(optimal_value, str):
@@ -171,7 +170,7 @@ def expected_progress(learning_rate: ScalarOrSchedule, lipschitz: ArrayLike) -> 
       Balles, Romero and Hennig, [Coupling Adaptive Batch Sizes with Learning
       Rates](https://arxiv.org/abs/1612.05086), 2017.
     """
-    check_learning_rate(learning_rate)
+    check_coupled(learning_rate)
     check_number("lipschitz", lipschitz, "a positive number", lambda x: x > 0)
 
     def rule(statistics: Statistics) -> jax.Array:
@@ -311,30 +310,6 @@ def big_batch(theta: ArrayLike = 1.0, *, growth: ArrayLike = 0.1) -> Rule:
         return jnp.where(fails & (noise > 0), jnp.ceil((1 + _float32(growth)) * size), size)
 
     return rule
-
-
-def check_learning_rate(learning_rate: ScalarOrSchedule) -> None:
-    """Raises ValueError unless a learning rate is a schedule or a non-negative scalar."""
-    if not callable(learning_rate):
-        check_number(
-            "learning_rate", learning_rate, "a non-negative number or a schedule", lambda x: x >= 0
-        )
-
-
-def at_step(learning_rate: ScalarOrSchedule, step: jax.Array) -> ArrayLike:
-    """Returns the learning rate of a step.
-
-    Raises:
-      ValueError: If a schedule gives a negative one, unless it is traced.
-    """
-    if not callable(learning_rate):
-        return learning_rate
-    rate = learning_rate(step)
-    if not is_traced(rate) and np.any(np.asarray(rate) < 0):
-        raise ValueError(
-            f"the learning rate must be non-negative, but the schedule gives {rate} at step {step}."
-        )
-    return rate
 
 
 def _effective_rate(learning_rate: ScalarOrSchedule, statistics: Statistics) -> jax.Array:

@@ -176,6 +176,7 @@ def test_inject_hyperparams_without_static_arguments_traces_the_bounds(alone):
     assert batch_size(state) == 3
 
 
+@pytest.mark.filterwarnings("ignore:the learning rate falls")
 def test_inject_hyperparams_of_a_schedule():
     schedule = optax.linear_schedule(3.0, 1.0, 2)
     injected, _ = run(optax.inject_hyperparams(cabs)(schedule, **OPTIONS))

@@ -103,6 +103,7 @@ def test_the_first_step_of_adam_leaves_batch_size_and_averages_alone(inputs):
     assert state.adapt.info.value == pytest.approx(LOSSES[0].mean(), rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:the learning rate falls")
 @pytest.mark.parametrize("inputs", [path_a, path_b])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_updates_are_exactly_those_of_optax_adam(inputs, weight_decay):
@@ -181,6 +182,7 @@ def test_momentum_steps_as_optax_and_couples_to_the_effective_rate(momentum, inp
     assert len({int(batch_size(state)) for state in states}) > 3
 
 
+@pytest.mark.filterwarnings("ignore:the learning rate falls")
 def test_momentum_couples_a_schedule_at_its_effective_rate():
     schedule = optax.linear_schedule(0.4, 0.1, STEPS)
     _, states = run(cabs(schedule, momentum=0.75, **SIZES))

@@ -299,6 +299,7 @@ def test_numbers_that_float32_cannot_hold_are_refused(make, message):
         make()
 
 
+@pytest.mark.filterwarnings("ignore:the learning rate falls")
 @pytest.mark.parametrize(
     "make", [rules.cabs, lambda rate: rules.expected_progress(rate, lipschitz=1.0)]
 )

@@ -128,6 +128,7 @@ def test_adapt_batch_size_returns_the_mean_gradient():
     assert_states_equal(passed_on, mean)
 
 
+@pytest.mark.filterwarnings("ignore:the learning rate falls")
 def test_cabs_is_adapt_batch_size_followed_by_the_learning_rate():
     schedule = optax.linear_schedule(1.0, 0.1, 3)
     for rate in (0.3, jnp.float32(0.3), schedule):
@@ -245,6 +246,7 @@ def test_debug_nans_finds_nothing_to_complain_of():
             update_with_moments(tx, state, value=0.0, variance=5.0, count=0)
 
 
+@pytest.mark.filterwarnings("ignore:the learning rate falls")
 def test_one_compilation_for_all_values():
     tx = cabs(optax.linear_schedule(0.1, 0.0, 10))
     traces = []

@@ -1,0 +1,135 @@
+"""Whether a loss of single examples is the loss that is meant, seen once before training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cabs_jax.moments import per_example_value_and_grad
+from cabs_jax.moments.jaxprs import name, subjaxprs
+from cabs_jax.moments.per_example import batch_size_of
+from cabs_jax.statistics import PyTree, moments_from_per_example, tree_squared_norm
+
+# A number of examples that nothing else in a model has, by which a batch axis is known.
+_UNLIKELY = 1_009
+
+
+def check_loss(
+    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    batch: PyTree,
+    batch_loss: Callable[[PyTree, PyTree], jax.Array] | None = None,
+) -> None:
+    """Raises where the loss of single examples is not what one thinks; for the start of a script.
+
+    It sees losses and gradients that are not finite, random numbers that all examples share (of
+    which it warns), and, given the loss of a batch that trained before, whether the mean over
+    single examples is the same loss with the same gradient. Only that comparison can see batch
+    normalisation, under which a loss of one example normalises by that example alone. All gradients
+    of the batch are held at once: a dozen examples will do.
+
+    Args:
+      loss_fn: `(params, example) -> loss`, as `gradient_moments` takes it.
+      params: Parameters; trained a little, if a fresh model answers the same to everything.
+      batch: A few examples, stacked along a leading axis.
+      batch_loss: `(params, batch) -> loss`, the mean loss of a batch.
+
+    Raises:
+      TypeError: If loss_fn returns no floating-point scalar.
+      ValueError: With the numbers that disagree and what that usually means.
+
+    Warns:
+      UserWarning: If losses are of less than 32 bits, or examples share their random numbers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> x = jax.random.normal(jax.random.key(0), (8, 3))
+      >>> check_loss(
+      ...     lambda w, row: jnp.sum((w - row) ** 2), jnp.zeros(3), x,
+      ...     batch_loss=lambda w, rows: jnp.mean(jnp.sum((w[None] - rows) ** 2, axis=1)))
+    """
+    size = batch_size_of(batch)
+    losses, grads = jax.jit(per_example_value_and_grad(loss_fn))(params, batch)
+    moments = moments_from_per_example(losses, grads)
+    low_precision = losses.dtype.itemsize < 4
+    if low_precision:
+        warnings.warn(
+            f"the losses are {losses.dtype}: compute them in float32, from outputs cast by "
+            "astype(float32), or averages of them know no more than two or three digits.",
+            stacklevel=2,
+        )
+    if not jnp.isfinite(losses).all():
+        wrong = jnp.flatnonzero(~jnp.isfinite(losses))[:5].tolist()
+        raise ValueError(
+            f"the losses of examples {wrong} are not finite: {losses[jnp.array(wrong)]}."
+        )
+    if not jnp.isfinite(tree_squared_norm(grads)):
+        raise ValueError("the losses are finite, but some of their gradients are not.")
+    _check_randomness(loss_fn, params, batch)
+    if batch_loss is not None:
+        coarse = low_precision or any(x.dtype.itemsize < 4 for x in jax.tree.leaves(grads))
+        tolerance = 0.03 if coarse else 1e-3
+        _compare(batch_loss, params, batch, moments.value, moments.mean, size, tolerance)
+
+
+def _check_randomness(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree) -> None:
+    def many(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((_UNLIKELY, *x.shape[1:]), x.dtype)
+
+    jaxpr = jax.make_jaxpr(jax.vmap(loss_fn, (None, 0)))(params, jax.tree.map(many, batch))
+    if _draws_once_for_all(jaxpr.jaxpr):
+        warnings.warn(
+            "loss_fn draws the same random numbers for every example, as from a key that it closes "
+            "over: if that is dropout or augmentation, gradients differ less than they should. "
+            'Give each example a key of its own, as a leaf of the batch: "key": split(key, m).',
+            stacklevel=3,
+        )
+
+
+def _draws_once_for_all(jaxpr: Any) -> bool:
+    for equation in jaxpr.eqns:
+        if name(equation) == "random_bits" and _UNLIKELY not in equation.invars[0].aval.shape:
+            return True
+        if any(map(_draws_once_for_all, subjaxprs(equation))):
+            return True
+    return False
+
+
+def _compare(
+    batch_loss: Callable[..., Any],
+    params: PyTree,
+    batch: PyTree,
+    mean_loss: jax.Array,
+    mean_gradient: PyTree,
+    size: int,
+    tolerance: float,
+) -> None:
+    value, gradient = jax.jit(jax.value_and_grad(batch_loss, allow_int=True))(params, batch)
+    usual = (
+        "Usual reasons: batch normalisation, which normalises a single example by itself; a "
+        "penalty, dropout or weights in only one of the two."
+    )
+    if jnp.abs(value - mean_loss) > tolerance * jnp.maximum(jnp.abs(value), jnp.abs(mean_loss)):
+        if jnp.abs(value - size * mean_loss) <= tolerance * jnp.abs(value):
+            usual = "It is the sum over the examples: divide it by their number."
+        raise ValueError(
+            f"the loss of the batch is {value:.6g}, and the mean of the losses of its {size} "
+            f"examples {mean_loss:.6g}. {usual}"
+        )
+    floats = [
+        (g.astype(jnp.float32), mean.astype(jnp.float32))
+        for g, mean in zip(jax.tree.leaves(gradient), jax.tree.leaves(mean_gradient), strict=True)
+        if g.dtype != jax.dtypes.float0
+    ]
+    norm = tree_squared_norm([g for g, _ in floats])
+    error = tree_squared_norm([g - mean for g, mean in floats])
+    if error > (10 * tolerance) ** 2 * norm:
+        raise ValueError(
+            f"the losses agree, but their gradients do not: that of the batch has norm "
+            f"{jnp.sqrt(norm):.6g}, and the mean of its examples' is {jnp.sqrt(error):.6g} away. "
+            f"{usual} Or a stop_gradient, or a custom derivative."
+        )

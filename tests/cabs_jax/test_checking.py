@@ -1,0 +1,106 @@
+"""What is wrong with a loss is said before training, and nothing is said of a right one."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cabs_jax import check_loss
+
+X = jax.random.normal(jax.random.key(0), (8, 4))
+BATCH = {"x": X, "y": X.sum(1)}
+PARAMS = {"w": jnp.ones(4), "scale": jnp.float32(0.5)}
+
+
+def predict(params, x):
+    return params["scale"] * (x @ params["w"])
+
+
+def loss_fn(params, example):
+    return (predict(params, example["x"]) - example["y"]) ** 2
+
+
+def batch_loss(params, batch):
+    return jnp.mean((predict(params, batch["x"]) - batch["y"]) ** 2)
+
+
+def normalised(x, axis):
+    return (x - x.mean(axis, keepdims=True)) / jnp.sqrt(x.var(axis, keepdims=True) + 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_nothing_is_said_of_a_right_loss(dtype):
+    params, batch = jax.tree.map(lambda x: x.astype(dtype), (PARAMS, BATCH))
+
+    def in_float32(loss):
+        return lambda params, batch: loss(params, batch).astype(jnp.float32)
+
+    check_loss(in_float32(loss_fn), params, batch)
+    check_loss(in_float32(loss_fn), params, batch, in_float32(batch_loss))
+
+
+def test_random_numbers_of_the_examples_own_are_fine():
+    keys = jax.random.split(jax.random.key(1), 8)
+    check_loss(
+        lambda params, example: loss_fn(params, example) * jax.random.uniform(example["key"]),
+        PARAMS,
+        BATCH | {"key": keys},
+    )
+
+
+def test_batch_normalisation_is_called_by_its_name():
+    def of_one(params, example):
+        one = jax.tree.map(lambda x: x[None], example)
+        return of_batch(params, one)
+
+    def of_batch(params, batch):
+        return batch_loss(params, batch | {"x": normalised(batch["x"], 0)})
+
+    with pytest.raises(ValueError, match=r"loss of the batch is .* 8 examples .*batch normalisati"):
+        check_loss(of_one, PARAMS, BATCH, of_batch)
+
+
+def test_a_sum_for_a_mean_is_called_so():
+    with pytest.raises(ValueError, match="sum over the examples: divide it by their number"):
+        check_loss(loss_fn, PARAMS, BATCH, lambda p, batch: 8 * batch_loss(p, batch))
+
+
+def test_a_penalty_in_one_of_the_two_is_seen():
+    def penalised(params, batch):
+        return batch_loss(params, batch) + 0.1 * jnp.sum(params["w"] ** 2)
+
+    with pytest.raises(ValueError, match="a penalty, dropout or weights in only one"):
+        check_loss(loss_fn, PARAMS, BATCH, penalised)
+
+
+def test_gradients_that_disagree_are_seen():
+    def stopped(params, batch):
+        return batch_loss(params | {"w": jax.lax.stop_gradient(params["w"])}, batch)
+
+    with pytest.raises(ValueError, match="losses agree, but their gradients do not"):
+        check_loss(loss_fn, PARAMS, BATCH, stopped)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_random_numbers_that_examples_share_are_seen(jitted):
+    key = jax.random.key(0)
+
+    def dropped(params, example):
+        keep = jax.random.bernoulli(key, 0.5, example["x"].shape)
+        return loss_fn(params, example | {"x": jnp.where(keep, example["x"], 0)})
+
+    with pytest.warns(UserWarning, match="the same random numbers for every example"):
+        check_loss(jax.jit(dropped) if jitted else dropped, PARAMS, BATCH)
+
+
+def test_trouble_with_dtypes_shapes_and_numbers_is_seen():
+    with pytest.warns(UserWarning, match="the losses are bfloat16: compute them in float32"):
+        check_loss(lambda p, e: loss_fn(p, e).astype(jnp.bfloat16), PARAMS, BATCH)
+    with pytest.raises(TypeError, match=r"one floating-point scalar per example"):
+        check_loss(lambda p, e: e["x"] * p["w"], PARAMS, BATCH)
+    with pytest.raises(ValueError, match="needs the same leading example axis"):
+        check_loss(loss_fn, PARAMS, BATCH | {"y": BATCH["y"][:5]})
+    with pytest.raises(ValueError, match=r"losses of examples \[3\] are not finite: \[nan\]"):
+        check_loss(loss_fn, PARAMS, BATCH | {"y": BATCH["y"].at[3].set(jnp.nan)})
+    root = {"x": jnp.zeros((8, 4)), "y": jnp.zeros(8)}
+    with pytest.raises(ValueError, match="finite, but some of their gradients are not"):
+        check_loss(lambda p, e: jnp.sqrt(jnp.sum((e["x"] * p["w"]) ** 2)), PARAMS, root)

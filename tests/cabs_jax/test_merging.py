@@ -1,0 +1,87 @@
+"""Moments of parts, merged, are those of the whole."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cabs_jax
+from cabs_jax import merge_moments
+
+PARAMS = {"b": jnp.float32(0.5), "w": jnp.array([1.0, -2.0, 0.5])}
+AVERAGED = {"b": jnp.float32(0.4), "w": jnp.array([1.1, -1.9, 0.5])}
+X = 2.0 + jax.random.normal(jax.random.key(0), (24, 3))
+MASK = jnp.arange(24) % 5 != 1
+# Sizes 7, 1, 0, 16.
+CUTS = (0, 7, 8, 8, 24)
+
+
+def loss_fn(params, x):
+    return 0.5 * jnp.sum((params["w"] - x) ** 2) + params["b"] * x[0]
+
+
+def assert_same(actual, expected, rtol=1e-4):
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=rtol), actual, expected)
+
+
+@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_merged_moments_are_those_of_the_whole_masked_batch(variance, order):
+    moments_of = cabs_jax.gradient_moments(loss_fn, variance=variance)
+    whole = moments_of(PARAMS, X, MASK, averaged_params=AVERAGED)
+    empty = moments_of(PARAMS, X, MASK & False, averaged_params=AVERAGED)
+    parts = [
+        moments_of(PARAMS, X[a:b], MASK[a:b], averaged_params=AVERAGED) if a < b else empty
+        for a, b in itertools.pairwise(CUTS)
+    ]
+    assert_same(functools.reduce(merge_moments, parts[::order]), whole)
+    assert_same(merge_moments(empty, empty), empty)
+
+
+def test_merging_is_the_same_in_a_scan():
+    moments_of = cabs_jax.gradient_moments(loss_fn)
+    batches, masks = X.reshape(4, 6, 3), MASK.reshape(4, 6).at[0].set(False)
+    empty = jax.tree.map(jnp.zeros_like, moments_of(PARAMS, batches[0]))
+
+    @jax.jit
+    def accumulate(batches, masks):
+        def add(merged, part):
+            return merge_moments(merged, moments_of(PARAMS, *part)), None
+
+        return jax.lax.scan(add, empty, (batches, masks))[0]
+
+    with jax.debug_nans(True):
+        merged = accumulate(batches, masks)
+    assert_same(merged, moments_of(PARAMS, X, masks.reshape(24)))
+    assert merged.count.dtype == jnp.int32
+
+
+def test_the_variance_between_batches_is_not_lost():
+    moments_of = cabs_jax.gradient_moments(lambda w, x: w * x)
+    one, other = (moments_of(jnp.float32(1), jnp.full(4, x)) for x in (1.0, 3.0))
+    merged = merge_moments(one, other)
+    assert (merged.mean, merged.variance, merged.count) == (2.0, 1.0, 8)
+
+
+def test_nothing_of_an_empty_batch_is_merged_and_dtypes_are_kept():
+    moments = cabs_jax.gradient_moments(lambda w, x: (w * x).sum())(
+        jnp.ones(3, jnp.bfloat16), jnp.ones((4, 3), jnp.bfloat16)
+    )
+    bad = jax.tree.map(lambda x: x * jnp.nan, moments)._replace(count=jnp.int32(0))
+    for merged in (merge_moments(moments, bad), merge_moments(bad, moments)):
+        assert merged.mean.dtype == jnp.bfloat16
+        assert_same(merged, moments)
+
+
+def test_moments_of_two_kinds_are_shown():
+    trace = cabs_jax.gradient_moments(loss_fn)(PARAMS, X)
+    diagonal = cabs_jax.gradient_moments(loss_fn, variance="diagonal")(PARAMS, X)
+    with pytest.raises(ValueError, match="of one kind, but their variance has the shapes"):
+        merge_moments(trace, diagonal)
+    with pytest.raises(ValueError, match="of one kind, but their averaged_value"):
+        merge_moments(trace, trace._replace(averaged_value=trace.value))
+    with pytest.raises(ValueError, match="of one kind, but their mean"):
+        merge_moments(trace, trace._replace(mean=PARAMS["w"]))
