@@ -57,8 +57,8 @@ class _Progress(NamedTuple):
       params: The parameters.
       opt_state: The state of the optimizer.
       position: Of the next example.
-      batch: Moments of the blocks of the batch under way, the mean gradient in float32; of no
-        example between two batches.
+      batch: Moments of the blocks of the batch under way, the mean gradient in float32; the count
+        is 0 between two batches.
       metrics: One entry a step.
     """
 
@@ -196,6 +196,10 @@ def on_device_loop(
             reached: _Progress = lax.while_loop(lasts, block, at)
             return reached
 
+        def in_float32(moments: GradientMoments) -> GradientMoments:
+            mean = jax.tree.map(lambda g: g.astype(jnp.float32), moments.mean)
+            return moments._replace(mean=mean)
+
         def of_block(at: _Progress, places: jax.Array) -> _Progress:
             size = batch_size(at.opt_state)
             count = jnp.minimum(size - at.batch.count, rows)
@@ -208,7 +212,13 @@ def on_device_loop(
             read = at._replace(
                 examples=at.examples + count,
                 position=advanced(at.position, count, length),
-                batch=_merged(at.batch, moments, variance),
+                batch=lax.cond(
+                    at.batch.count == 0,
+                    lambda before, block: in_float32(block),
+                    lambda before, block: _merged(before, block, variance),
+                    at.batch,
+                    moments,
+                ),
             )
             incomplete = read.batch.count < size
             after: _Progress = lax.cond(incomplete, lambda read: read, step, read)
@@ -225,7 +235,7 @@ def on_device_loop(
                 number=at.number + 1,
                 params=optax.apply_updates(at.params, updates),
                 opt_state=opt_state,
-                batch=jax.tree.map(jnp.zeros_like, at.batch),
+                batch=at.batch._replace(count=jnp.zeros_like(at.batch.count)),
                 metrics=jax.tree.map(
                     lambda all_, x: all_.at[at.number].set(x), at.metrics, measured
                 ),
@@ -265,7 +275,7 @@ def _of_no_example(params: PyTree, variance: Variance, averaged: bool) -> Gradie
 
 
 def _merged(a: GradientMoments, b: GradientMoments, variance: Variance) -> GradientMoments:
-    """Returns the moments of two disjoint batches together, b not empty.
+    """Returns the moments of two disjoint batches together, neither empty.
 
     Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
     variances", 1979: σ² = (n_a·σ_a² + n_b·σ_b²)/n + n_a·n_b/n²·(μ_b − μ_a)².
