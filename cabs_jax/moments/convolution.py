@@ -205,18 +205,21 @@ def convolve(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
 
 
 def _batch_grouped(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:
-    """Splits batch groups into convolutions of their own: group k of the batch, of the filters."""
+    """Convolves group k of the batch with group k of the filters, for all k at once."""
     lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
     groups = params["batch_group_count"]
     single = {**params, "batch_group_count": 1}
-    return jnp.concatenate(
-        [
-            convolve(left, right, **single)
-            for left, right in zip(
-                jnp.split(lhs, groups, axis=lhs_spec[0]),
-                jnp.split(rhs, groups, axis=rhs_spec[0]),
-                strict=True,
-            )
-        ],
-        axis=out_spec[1],
+
+    def split(
+        x: jax.Array, axis: int
+    ) -> jax.Array:  # (..., groups · n, ...) to (..., groups, n, ...)
+        return x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
+
+    of_group = jax.vmap(
+        lambda left, right: convolve(left, right, **single),
+        in_axes=(lhs_spec[0], rhs_spec[0]),
+        out_axes=out_spec[1],
     )
+    out = of_group(split(lhs, lhs_spec[0]), split(rhs, rhs_spec[0]))
+    axis = out_spec[1]  # groups, and then the filters of each
+    return out.reshape(*out.shape[:axis], -1, *out.shape[axis + 2 :])

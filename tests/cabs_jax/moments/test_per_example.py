@@ -12,6 +12,7 @@ from cabs_jax.moments.per_example import batch_size_of
 from experiments.training import models
 from tests.cabs_jax.moments.oracle import assert_close, per_example
 from tests.cabs_jax.moments.zoo import ZOO
+from tests.cabs_jax.moments.zoo.case import convolution
 
 CASES = ["convolution_2d", "convolution_inside_cond_and_scan", "custom_vjp", "scan_over_time"]
 
@@ -111,3 +112,14 @@ def test_leading_axes_that_disagree_are_refused(batch, message):
 def test_a_loss_that_is_no_scalar_is_refused():
     with pytest.raises(TypeError, match=r"shape \(3,\) and dtype float32"):
         per_example_value_and_grad(lambda p, x: p * x)(jnp.ones(3), jnp.ones((2, 3)))
+
+
+def test_the_program_of_a_depthwise_convolution_does_not_grow_with_its_channels():
+    def equations(channels):
+        def loss(p, x):
+            return jnp.sum(convolution(x, p, feature_group_count=channels))
+
+        operands = jnp.ones((3, 3, 1, channels)), jnp.ones((2, 5, 5, channels))
+        return str(jax.make_jaxpr(per_example_value_and_grad(loss))(*operands)).count("=")
+
+    assert equations(16) == equations(4)
