@@ -210,16 +210,13 @@ def _batch_grouped(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> ja
     groups = params["batch_group_count"]
     single = {**params, "batch_group_count": 1}
 
-    def split(
-        x: jax.Array, axis: int
-    ) -> jax.Array:  # (..., groups · n, ...) to (..., groups, n, ...)
+    def split(x: jax.Array, axis: int) -> jax.Array:  # (groups · n) to (groups, n) at an axis
         return x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
 
-    of_group = jax.vmap(
-        lambda left, right: convolve(left, right, **single),
-        in_axes=(lhs_spec[0], rhs_spec[0]),
-        out_axes=out_spec[1],
-    )
-    out = of_group(split(lhs, lhs_spec[0]), split(rhs, rhs_spec[0]))
-    axis = out_spec[1]  # groups, and then the filters of each
+    def of_group(left: jax.Array, right: jax.Array) -> jax.Array:
+        return convolve(left, right, **single)
+
+    axes, axis = (lhs_spec[0], rhs_spec[0]), out_spec[1]
+    # In the output, groups and then the filters of each.
+    out = jax.vmap(of_group, axes, axis)(split(lhs, axes[0]), split(rhs, axes[1]))
     return out.reshape(*out.shape[:axis], -1, *out.shape[axis + 2 :])
