@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments.benchmarks import _exact, _idioms, _report
-from experiments.benchmarks.moments import Cell, compiled, measure, plain_gradient
+from experiments.benchmarks.moments import Cell, compiled, measure
+from experiments.training.step import mean_loss
 
 COLUMNS = ("trace", "diagonal")
 CAPTION = """\
@@ -40,7 +41,7 @@ def main(
             exact = _exact.moments(net.loss, net.params, examples, [size])
             operands = net.params, jax.tree.map(jnp.asarray, examples)
             # Compiled once to see how long it takes, and again next to what it is compared with.
-            plain = compiled(plain_gradient(net.loss), operands).compile_seconds
+            plain = compiled(jax.value_and_grad(mean_loss(net.loss)), operands).compile_seconds
             measured = measure(name, net, size, exact[size], COLUMNS, options)
             cells += [(cell, cell.compile_seconds / plain) for cell in measured]
         _report.write_json(

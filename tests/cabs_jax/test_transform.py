@@ -202,6 +202,7 @@ def test_info_tells_raw_size_and_bound(raw, size, bound):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.filterwarnings("ignore:the learning rate falls")
 def test_state_is_float32_and_int32_and_updates_keep_the_dtype(dtype):
     params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
     losses, grads = random_batch(5, dtype=dtype)

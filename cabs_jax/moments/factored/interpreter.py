@@ -76,7 +76,7 @@ def _evaluate(context: Context, step: Step, values: list[Value]) -> Sequence[Val
         return evaluate_batched(context.sample, equation, values)
     shared = [v for v in values if isinstance(v, Shared)]
     if step.kind is Kind.VIEW:
-        return evaluate_view(context.sample.target, equation, shared, step.viewed)
+        return evaluate_view(context.sample, equation, shared, step.viewed)
     return _evaluate_shared(context, equation, shared)
 
 

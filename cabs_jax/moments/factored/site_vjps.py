@@ -30,6 +30,7 @@ differentiated one example at a time (`_by_derivative`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -173,26 +174,31 @@ def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Ar
 def _weighted_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Norms of gradients whose entries are multiplied by a scale, one for each."""
     assert at.scale is not None
-    scale, (_, positions, p, _) = rule.lay_out(at.scale), rule.sizes()
-    direct = not rule.one_hot and positions > 1
+    scale, alike = rule.lay_out(at.scale), _rounds_alike(sample, rule, at)
+    direct = not rule.one_hot and rule.positions > 1
     reuses = direct and sample.is_whole
     model = outer_products.model_precision(at.equation)
-    precision = model if reuses else outer_products.HIGHEST
+    precision = model if reuses or alike else outer_products.HIGHEST
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
-        left, right = rule.factors(*operands)
         if direct:
-            g = outer_products.gradients((left, right), p, precision)
-            return (g if reuses else ()), jnp.sum(jnp.square(g * scale[None]), axis=(1, 2, 3))
+            pieces = _gradients_in_pieces(sample, rule, at, operands, precision)
+            ends = itertools.accumulate(g.shape[-2] for g in pieces[:-1])
+            scales = jnp.split(scale, list(ends), axis=-2)
+            weighted = (g * s[None] for g, s in zip(pieces, scales, strict=True))
+            norms = sum(jnp.sum(jnp.square(g), axis=(1, 2, 3)) for g in weighted)
+            return (pieces if reuses else ()), norms
+        left, right = rule.factors(*operands)
         if rule.one_hot:  # row by row, before the rows are added up
             right = right * scale[0, left][:, None].astype(right.dtype)
             return (), outer_products.one_hot_norms((left, right), rule.apart)
-        return (), outer_products.weighted_norms((left, right), scale)
+        factors = outer_products.rounded((left, right)) if alike else (left, right)
+        return (), outer_products.weighted_norms(factors, scale)
 
     needed = cost.norm_bytes(rule.sizes(), direct=direct)
     total, norms = sum_in_cache(block, at.measured(sample), needed, sample.target)
     if reuses:
-        return rule.assemble(total, at.w.shape).astype(at.w.dtype), norms
+        return at.assembled(rule, total), norms
     return at.into_w(), norms
 
 
@@ -200,9 +206,8 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
     """Norms of gradients whose entries are those of the parameters' gradients."""
     if rule.apart:
         return at.into_w(), outer_products.one_hot_norms(at.factors(sample, rule), True)
-    sizes, alike = rule.sizes(), _rounds_alike(sample, at)
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves((at.x, at.cotangent))]
-    narrow = alike or all(dtype.itemsize == 2 for dtype in dtypes)
+    sizes, alike = rule.sizes(), _rounds_alike(sample, rule, at)
+    narrow = alike or all(v.dtype.itemsize == 2 for v in jax.tree.leaves((at.x, at.cotangent)))
     direct = cost.prefers_direct(
         sizes,
         sample.target,
@@ -234,14 +239,14 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
 
 def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Gradient of the batch and the sum of the squares of the examples' gradients."""
-    _, positions, p, _ = rule.sizes()
     if rule.one_hot:
-        squares = outer_products.one_hot_square_sums(at.factors(sample, rule), p, rule.apart)
+        factors, rows = at.factors(sample, rule), rule.sizes()[2]
+        squares = outer_products.one_hot_square_sums(factors, rows, rule.apart)
         return at.into_w(), rule.assemble(squares, at.w.shape)
-    alike = _rounds_alike(sample, at)
+    alike = _rounds_alike(sample, rule, at)
     model = outer_products.model_precision(at.equation)
     precision = model if sample.is_whole or alike else outer_products.HIGHEST
-    if positions == 1:  # (left ⊗ right)² = left² ⊗ right²
+    if rule.positions == 1:  # (left ⊗ right)² = left² ⊗ right²
         factors = at.factors(sample, rule)
         squares = outer_products.square_sums(outer_products.rounded(factors) if alike else factors)
         return at.into_w(), rule.assemble(squares, at.w.shape)
@@ -256,7 +261,7 @@ def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
     return (at.assembled(rule, total) if sample.is_whole else at.into_w()), squares
 
 
-def _rounds_alike(sample: Sample, at: Residuals) -> bool:
+def _rounds_alike(sample: Sample, rule: Rule, at: Residuals) -> bool:
     """Whether the products of a norm see the operands as the product of the mean does, rounded."""
     model = outer_products.model_precision(at.equation)
     return sample.target.costs.rounds_alike and outer_products.is_default(model)
@@ -271,7 +276,7 @@ def _gradients_in_pieces(
     sample: Sample,
     rule: Rule,
     at: Residuals,
-    operands: tuple[jax.Array, jax.Array],
+    operands: tuple[PyTree, jax.Array],
     precision: outer_products.Precision,
 ) -> tuple[jax.Array, ...]:
     """Gradients of some examples, cut along p: arrays (examples, groups, part of p, q)."""
@@ -292,11 +297,11 @@ def _factors(
 
 def _gradients(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """The examples' gradients; that of the batch is their sum, taken at the end."""
-    alike = sample.is_whole or _rounds_alike(sample, at)
+    alike = sample.is_whole or _rounds_alike(sample, rule, at)
     model = outer_products.model_precision(at.equation)
     precision = model if alike else outer_products.HIGHEST
-    operands = (sample.rows(at.x), sample.rows(at.cotangent))
-    g = jnp.concatenate(_gradients_in_pieces(sample, rule, at, operands, precision), axis=-2)
+    pieces = _gradients_in_pieces(sample, rule, at, at.measured(sample), precision)
+    g = jnp.concatenate(pieces, axis=-2)
     g = rule.assemble(g, at.w.shape)  # (n, groups, p, q) to (n, *w.shape)
     return (jnp.zeros_like(at.w) if sample.is_whole else at.into_w()), g
 

@@ -16,15 +16,14 @@ import jax.numpy as jnp
 
 from cabs_jax.moments import jaxprs, sharding
 from cabs_jax.moments.factored import views
-from cabs_jax.moments.factored.values import Shared
-from cabs_jax.moments.target import Target
+from cabs_jax.moments.factored.values import Sample, Shared
 
 MULTIPLYING = {"div", "mul", "neg"}
 ADDING = {"sub", *views.ADDING}
 
 
 def evaluate_view(
-    target: Target, equation: jaxprs.Equation, values: list[Shared], viewed: tuple[int, ...]
+    sample: Sample, equation: jaxprs.Equation, values: list[Shared], viewed: tuple[int, ...]
 ) -> list[Shared]:
     """Evaluates a view of the operands at some places; the others are constants."""
     arrays = [v.value for v in values]
@@ -36,7 +35,7 @@ def evaluate_view(
     square_slots: list[Any] = [None] * len(outputs)
     slots = {i: s for i in viewed if (s := values[i].gradient_slots) is not None}
     if slots:  # (n, *shape): the same for every example
-        gradient_slots = target.vmap(move)(slots)
+        gradient_slots = sample.target.vmap(move)(slots)
     slots = {i: s for i in viewed if (s := values[i].square_slots) is not None}
     if slots:
         square_slots = move(slots)
