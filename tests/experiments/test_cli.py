@@ -103,7 +103,7 @@ def test_without_arguments_methods_are_compared(tmp_path, monkeypatch, capsys):
         (["run", "--process-id", "0"], "--process-id goes with --distributed"),
         (["run", "3"], "Unused Tokens: ['3']"),
         (["report", "there"], "parameter --out requires an argument"),
-        (["bench", "speed"], "unknown command 'speed'; known commands: gpu, loader, "),
+        (["bench", "speed"], "unknown command 'speed'; known commands: gpu, idioms, loader, "),
         (["bench", "step", "--parts", "lag", "fun"], "choose from against_sgd, overhead, "),
         (["bench", "step", "--parts"], "--parts"),
         (["fly"], "unknown command 'fly'; known commands: bench, "),
