@@ -76,7 +76,7 @@ def _scales(equation: jaxprs.Equation, values: list[Shared], viewed: tuple[int, 
     if same and primitive in {"concatenate", "stack"} and not constants:
         return [None]
     if uniform and primitive in MULTIPLYING and not any(map(jnp.ndim, constants)):
-        one = jnp.ones((), jnp.float32)
+        one = _ones(values[viewed[0]].value, ())
         return _move(equation, [v.value for v in values], {viewed[0]: one if same else first})
     moved = {}
     for place, scale in known.items():
@@ -85,9 +85,9 @@ def _scales(equation: jaxprs.Equation, values: list[Shared], viewed: tuple[int, 
     return _move(equation, [v.value for v in values], moved)
 
 
-def _ones(x: Any) -> jax.Array:
+def _ones(x: Any, shape: tuple[int, ...] | None = None) -> jax.Array:
     """Float32 ones like an array, known to differ over the same mesh axes."""
-    ones: jax.Array = jnp.ones_like(x, jnp.float32)
+    ones: jax.Array = jnp.ones_like(x, jnp.float32, shape)
     missing = tuple(jaxprs.varying_axes(x) - jaxprs.varying_axes(ones))
     varied: jax.Array = sharding.vary(ones, missing)
     return varied
