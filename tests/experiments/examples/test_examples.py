@@ -63,6 +63,7 @@ class HuggingFace:
         return [{"image": IMAGES[i].tolist(), "label": int(LABELS[i])} for i in indices]
 
 
+@pytest.mark.filterwarnings("ignore:the batches hold")  # lists of floats, as the library gives them
 @pytest.mark.parametrize("dataset", [None, Torch(), HuggingFace()], ids=["grain", "torch", "hf"])
 def test_data_sets_of_other_libraries_are_sources(dataset):
     check(*grain_dataset.main(40, dataset))
