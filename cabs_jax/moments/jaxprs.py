@@ -151,6 +151,45 @@ def split_scan(equation: Equation, values: Sequence[Any]) -> tuple[list[Any], li
     return list(values[:consts]), list(values[consts:carry]), list(values[carry:])
 
 
+def counted_slices(scan: Equation) -> list[Equation]:
+    """Slices in the body of a scan that take another entry of an array of constants at every step.
+
+    They are indexed along one axis by a carry that counts the steps, as the index of a `fori_loop`
+    does, and never beyond the end.
+    """
+    body, _ = open_jaxpr(scan.params["jaxpr"])
+    consts, carry, _ = split_scan(scan, body.invars)
+    starts, length = split_scan(scan, scan.invars)[1], scan.params["length"]
+    made_by = {out: equation for equation in body.eqns for out in equation.outvars}
+    first: dict[Any, int] = {}  # the value at the first step of all that counts
+    negative = set()  # whether one of these is below zero
+    for var, start, after in zip(carry, starts, body.outvars, strict=False):
+        made = None if is_literal(after) else made_by.get(after)
+        if is_literal(start) and made is not None and name(made) == "add":
+            added = [v.val for v in made.invars if is_literal(v)]
+            if var in made.invars and added == [1] and start.val >= 0:
+                first[var] = int(start.val)
+    slices = []
+    for equation in body.eqns:
+        known = [None if is_literal(v) else first.get(v) for v in equation.invars]
+        if name(equation) == "convert_element_type" and known[0] is not None:
+            first[equation.outvars[0]] = known[0]
+        elif name(equation) == "lt" and known[0] is not None and is_literal(equation.invars[1]):
+            if equation.invars[1].val == 0:
+                negative.add(equation.outvars[0])
+        elif name(equation) == "select_n" and known[1] is not None:
+            # jnp adds the length of an axis where an index is negative: never, here.
+            if not is_literal(equation.invars[0]) and equation.invars[0] in negative:
+                first[equation.outvars[0]] = known[1]
+        elif name(equation) == "dynamic_slice" and equation.invars[0] in consts:
+            shape, sizes = equation.invars[0].aval.shape, equation.params["slice_sizes"]
+            part = [axis for axis, size in enumerate(shape) if sizes[axis] != size]
+            start = known[1 + part[0]] if len(part) == 1 and sizes[part[0]] == 1 else None
+            if start is not None and start + length <= shape[part[0]]:
+                slices.append(equation)
+    return slices
+
+
 def varying_axes(x: Any) -> frozenset[str]:
     """The axes of the enclosing shard_map over which an array is known to differ."""
     aval = jax.typeof(x)

@@ -181,10 +181,12 @@ def _walk(
     scans: tuple[int, ...],
     sites: list[Site],
     summed: tuple[bool, ...] = (),
+    counted: Sequence[jaxprs.Equation] = (),
 ) -> SortedJaxpr:
     """Sorts a jaxpr and appends its sites to `sites`.
 
-    `summed` tells which of its first outputs enter the loss as terms of a sum.
+    `summed` tells which of its first outputs enter the loss as terms of a sum, `counted` which of
+    its equations take entries of parameters in turn, the jaxpr being the body of a scan.
     """
     terms = _terms(jaxpr, summed)
     steps: list[Step] = []
@@ -192,6 +194,10 @@ def _walk(
     def visit(equation: jaxprs.Equation, origins: list[Origin]) -> list[Origin]:
         summed = tuple(var in terms for var in equation.outvars)
         step, outputs = _sort(equation, tuple(origins), scans, sites, summed)
+        if step.kind is Kind.VIEW and any(equation is one for one in counted):
+            outputs = [
+                _within_scan(o, lambda v: views.taken_in_turn(v, scans[-1])) for o in outputs
+            ]
         steps.append(step)
         return [
             origin if origin is EXAMPLE or jaxprs.carries_gradient(var) else CONSTANT
@@ -298,7 +304,8 @@ def _sort_body(
     """Sorts the body of a scan for a guess of its carry; returns it and the sites so far."""
     found = list(sites)
     jaxpr, consts_of_body = jaxprs.open_jaxpr(equation.params["jaxpr"])
-    return _walk(jaxpr, consts_of_body, (*consts, *carry, *xs), scans, found), found
+    inputs, counted = (*consts, *carry, *xs), jaxprs.counted_slices(equation)
+    return _walk(jaxpr, consts_of_body, inputs, scans, found, counted=counted), found
 
 
 def _merged(carry: list[Origin], outputs: tuple[Origin, ...]) -> list[Origin]:

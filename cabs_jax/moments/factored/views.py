@@ -99,6 +99,11 @@ def repeated(view: Seen, length: int) -> Seen:
     return view._replace(repeats=view.repeats * length)
 
 
+def taken_in_turn(view: Seen, length: int) -> Seen:
+    """The view of an entry of some axis, at each step of a scan another one."""
+    return Mosaic(tuple(p._replace(repeats=p.repeats // length) for p in pieces(view)))
+
+
 def merge(dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
     """Joins neighbouring axes that together are one; drops those of size one.
 

@@ -106,3 +106,26 @@ def test_varying_axes_inside_shard_map():
     )
     assert seen[0] == ({"data"}, frozenset())
     assert jaxprs.varying_axes(jnp.ones(3)) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("take", "start", "counts"),
+    [
+        (lambda w, i: w[i], 0, True),
+        (lambda w, i: w[i], 1, True),
+        (lambda w, i: w[:, i], 0, True),
+        (lambda w, i: w[i], 2, False),  # the last step is beyond the end
+        (lambda w, i: w[i, i], 0, False),
+        (lambda w, i: w[i // 2], 0, False),
+        (lambda w, i: w[3 - i], 0, False),
+        (lambda w, i: lax.dynamic_slice_in_dim(w, i, 2), 0, False),
+        (lambda w, i: lax.dynamic_slice_in_dim(2 * w, i, 1), 0, False),
+    ],
+)
+def test_slices_that_a_loop_takes_in_turn(take, start, counts):
+    def loop(w):
+        stop = start + 3
+        return lax.fori_loop(start, stop, lambda i, total: total + jnp.sum(take(w, i)), 0.0)
+
+    (scan,) = jax.make_jaxpr(loop)(jnp.ones((4, 4))).eqns
+    assert len(jaxprs.counted_slices(scan)) == counts

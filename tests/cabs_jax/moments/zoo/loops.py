@@ -99,12 +99,27 @@ def associative_scan(draw):
     return loss, {"decay": draw(3), "w": draw(4, 3)}, draw.batch(5, 4)
 
 
-@case(held="w")
+@case()
 def fori_loop(draw):
     def loss(p, x):
         return squares(lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p["w"][i]), x))
 
     return loss, {"w": draw(3, 4, 4)}, draw.batch(4)
+
+
+@case(held="again beyond")
+def layers_taken_by_the_index_of_a_loop(draw):
+    def loss(p, x):
+        scaled = 0.5 * p["scaled"]
+
+        def layer(i, h):
+            h = jnp.tanh(h @ p["later"][i] + x @ scaled[i])
+            return jnp.tanh(h @ p["again"][i] @ p["again"][i] + h @ p["beyond"][i])
+
+        return squares(lax.fori_loop(1, 4, layer, x))
+
+    params = {"later": draw(4, 4, 4), "scaled": draw(6, 4, 4), "again": draw(4, 4, 4)}
+    return loss, params | {"beyond": draw(3, 4, 4)}, draw.batch(4)
 
 
 @case(held="w v")
@@ -125,7 +140,7 @@ def cond_on_a_parameter(draw):
     return loss, {"w": draw(4, 3), "s": np.float32(-0.5)}, draw.batch(4)
 
 
-@case(held="w v")
+@case(held="w")
 def convolution_inside_cond_and_scan(draw):
     def loss(p, x):
         h = lax.cond(
