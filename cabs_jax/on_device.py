@@ -10,10 +10,11 @@ from jax import lax
 
 from cabs_jax._arguments import check_non_negative, is_traced
 from cabs_jax.loader.device_order import Position, advanced, indices
+from cabs_jax.merging import merge_moments
 from cabs_jax.moments import gradient_moments
 from cabs_jax.moments.per_example import batch_size_of
 from cabs_jax.state import batch_size
-from cabs_jax.statistics import GradientMoments, PyTree, Variance, tree_squared_norm, tree_sum
+from cabs_jax.statistics import GradientMoments, PyTree, Variance, tree_sum
 
 BLOCKS_AHEAD = 64  # blocks whose order is computed at a time
 
@@ -215,7 +216,7 @@ def on_device_loop(
                 batch=lax.cond(
                     at.batch.count == 0,
                     lambda before, block: in_float32(block),
-                    lambda before, block: _merged(before, block, variance),
+                    merge_moments,
                     at.batch,
                     moments,
                 ),
@@ -271,31 +272,4 @@ def _of_no_example(params: PyTree, variance: Variance, averaged: bool) -> Gradie
         variance=zero if variance == "trace" else mean,
         count=jnp.zeros((), jnp.int32),
         averaged_value=zero if averaged else None,
-    )
-
-
-def _merged(a: GradientMoments, b: GradientMoments, variance: Variance) -> GradientMoments:
-    """Returns the moments of two disjoint batches together, neither empty.
-
-    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-    variances", 1979: σ² = (n_a·σ_a² + n_b·σ_b²)/n + n_a·n_b/n²·(μ_b − μ_a)².
-    """
-    count = a.count + b.count
-    share = b.count.astype(jnp.float32) / count.astype(jnp.float32)
-
-    def mixed(x: jax.Array, y: jax.Array) -> jax.Array:
-        return x + share * (y.astype(jnp.float32) - x)
-
-    apart = jax.tree.map(lambda x, y: y.astype(jnp.float32) - x, a.mean, b.mean)
-    squared = tree_squared_norm(apart) if variance == "trace" else jax.tree.map(jnp.square, apart)
-    return GradientMoments(
-        value=mixed(a.value, b.value),
-        mean=jax.tree.map(mixed, a.mean, b.mean),
-        variance=jax.tree.map(
-            lambda x, y, d: mixed(x, y) + share * (1 - share) * d, a.variance, b.variance, squared
-        ),
-        count=count,
-        averaged_value=None
-        if a.averaged_value is None or b.averaged_value is None
-        else mixed(a.averaged_value, b.averaged_value),
     )

@@ -6,17 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments.benchmarks._collectives import OPERATIONS as COLLECTIVES
 from experiments.benchmarks.ahead_of_time import hlo
 
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "collective-broadcast",
-    "collective-permute",
-    "ragged-all-to-all",
-    "reduce-scatter",
-)
 _FREE = {
     "add-dependency",
     "after-all",
