@@ -18,6 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cabs_jax import BatchLoader
+from tests.cabs_jax.loader.waiting import reading_threads, wait_until
 
 
 class Records:
@@ -33,17 +34,6 @@ class Records:
     def __getitem__(self, index):
         self.hook(index)
         return index
-
-
-def reading_threads():
-    return [thread for thread in threading.enumerate() if "read-ahead" in thread.name]
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 @pytest.fixture

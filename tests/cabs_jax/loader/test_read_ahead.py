@@ -11,17 +11,7 @@ import numpy as np
 import pytest
 
 from cabs_jax import BatchLoader
-
-
-def reading_threads():
-    return [thread for thread in threading.enumerate() if "read-ahead" in thread.name]
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+from tests.cabs_jax.loader.waiting import reading_threads, wait_until
 
 
 class Records:
