@@ -8,7 +8,11 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 SUFFIXES = {".md", ".png"}
-LINKED = ("experiments/configs/*.toml", "experiments/examples/*.py")
+LINKED = (
+    "experiments/configs/*.toml",
+    "experiments/examples/*.py",
+    "experiments/comparison/runs.py",
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
