@@ -20,6 +20,7 @@ from cabs_jax.moments.per_example import (
     loss_and_aux,
     per_example_value_and_grad,
 )
+from cabs_jax.moments.randomness import check_rng, keys_of_examples, with_key
 from cabs_jax.moments.split import Method
 from cabs_jax.moments.target import AxisNames, Platform, Target, check_platform
 from cabs_jax.statistics import (
@@ -35,7 +36,7 @@ Moments_co = TypeVar("Moments_co", covariant=True)
 
 
 class MomentsFunction(Protocol[Moments_co]):
-    """`(params, batch, mask=None) -> GradientMoments`, or `(moments, aux)` where there is aux."""
+    """`(params, batch, mask=None, ...) -> GradientMoments`, or `(moments, aux)` with aux."""
 
     def __call__(
         self,
@@ -43,6 +44,7 @@ class MomentsFunction(Protocol[Moments_co]):
         batch: PyTree,
         mask: ArrayLike | None = None,
         *,
+        rng: jax.Array | None = None,
         averaged_params: PyTree = None,
     ) -> Moments_co:
         """Measures a batch."""
@@ -108,8 +110,9 @@ def gradient_moments(
 
     Args:
       loss_fn: `loss_fn(params, example) -> scalar loss` of one example, or `(loss, aux)` with
-        `has_aux`. Pass keys for random numbers inside the example. A loss in which examples see
-        one another (batch normalisation in training mode) has no per-example gradients.
+        `has_aux`; `loss_fn(params, example, rng)` where the call is given `rng`. A loss in which
+        examples see one another (batch normalisation in training mode) has no per-example
+        gradients.
       method: "factored" (and, today, "auto"): exact, at nearly the price of the mean gradient.
         "per_example": exact, holds every gradient; the reference. "between": an estimate of the
         trace from the means ḡ_k of G groups of n_k examples, nearly free,
@@ -144,16 +147,19 @@ def gradient_moments(
         equal result; to be given where a process compiles for one device that it does not have.
 
     Returns:
-      A function `(params, batch, mask=None, *, averaged_params=None) -> GradientMoments`, or
-      `(moments, aux)`. The leaves of `batch` have shape (m, ...); `mask`, boolean (m,), is False
+      A function `(params, batch, mask=None, *, rng=None, averaged_params=None) -> GradientMoments`,
+      or `(moments, aux)`. The leaves of `batch` have shape (m, ...); `mask`, boolean (m,), is False
       for padding, which has no influence whatever it holds. With nothing but padding, everything is
-      0; where `subsample` or `groups` leaves nothing to measure, the variance is NaN. With
+      0; where `subsample` or `groups` leaves nothing to measure, the variance is NaN. With `rng`,
+      one key, which should be another at every step, the loss of the i-th real example is given
+      `jax.random.fold_in(rng, i)`: the same however the batch is padded or split. With
       `averaged_params`, a running average of the parameters such as `optax.ema` keeps,
-      `averaged_value` is their mean loss on the same batch, for one more forward pass: what
-      `cabs(optimal_value="estimated")` tells noise by.
+      `averaged_value` is their mean loss on the same batch, keys included, for one more forward
+      pass: what `cabs(optimal_value="estimated")` tells noise by.
 
     Raises:
-      TypeError: If the loss is not a scalar, the mask not boolean, or a parameter complex.
+      TypeError: If the loss is not a scalar, the mask not boolean, or a parameter complex; if
+        `rng` is no key, or only one of the loss and the call has it.
       ValueError: If options contradict each other or the batch, with the values.
 
     Example:
@@ -174,26 +180,29 @@ def gradient_moments(
     def on_shard(
         axis_names: tuple[str, ...],
         target: Target,
-        params_and_averaged: tuple[PyTree, PyTree],
+        shared: tuple[PyTree, PyTree, jax.Array | None],
         batch: PyTree,
         mask: jax.Array | None,
     ) -> tuple[GradientMoments, PyTree]:
-        params, averaged_params = sharding.vary(params_and_averaged, axis_names)
-        if method == "per_example" and microbatch_size is None and averaged_params is None:
-            return _reference(of_example, params, batch, mask, variance, axis_names, target)
+        params, averaged_params, rng = sharding.vary(shared, axis_names)
         size = batch_size_of(batch)
         keep = sharding.vary(jnp.ones(size, jnp.bool_), axis_names) if mask is None else mask
+        loss = of_example
+        if rng is not None:
+            loss, batch = with_key(loss), (batch, keys_of_examples(rng, keep, axis_names))
+        if method == "per_example" and microbatch_size is None and averaged_params is None:
+            return _reference(loss, params, batch, mask, variance, axis_names, target)
         real = jnp.sum(keep, dtype=jnp.int32)
         count = sum_over(real, axis_names or None)
         share = sharding.vary(1.0 / jnp.maximum(count, 1).astype(jnp.float32), axis_names)
-        task = Task(of_example, variance, subsample, axis_names, target)
+        task = Task(loss, variance, subsample, axis_names, target)
         estimate = functools.partial(ESTIMATORS[method], task, params, share)
 
         def of_block(examples: tuple[PyTree, jax.Array]) -> tuple[PyTree, PyTree]:
             of_params, rows = estimate(*examples)
             if averaged_params is None:
                 return (of_params, None), rows
-            losses, _ = target.vmap(functools.partial(of_example, averaged_params))(examples[0])
+            losses, _ = target.vmap(functools.partial(loss, averaged_params))(examples[0])
             kept = jnp.where(examples[1], losses.astype(jnp.float32), 0)
             return (of_params, jnp.sum(kept) * share), rows
 
@@ -215,9 +224,11 @@ def gradient_moments(
         batch: PyTree,
         mask: ArrayLike | None = None,
         *,
+        rng: jax.Array | None = None,
         averaged_params: PyTree = None,
     ) -> Any:
         check_parameters(params)
+        check_rng(rng, loss_fn)
         if averaged_params is not None:
             _check_like_parameters(averaged_params, params)
         split.check_mask(mask, batch_size_of(batch))
@@ -227,7 +238,7 @@ def gradient_moments(
         if mesh_used is not None:
             out_specs = sharding.WHOLE, sharding.SPLIT
             measure = sharding.per_shard(measure, mesh_used, axis_names, out_specs)
-        moments, aux = measure((params, averaged_params), batch, mask)
+        moments, aux = measure((params, averaged_params, rng), batch, mask)
         return (moments, aux) if has_aux else moments
 
     return compute
@@ -310,8 +321,8 @@ def _fill(batch: PyTree, keep: jax.Array) -> PyTree:
 def _of_one(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
     """Turns a loss of a batch into a loss of one example, given to it as a batch of one."""
 
-    def of_one(params: PyTree, example: PyTree) -> Any:
-        result = loss_fn(params, jax.tree.map(lambda x: x[None], example))
+    def of_one(params: PyTree, example: PyTree, *rng: jax.Array) -> Any:
+        result = loss_fn(params, jax.tree.map(lambda x: x[None], example), *rng)
         loss, aux = result if has_aux else (result, ())
         loss = loss.reshape(()) if loss.size == 1 else loss
         return (loss, aux) if has_aux else loss

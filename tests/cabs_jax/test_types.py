@@ -26,6 +26,7 @@ def with_aux(params: Any, example: Any) -> tuple[jax.Array, Any]:
 params, batch = jax.numpy.ones(3), jax.numpy.ones((8, 3))
 m = gradient_moments(loss_fn)(params, batch)
 assert_type(m, GradientMoments)
+assert_type(gradient_moments(loss_fn)(params, batch, rng=jax.random.key(0)), GradientMoments)
 assert_type(m.value, jax.Array)
 assert_type(m.count, jax.Array)
 some = gradient_moments(loss_fn, variance="diagonal", subsample=4)
@@ -39,6 +40,7 @@ assert_type(m, int)  # wrong
 gradient_moments(loss_fn, variance="full")  # wrong
 gradient_moments(loss_fn, microbatch=4)  # wrong
 per_example_value_and_grad(loss_fn, axes="data")  # wrong
+gradient_moments(loss_fn)(params, batch, key=jax.random.key(0))  # wrong
 m.variances  # wrong
 """
 
