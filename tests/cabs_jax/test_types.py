@@ -15,7 +15,7 @@ USER = """
 from typing import Any, assert_type
 
 import jax
-from cabs_jax import GradientMoments, gradient_moments, per_example_value_and_grad
+from cabs_jax import GradientMoments, WeightSums, gradient_moments, per_example_value_and_grad
 
 def loss_fn(params: Any, example: Any) -> jax.Array:
     return jax.numpy.sum(params * example)
@@ -36,6 +36,9 @@ assert_type(both(params, batch), tuple[GradientMoments, Any])
 assert_type(per_example_value_and_grad(loss_fn)(params, batch), tuple[jax.Array, Any])
 each = per_example_value_and_grad(with_aux, has_aux=True, axis_name="data")
 assert_type(each(params, batch), tuple[tuple[jax.Array, Any], Any])
+weighted = gradient_moments(loss_fn)(params, batch, weights=jax.numpy.ones(8))
+assert_type(weighted, GradientMoments)
+assert_type(weighted.weights, WeightSums | None)
 assert_type(m, int)  # wrong
 gradient_moments(loss_fn, variance="full")  # wrong
 gradient_moments(loss_fn, microbatch=4)  # wrong

@@ -146,7 +146,7 @@ def test_a_third_argument_that_may_be_left_out_is_left_out():
         assert not training
         return jnp.dot(params["w"][0], x)
 
-    assert jnp.isfinite(gradient_moments(loss)(PARAMS, X).value)
+    assert jax.eval_shape(gradient_moments(loss), PARAMS, X).value.shape == ()
 
 
 def test_a_function_that_does_not_tell_its_arguments_is_not_judged():
