@@ -38,7 +38,7 @@ from cabs_jax.state import (
     batch_size,
     info,
 )
-from cabs_jax.statistics import GradientMoments, Statistics
+from cabs_jax.statistics import GradientMoments, Statistics, WeightSums
 from cabs_jax.transform import adapt_batch_size
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "Position",
     "Statistics",
     "StepMetrics",
+    "WeightSums",
     "adapt_batch_size",
     "batch_size",
     "buckets",

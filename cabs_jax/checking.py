@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from cabs_jax.moments import per_example_value_and_grad
 from cabs_jax.moments.jaxprs import name, subjaxprs
 from cabs_jax.moments.per_example import batch_size_of
+from cabs_jax.moments.randomness import keys_of_examples
 from cabs_jax.statistics import PyTree, moments_from_per_example, tree_squared_norm
 
 # A number of examples that nothing else in a model has, by which a batch axis is known.
@@ -19,10 +20,12 @@ _UNLIKELY = 1_009
 
 
 def check_loss(
-    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+    loss_fn: Callable[..., jax.Array],
     params: PyTree,
     batch: PyTree,
     batch_loss: Callable[[PyTree, PyTree], jax.Array] | None = None,
+    *,
+    rng: jax.Array | None = None,
 ) -> None:
     """Raises where the loss of single examples is not what one thinks; for the start of a script.
 
@@ -37,6 +40,8 @@ def check_loss(
       params: Parameters; trained a little, if a fresh model answers the same to everything.
       batch: A few examples, stacked along a leading axis.
       batch_loss: `(params, batch) -> loss`, the mean loss of a batch.
+      rng: A key, for a loss of `(params, example, rng)`. What it draws has to average out, or be
+        switched off, for its mean to be `batch_loss`.
 
     Raises:
       TypeError: If loss_fn returns no floating-point scalar.
@@ -53,7 +58,7 @@ def check_loss(
       ...     batch_loss=lambda w, rows: jnp.mean(jnp.sum((w[None] - rows) ** 2, axis=1)))
     """
     size = batch_size_of(batch)
-    losses, grads = jax.jit(per_example_value_and_grad(loss_fn))(params, batch)
+    losses, grads = jax.jit(per_example_value_and_grad(loss_fn))(params, batch, rng=rng)
     moments = moments_from_per_example(losses, grads)
     low_precision = losses.dtype.itemsize < 4
     if low_precision:
@@ -69,23 +74,32 @@ def check_loss(
         )
     if not jnp.isfinite(tree_squared_norm(grads)):
         raise ValueError("the losses are finite, but some of their gradients are not.")
-    _check_randomness(loss_fn, params, batch)
+    _check_randomness(loss_fn, params, batch, rng)
     if batch_loss is not None:
         coarse = low_precision or any(x.dtype.itemsize < 4 for x in jax.tree.leaves(grads))
         tolerance = 0.03 if coarse else 1e-3
         _compare(batch_loss, params, batch, moments.value, moments.mean, size, tolerance)
 
 
-def _check_randomness(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree) -> None:
+def _check_randomness(
+    loss_fn: Callable[..., Any], params: PyTree, batch: PyTree, rng: jax.Array | None
+) -> None:
     def many(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((_UNLIKELY, *x.shape[1:]), x.dtype)
 
-    jaxpr = jax.make_jaxpr(jax.vmap(loss_fn, (None, 0)))(params, jax.tree.map(many, batch))
+    def losses(params: PyTree, batch: PyTree) -> Any:
+        if rng is None:
+            return jax.vmap(loss_fn, (None, 0))(params, batch)
+        keys = keys_of_examples(rng, jnp.ones(_UNLIKELY, jnp.bool_), ())
+        return jax.vmap(loss_fn, (None, 0, 0))(params, batch, keys)
+
+    jaxpr = jax.make_jaxpr(losses)(params, jax.tree.map(many, batch))
     if _draws_once_for_all(jaxpr.jaxpr):
         warnings.warn(
             "loss_fn draws the same random numbers for every example, as from a key that it closes "
             "over: if that is dropout or augmentation, gradients differ less than they should. "
-            'Give each example a key of its own, as a leaf of the batch: "key": split(key, m).',
+            "Take the key as an argument, loss_fn(params, example, rng), and pass rng= beside the "
+            "batch: each example is then given a key of its own.",
             stacklevel=3,
         )
 

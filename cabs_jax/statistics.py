@@ -13,6 +13,21 @@ LANES = 16
 ABSURD = 2.0**32  # ratio of an average to a measurement beyond which it averages no such thing
 
 
+class WeightSums(NamedTuple):
+    """What merging needs to know of the weights w_i of a batch, for real examples.
+
+    Attributes:
+      total: Σ w_i, float32 scalar.
+      squares: Σ w_i², float32 scalar.
+      square_mean: Σ w_i² g_i / Σ w_i², a float32 tree like the parameters; None where the method
+        does not measure it ("between").
+    """
+
+    total: jax.Array
+    squares: jax.Array
+    square_mean: PyTree
+
+
 class GradientMoments(NamedTuple):
     """What one batch says about the loss and its gradient; `gradient_moments` gives it.
 
@@ -25,6 +40,9 @@ class GradientMoments(NamedTuple):
       count: Number m of real (unmasked) examples, int32 scalar.
       averaged_value: Mean loss of averaged weights on the same batch, float32 scalar; None where
         it was not asked for.
+      weights: Sums over the weights of the examples, None where there were none. With them the
+        means are weighted, count is the effective size (Σ w_i)²/Σ w_i², rounded, and the variance
+        Σ_i w_i²‖g_i − ḡ‖²/Σ w_i² that of one example of it.
 
     Example:
       >>> losses, grads = jnp.array([0.5, 1.5]), {"w": jnp.array([[3.0, 0.0], [1.0, 2.0]])}
@@ -38,6 +56,7 @@ class GradientMoments(NamedTuple):
     variance: PyTree
     count: jax.Array  # type: ignore[assignment]  # tuple.count is not missed
     averaged_value: jax.Array | None = None
+    weights: WeightSums | None = None
 
 
 class Statistics(NamedTuple):
@@ -99,6 +118,16 @@ def measured(x: jax.Array | None, name: Literal["value", "gradient_variance"]) -
         "are mean gradients: pass moments=, what gradient_moments returned, or gradient_variance="
         "; or per-example gradients in place of their mean."
     )
+
+
+def effective_size(total: jax.Array, squares: jax.Array) -> jax.Array:
+    """Returns the effective size (Σ w_i)²/Σ w_i² of a batch, rounded, an int32 scalar.
+
+    >>> effective_size(jnp.float32(8), jnp.float32(16)).item()
+    4
+    """
+    size = total * (total / jnp.where(squares == 0, 1, squares))
+    return jnp.round(size).astype(jnp.int32)
 
 
 def is_absurd(average: jax.Array, measured: jax.Array) -> jax.Array:

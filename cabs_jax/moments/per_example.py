@@ -10,18 +10,21 @@ import jax.numpy as jnp
 
 from cabs_jax._arguments import check_parameters
 from cabs_jax.moments import sharding
+from cabs_jax.moments.randomness import check_rng, keys_of_examples, with_key
 from cabs_jax.moments.rewriting import without_batched_convolutions
 from cabs_jax.moments.target import AxisNames, Target
 from cabs_jax.statistics import PyTree
 
-LossAndAux: TypeAlias = Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
+LossAndAux: TypeAlias = Callable[..., tuple[jax.Array, PyTree]]
 Values_co = TypeVar("Values_co", covariant=True)
 
 
 class PerExampleFunction(Protocol[Values_co]):
     """`(params, batch) -> (losses, grads)`, with (losses, aux) for losses where there is aux."""
 
-    def __call__(self, params: PyTree, batch: PyTree) -> tuple[Values_co, PyTree]:
+    def __call__(
+        self, params: PyTree, batch: PyTree, *, rng: jax.Array | None = None
+    ) -> tuple[Values_co, PyTree]:
         """Differentiates the loss of every example of a batch."""
 
 
@@ -76,20 +79,23 @@ def per_example_value_and_grad(
     * inside your own `shard_map`: pass `axis_name=`.
 
     Args:
-      loss_fn: `loss_fn(params, example) -> scalar loss`, or `(loss, aux)` with `has_aux`.
+      loss_fn: `loss_fn(params, example) -> scalar loss`, or `(loss, aux)` with `has_aux`;
+        `loss_fn(params, example, rng)` where the call is given `rng`.
       has_aux: Whether `loss_fn` returns auxiliary data.
       axis_name: Mesh axis or axes that split the batch.
       mesh: Mesh to work on, one shard of the batch per device.
       spmd_axis_name: Auto mesh axis or axes that split the batch, as in `jax.vmap`.
 
     Returns:
-      A function `(params, batch) -> (losses, grads)`, or `((losses, aux), grads)`. Every leaf of
-      `batch` has shape (m, ...); `losses` has shape (m,); `grads` is a tree like `params` with a
-      leading example axis, float32 zeros for integer parameters. Call it under `jax.jit`: on a
-      mesh, each uncompiled call compiles.
+      A function `(params, batch, *, rng=None) -> (losses, grads)`, or `((losses, aux), grads)`.
+      Every leaf of `batch` has shape (m, ...); `losses` has shape (m,); `grads` is a tree like
+      `params` with a leading example axis, float32 zeros for integer parameters. Of `rng`, one key,
+      example i is given `jax.random.fold_in(rng, i)`. Call it under `jax.jit`: on a mesh, each
+      uncompiled call compiles.
 
     Raises:
-      TypeError: If the loss is not a scalar, or a parameter complex.
+      TypeError: If the loss is not a scalar, a parameter complex, or `rng` no key; if only one of
+        the loss and the call has it.
       ValueError: If the leaves of the batch disagree on m, the mesh is ambiguous, or
         `spmd_axis_name` names an Explicit axis or comes with one of the others.
 
@@ -106,17 +112,27 @@ def per_example_value_and_grad(
     sharding.check_spmd(spmd_axis_name, mesh, axis_name)
     function = loss_and_aux(loss_fn, has_aux)
 
-    def compute(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
+    def compute(
+        params: PyTree, batch: PyTree, *, rng: jax.Array | None = None
+    ) -> tuple[Any, PyTree]:
         check_parameters(params)
+        check_rng(rng, loss_fn)
         mesh_used, axis_names = sharding.resolve(mesh, axis_name, batch)
         target = sharding.target(None, mesh_used, axis_names, spmd_axis_name, (batch, params))
 
-        def on_shard(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
-            return _value_and_grad(function, sharding.vary(params, axis_names), batch, target)
+        def on_shard(
+            params_and_rng: tuple[PyTree, jax.Array | None], batch: PyTree
+        ) -> tuple[Any, PyTree]:
+            params, rng = sharding.vary(params_and_rng, axis_names)
+            if rng is None:
+                return _value_and_grad(function, params, batch, target)
+            keep = sharding.vary(jnp.ones(batch_size_of(batch), jnp.bool_), axis_names)
+            keys = keys_of_examples(rng, keep, axis_names)
+            return _value_and_grad(with_key(function), params, (batch, keys), target)
 
         if mesh_used is not None:
             on_shard = sharding.per_shard(on_shard, mesh_used, axis_names, sharding.SPLIT)
-        (losses, aux), grads = on_shard(params, batch)
+        (losses, aux), grads = on_shard((params, rng), batch)
         return (losses, aux) if has_aux else losses, grads
 
     return compute
@@ -149,8 +165,8 @@ def loss_and_aux(loss_fn: Callable[..., Any], has_aux: bool) -> LossAndAux:
     Without auxiliary data, `aux` is (). It raises TypeError if it returns something else.
     """
 
-    def checked(params: PyTree, example: PyTree) -> tuple[jax.Array, PyTree]:
-        result = loss_fn(params, example)
+    def checked(params: PyTree, example: PyTree, *rng: jax.Array) -> tuple[jax.Array, PyTree]:
+        result = loss_fn(params, example, *rng)
         _check_result(result, has_aux)
         loss, aux = result if has_aux else (result, ())
         return loss, aux

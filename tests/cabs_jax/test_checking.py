@@ -47,6 +47,15 @@ def test_random_numbers_of_the_examples_own_are_fine():
     )
 
 
+def test_a_loss_that_takes_a_key_is_given_one():
+    def noisy(params, example, rng):
+        return loss_fn(params, example) * jax.random.uniform(rng)
+
+    check_loss(noisy, PARAMS, BATCH, rng=jax.random.key(1))
+    with pytest.raises(TypeError, match="pass one key as rng="):
+        check_loss(noisy, PARAMS, BATCH)
+
+
 def test_batch_normalisation_is_called_by_its_name():
     def of_one(params, example):
         one = jax.tree.map(lambda x: x[None], example)

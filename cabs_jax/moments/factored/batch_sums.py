@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from cabs_jax.moments.factored import interpreter
 from cabs_jax.moments.factored.choice import Choice, Mode, choose
 from cabs_jax.moments.factored.collected import empty_factors, norms_of_sums
+from cabs_jax.moments.factored.outer_products import HIGHEST
 from cabs_jax.moments.factored.primitives import Factors
 from cabs_jax.moments.factored.program import trace_program
 from cabs_jax.moments.factored.shift import shift_gradient
@@ -32,6 +33,7 @@ class BatchSums(NamedTuple):
     Attributes:
       losses: Loss of each example, float32, shape (m,).
       gradient: Σ_i w_i g_i, a float32 tree like the parameters.
+      again: Σ_i w_i² g_i likewise; () where it was not asked for.
       squares: For the trace, ‖w_i g_i‖² of each measured example, shape (n,); for the diagonal,
         Σ_i (w_i g_i)² over these, a float32 tree like the parameters.
       shift: Gradient of the terms of the loss that depend on parameters alone, which is in neither
@@ -41,6 +43,7 @@ class BatchSums(NamedTuple):
 
     losses: jax.Array
     gradient: PyTree
+    again: PyTree
     squares: PyTree
     shift: PyTree
     aux: PyTree
@@ -69,6 +72,8 @@ def batch_sums(
     weights: jax.Array,
     variance: Variance,
     sample: Sample,
+    *,
+    twice: bool = False,
 ) -> BatchSums:
     """Sums losses, gradients and squared gradients over a batch.
 
@@ -79,6 +84,7 @@ def batch_sums(
       weights: Weight of each example's loss, float32, shape (m,).
       variance: Whether squares are summed over entries ("trace") or over examples ("diagonal").
       sample: The m examples, and the n of them whose squares are summed.
+      twice: Whether Σ_i w_i² g_i is asked for, for one more backward pass.
     """
     treedef: Any  # its stub has no methods
     leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
@@ -87,7 +93,7 @@ def batch_sums(
     batched = [Batched(jnp.asarray(x)) for x in jax.tree.leaves(batch)]
     differentiated, fixed = _split_leaves(leaves, choices, sample)
 
-    def weighted_loss(
+    def weighted_losses(
         differentiated: dict[int, jax.Array], slots: Slots
     ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         context = Context(program, choices, variance, sample, slots.norms, slots.factors)
@@ -100,14 +106,16 @@ def batch_sums(
         arrays = [to_batched(sample, output).value for output in outputs]
         losses, aux = jax.tree.unflatten(program.out_tree, arrays)
         losses = losses.astype(jnp.float32)
-        return jnp.sum(jnp.where(weights != 0, losses * weights, 0.0)), (losses, aux)
+        return jnp.where(weights != 0, losses * weights, 0.0), (losses, aux)
 
-    derivative = jax.grad(weighted_loss, argnums=(0, 1), has_aux=True)
     slots = _empty_slots(leaves, choices, variance, sample)
-    (gradients, slots), (losses, aux) = derivative(differentiated, slots)
-
+    terms, pull, (losses, aux) = jax.vjp(weighted_losses, differentiated, slots, has_aux=True)
+    gradients, slots = pull(jnp.ones_like(terms))
+    again = pull(weights)[0] if twice else {}
     if sample.is_whole:
-        gradients |= {i: jnp.sum(g, axis=0) for i, g in slots.gradients.items()}
+        held = slots.gradients.items()
+        gradients |= {i: jnp.sum(g, axis=0) for i, g in held}
+        again |= {i: jnp.tensordot(weights, g, 1, precision=HIGHEST) for i, g in held if twice}
     if variance == "trace":
         squares: PyTree = slots.norms + norms_of_sums(choices, slots.factors, sample.target)
         squares = squares + sum(
@@ -119,7 +127,8 @@ def batch_sums(
     shifted = shift_gradient(program, leaves)
     shift = treedef.unflatten(shifted) if shifted else ()
     gradient = treedef.unflatten(_or_zeros(gradients, leaves))
-    return BatchSums(losses, gradient, squares, shift, aux)
+    again = treedef.unflatten(_or_zeros(again, leaves)) if twice else ()
+    return BatchSums(losses, gradient, again, squares, shift, aux)
 
 
 def _split_leaves(
