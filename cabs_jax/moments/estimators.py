@@ -19,7 +19,7 @@ from cabs_jax.moments.factored.batch_sums import batch_sums
 from cabs_jax.moments.factored.values import Sample
 from cabs_jax.moments.per_example import LossAndAux, or_zeros, per_example_value_and_grad
 from cabs_jax.moments.target import Target
-from cabs_jax.statistics import PyTree, Variance, tree_sum
+from cabs_jax.statistics import PyTree, Variance, sum_entries
 
 
 class Sums(NamedTuple):
@@ -28,8 +28,8 @@ class Sums(NamedTuple):
     Attributes:
       value: Σ ℓ_i/m.
       gradient: Σ g_i/m, float32.
-      squares: Σ ‖g_i/m‖² of the measured examples, or of the entries' squares; between groups of
-        n_k examples, Σ_k ‖Σ_i g_i/m‖²/n_k.
+      squares: Σ ‖g_i/m‖² of the measured examples, or of each parameter's part, or of the entries'
+        squares; between groups of n_k examples, Σ_k ‖Σ_i g_i/m‖²/n_k.
       measured: Number of real examples measured, or of non-empty groups.
       shift: Part of Σ g_i/m that is the same for every example and not in `gradient`, or ().
     """
@@ -46,7 +46,7 @@ class Task(NamedTuple):
 
     Attributes:
       loss_fn: `loss_fn(params, example) -> (loss, aux)`.
-      variance: "trace" or "diagonal".
+      variance: "trace", "by_parameter" or "diagonal".
       subsample: How many examples of the whole batch are measured; None for all.
       axis_names: Mesh axes that split the batch, inside a shard_map.
       target: The machine, and how the batch lies on it.
@@ -68,7 +68,9 @@ def factored(
     sample = Sample(size, measured, task.axis_names, task.target)
     result = batch_sums(task.loss_fn, params, batch, weights, task.variance, sample)
     real = jnp.sum(sample.rows(keep), dtype=jnp.int32)
-    squares = jnp.sum(result.squares) if task.variance == "trace" else result.squares
+    squares = result.squares
+    if task.variance != "diagonal":
+        squares = jax.tree.map(jnp.sum, squares)
     shift = jax.tree.map(lambda g: g * jnp.sum(weights), result.shift)
     value = _kept_sum(result.losses, keep) * share
     return Sums(value, result.gradient, squares, real, shift), result.aux
@@ -90,7 +92,7 @@ def per_example(
     return Sums(
         _kept_sum(losses, keep) * share,
         jax.tree.map(lambda g: _kept_sum(g, keep), grads),
-        tree_sum(squares) if task.variance == "trace" else squares,
+        sum_entries(squares, task.variance),
         jnp.sum(keep, dtype=jnp.int32),
     ), aux
 
@@ -108,8 +110,8 @@ def between(
     gradient = jax.tree.map(lambda g: or_zeros(g).astype(jnp.float32), gradient)
     size = jnp.sum(keep, dtype=jnp.float32)
     squares = jax.tree.map(lambda g: jnp.square(g) / jnp.maximum(size, 1.0), gradient)
-    summed = tree_sum(squares) if task.variance == "trace" else squares
-    return Sums(value, gradient, summed, (size > 0).astype(jnp.int32)), aux
+    squares = sum_entries(squares, task.variance)
+    return Sums(value, gradient, squares, (size > 0).astype(jnp.int32)), aux
 
 
 def _kept_sum(x: jax.Array, keep: jax.Array) -> jax.Array:

@@ -63,7 +63,7 @@ def explain(
       loss_fn: `loss_fn(params, example) -> loss`, or `(loss, aux)` with `has_aux`.
       params: Parameters.
       example: One example, without a batch axis.
-      variance: "trace" or "diagonal".
+      variance: "trace", "by_parameter" or "diagonal".
       has_aux: Whether `loss_fn` returns auxiliary data.
 
     Returns:
@@ -71,7 +71,7 @@ def explain(
 
     Raises:
       TypeError: If the loss is not a scalar, or a parameter is complex.
-      ValueError: If `variance` is neither of the two.
+      ValueError: If `variance` is none of these.
 
     Example:
       >>> import cabs_jax, jax.numpy as jnp

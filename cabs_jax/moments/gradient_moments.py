@@ -115,7 +115,8 @@ def gradient_moments(
         trace from the means ḡ_k of G groups of n_k examples, nearly free,
         (m−1)/m · (Σ_k n_k‖ḡ_k‖² − m‖ḡ‖²)/(G−1), with relative standard deviation
         √(2 tr(Σ²)/((G−1)(tr Σ)²)).
-      variance: "trace" for a scalar, "diagonal" for a tree like the parameters.
+      variance: "trace" for a scalar, "by_parameter" for a tree like the parameters with a scalar
+        for each, of which the trace is the sum, "diagonal" for one with a number for each entry.
       has_aux: Whether `loss_fn` returns auxiliary data, which is returned per example.
       keep_batch_dim: Whether `loss_fn` expects its example as a batch of one.
       subsample: Measure only n examples, the first of the batch, or as many of each of its shards:
@@ -282,9 +283,11 @@ def _moments(
         return jnp.where(count > 0, jnp.maximum(estimate, 0.0), 0.0)
 
     if variance == "trace":
-        spreads: PyTree = spread(total.squares, tree_squared_norm(mean))
+        squared_mean: PyTree = tree_squared_norm(mean)
     else:
-        spreads = jax.tree.map(spread, total.squares, jax.tree.map(jnp.square, mean))
+        by_parameter = variance == "by_parameter"
+        squared_mean = jax.tree.map(tree_squared_norm if by_parameter else jnp.square, mean)
+    spreads = jax.tree.map(spread, total.squares, squared_mean)
     if jax.tree.leaves(total.shift):
         mean = jax.tree.map(jnp.add, mean, total.shift)
     mean = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), mean, params)

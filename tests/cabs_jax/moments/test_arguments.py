@@ -92,7 +92,7 @@ def test_aux_that_is_missing_is_refused():
 
 OPTIONS = {
     "method": ["auto", "factored", "per_example", "between"],
-    "variance": ["trace", "diagonal"],
+    "variance": ["trace", "by_parameter", "diagonal"],
     "subsample": [None, 4],
     "microbatch_size": [None, 2],
     "groups": [None, 4],
@@ -114,4 +114,4 @@ def test_every_combination_of_options_is_computed_or_refused(values):
         return
     m = jax.eval_shape(gradient_moments(linear, **options), jnp.ones(3), jnp.ones((8, 3)))
     assert m.mean.shape == (3,)
-    assert m.variance.shape == (() if variance == "trace" else (3,))
+    assert m.variance.shape == ((3,) if variance == "diagonal" else ())
