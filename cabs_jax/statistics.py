@@ -80,6 +80,12 @@ class Statistics(NamedTuple):
 
 Rule = Callable[[Statistics], ArrayLike]
 
+_LOST = (
+    " flax's TrainState.apply_gradients passes nothing on: write updates, opt_state = state.tx."
+    "update(m.mean, state.opt_state, state.params, moments=m), and state.replace(step=state.step + "
+    "1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)."
+)
+
 
 def measured(x: jax.Array | None, name: Literal["value", "gradient_variance"]) -> jax.Array:
     """Returns what was measured.
@@ -92,12 +98,12 @@ def measured(x: jax.Array | None, name: Literal["value", "gradient_variance"]) -
     if name == "value":
         raise ValueError(
             "update got value=None: pass moments=, what gradient_moments returned, or value=, the "
-            "per-example losses or their mean."
+            "per-example losses or their mean." + _LOST
         )
     raise ValueError(
         "update got gradient_variance=None, and gradients of the shapes of the parameters, which "
         "are mean gradients: pass moments=, what gradient_moments returned, or gradient_variance="
-        "; or per-example gradients in place of their mean."
+        "; or per-example gradients in place of their mean." + _LOST
     )
 
 

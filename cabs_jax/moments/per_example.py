@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar, Unpack, overload
 
@@ -148,6 +149,7 @@ def loss_and_aux(loss_fn: Callable[..., Any], has_aux: bool) -> LossAndAux:
 
     Without auxiliary data, `aux` is (). It raises TypeError if it returns something else.
     """
+    loss_fn = _explaining_mutation(loss_fn)
 
     def checked(params: PyTree, example: PyTree) -> tuple[jax.Array, PyTree]:
         result = loss_fn(params, example)
@@ -156,6 +158,28 @@ def loss_and_aux(loss_fn: Callable[..., Any], has_aux: bool) -> LossAndAux:
         return loss, aux
 
     return checked
+
+
+def _explaining_mutation(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same loss, which says what to do where flax nnx refuses to change a module."""
+
+    @functools.wraps(loss_fn)
+    def explaining(*args: Any) -> Any:
+        try:
+            return loss_fn(*args)
+        except Exception as error:
+            if type(error).__name__ != "TraceContextError":
+                raise
+            refused = str(error).split(" (")[0]
+            raise TypeError(
+                f"the loss changes a module that was made outside of it ({refused}). A BatchStat is"
+                " of batch normalisation: let it run in evaluation mode, after model.eval(). An"
+                " RngCount is of dropout: give it a key of the example's, model(x,"
+                " rngs=nnx.Rngs(key)). Anything else: make the module inside the loss,"
+                " nnx.merge(graphdef, params, rest)."
+            ) from error
+
+    return explaining
 
 
 def _check_result(result: Any, has_aux: bool) -> None:

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from cabs_jax.statistics import Variance
 
 Method = Literal["auto", "factored", "per_example", "between"]
+_ONE_BATCH = "Inputs and targets are one batch: pass (params, (x, y)), not (params, x, y)."
 
 
 def measured(subsample: int | None, size: int, axis_names: tuple[str, ...]) -> int:
@@ -96,6 +97,8 @@ def check_mask(mask: ArrayLike | None, size: int) -> None:
         return
     found = getattr(mask, "dtype", type(mask).__name__)
     if found != jnp.bool_:
-        raise TypeError(f"mask must be a boolean array, got {found}.")
+        raise TypeError(f"mask must be a boolean array, got {found}. {_ONE_BATCH}")
     if jnp.shape(mask) != (size,):
-        raise ValueError(f"mask must have shape ({size},) like the batch, got {jnp.shape(mask)}.")
+        raise ValueError(
+            f"mask must have shape ({size},) like the batch, got {jnp.shape(mask)}. {_ONE_BATCH}"
+        )
