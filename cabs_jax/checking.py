@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cabs_jax.moments import per_example_value_and_grad
 from cabs_jax.moments.jaxprs import name, subjaxprs
@@ -26,11 +28,11 @@ def check_loss(
 ) -> None:
     """Raises where the loss of single examples is not what one thinks; for the start of a script.
 
-    It sees losses and gradients that are not finite, random numbers that all examples share (of
-    which it warns), and, given the loss of a batch that trained before, whether the mean over
-    single examples is the same loss with the same gradient. Only that comparison can see batch
-    normalisation, under which a loss of one example normalises by that example alone. All gradients
-    of the batch are held at once: a dozen examples will do.
+    It sees losses and gradients that are not finite, state outside of the loss that it changes,
+    random numbers that all examples share (of which it warns), and, given the loss of a batch that
+    trained before, whether the mean over single examples is the same loss with the same gradient.
+    Only that comparison can see batch normalisation, under which a loss of one example normalises
+    by that example alone. All gradients of the batch are held at once: a dozen examples will do.
 
     Args:
       loss_fn: `(params, example) -> loss`, as `gradient_moments` takes it.
@@ -39,7 +41,7 @@ def check_loss(
       batch_loss: `(params, batch) -> loss`, the mean loss of a batch.
 
     Raises:
-      TypeError: If loss_fn returns no floating-point scalar.
+      TypeError: If loss_fn returns no floating-point scalar, or changes a module of flax nnx.
       ValueError: With the numbers that disagree and what that usually means.
 
     Warns:
@@ -69,11 +71,40 @@ def check_loss(
         )
     if not jnp.isfinite(tree_squared_norm(grads)):
         raise ValueError("the losses are finite, but some of their gradients are not.")
+    _check_state(loss_fn, params, batch)
     _check_randomness(loss_fn, params, batch)
     if batch_loss is not None:
         coarse = low_precision or any(x.dtype.itemsize < 4 for x in jax.tree.leaves(grads))
         tolerance = 0.03 if coarse else 1e-3
         _compare(batch_loss, params, batch, moments.value, moments.mean, size, tolerance)
+
+
+def _check_state(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree) -> None:
+    def program() -> tuple[str, list[bytes]]:
+        closed = jax.make_jaxpr(jax.vmap(loss_fn, (None, 0)))(params, batch)
+        consts = [jax.random.key_data(x) if is_key(x) else x for x in closed.consts]
+        # Functions within are made anew by every trace, at another address.
+        return re.sub(r" at 0x\w+", "", str(closed)), [np.asarray(x).tobytes() for x in consts]
+
+    def is_key(x: Any) -> bool:
+        return bool(jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
+
+    try:
+        with jax.checking_leaks():
+            first = program()
+    except Exception as error:
+        if not str(error).startswith("Leaked"):
+            raise
+        raise ValueError(
+            "loss_fn keeps a value of its own in something outside of it, such as a list or an "
+            "attribute, where no number ever arrives: return it as aux, with has_aux=True."
+        ) from error
+    if program() != first:
+        raise ValueError(
+            "loss_fn is another function at its second call: it changes something outside of it, "
+            "such as a counter, or draws from numpy or random. jax.jit keeps what it saw first. "
+            "Pass what changes as an argument, and draw from jax.random by a key of the example."
+        )
 
 
 def _check_randomness(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree) -> None:
