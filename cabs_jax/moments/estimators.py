@@ -17,7 +17,12 @@ import jax.numpy as jnp
 from cabs_jax.moments import split
 from cabs_jax.moments.factored.batch_sums import batch_sums
 from cabs_jax.moments.factored.values import Sample
-from cabs_jax.moments.per_example import LossAndAux, or_zeros, per_example_value_and_grad
+from cabs_jax.moments.per_example import (
+    LossAndAux,
+    batch_size_of,
+    or_zeros,
+    per_example_value_and_grad,
+)
 from cabs_jax.moments.target import Target
 from cabs_jax.statistics import PyTree, Variance, sum_entries
 
@@ -50,6 +55,7 @@ class Task(NamedTuple):
       subsample: How many examples of the whole batch are measured; None for all.
       axis_names: Mesh axes that split the batch, inside a shard_map.
       target: The machine, and how the batch lies on it.
+      coupled: Whether `loss_fn` takes all examples of a block at once, as one group.
     """
 
     loss_fn: LossAndAux
@@ -57,6 +63,17 @@ class Task(NamedTuple):
     subsample: int | None
     axis_names: tuple[str, ...]
     target: Target
+    coupled: bool = False
+
+
+def losses_of(task: Task, params: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:
+    """Losses (m,) of the examples of a block, their own or that of their group, and aux."""
+    if not task.coupled:
+        losses: tuple[jax.Array, PyTree] = task.target.vmap(task.loss_fn, (None, 0))(params, batch)
+        return losses
+    loss, aux = task.loss_fn(params, batch)
+    of_group = jax.tree.map(lambda a: jnp.asarray(a)[None], aux)
+    return jnp.broadcast_to(loss, (batch_size_of(batch),)), of_group
 
 
 def factored(
@@ -103,7 +120,7 @@ def between(
     """Square of the gradient of a block, which is a group."""
 
     def total(params: PyTree) -> tuple[jax.Array, PyTree]:
-        losses, aux = task.target.vmap(task.loss_fn, (None, 0))(params, batch)
+        losses, aux = losses_of(task, params, batch)
         return _kept_sum(losses, keep) * share, aux
 
     (value, aux), gradient = jax.value_and_grad(total, has_aux=True, allow_int=True)(params)

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from cabs_jax._arguments import check_parameters
 from cabs_jax.moments import sharding, split
 from cabs_jax.moments.blocks import over_blocks
-from cabs_jax.moments.estimators import ESTIMATORS, Sums, Task
+from cabs_jax.moments.estimators import ESTIMATORS, Sums, Task, losses_of
 from cabs_jax.moments.per_example import (
     LossAndAux,
     batch_size_of,
@@ -57,6 +57,7 @@ class Options(TypedDict, total=False):
     subsample: int | None
     microbatch_size: int | None
     groups: int | None
+    examples_per_loss: int | None
     axis_name: AxisNames | None
     mesh: jax.sharding.Mesh | None
     spmd_axis_name: AxisNames | None
@@ -85,6 +86,7 @@ def gradient_moments(
     subsample: int | None = None,
     microbatch_size: int | None = None,
     groups: int | None = None,
+    examples_per_loss: int | None = None,
     axis_name: AxisNames | None = None,
     mesh: jax.sharding.Mesh | None = None,
     spmd_axis_name: AxisNames | None = None,
@@ -109,7 +111,8 @@ def gradient_moments(
     Args:
       loss_fn: `loss_fn(params, example) -> scalar loss` of one example, or `(loss, aux)` with
         `has_aux`. Pass keys for random numbers inside the example. A loss in which examples see
-        one another (batch normalisation in training mode) has no per-example gradients.
+        one another (batch normalisation in training mode) has no per-example gradients, but see
+        `examples_per_loss`.
       method: "factored" (and, today, "auto"): exact, at nearly the price of the mean gradient.
         "per_example": exact, holds every gradient; the reference. "between": an estimate of the
         trace from the means ḡ_k of G groups of n_k examples, nearly free,
@@ -131,6 +134,12 @@ def gradient_moments(
         and fewer blocks are all padding.
       groups: Number of groups for "between": on one device, of the batch; on a mesh, of each shard
         (1 by default, so that the shards are the groups).
+      examples_per_loss: For examples that see one another, as in batch normalisation or contrastive
+        losses: `loss_fn(params, group)` is then the mean loss of a group of this many, and
+        method="between" takes one group after another. What is estimated is the gradient of this
+        loss, which changes with the size of the group, and not that of the whole batch as one
+        group; ξ is n times the variance of the groups' gradients, so that ξ/m is that of their
+        mean. The size must divide the batch (or shard), there is no mask, and `aux` is per group.
       axis_name: Mesh axis or axes that split the batch: inside your own `shard_map`, or together
         with `mesh`.
       mesh: Wrap a `shard_map` over this mesh. Not needed where the sharding is visible (Explicit
@@ -168,6 +177,7 @@ def gradient_moments(
       ([0.5, 1.0], 1.25, 2)
     """
     split.check_options(method, variance, subsample, microbatch_size, groups)
+    split.check_coupling(examples_per_loss, method, groups, keep_batch_dim)
     check_platform(platform)
     sharding.check_spmd(spmd_axis_name, mesh, axis_name)
     of_example = loss_and_aux(_of_one(loss_fn, has_aux) if keep_batch_dim else loss_fn, has_aux)
@@ -187,21 +197,22 @@ def gradient_moments(
         real = jnp.sum(keep, dtype=jnp.int32)
         count = sum_over(real, axis_names or None)
         share = sharding.vary(1.0 / jnp.maximum(count, 1).astype(jnp.float32), axis_names)
-        task = Task(of_example, variance, subsample, axis_names, target)
+        coupled = examples_per_loss is not None
+        task = Task(of_example, variance, subsample, axis_names, target, coupled)
         estimate = functools.partial(ESTIMATORS[method], task, params, share)
 
         def of_block(examples: tuple[PyTree, jax.Array]) -> tuple[PyTree, PyTree]:
             of_params, rows = estimate(*examples)
             if averaged_params is None:
                 return (of_params, None), rows
-            losses, _ = target.vmap(functools.partial(of_example, averaged_params))(examples[0])
+            losses, _ = losses_of(task, averaged_params, examples[0])
             kept = jnp.where(examples[1], losses.astype(jnp.float32), 0)
             return (of_params, jnp.sum(kept) * share), rows
 
         sums, aux = over_blocks(
             of_block,
             (batch if mask is None else _fill(batch, keep), keep),
-            split.block_size(size, method, microbatch_size, groups, axis_names),
+            split.block_size(size, method, microbatch_size, groups, axis_names, examples_per_loss),
             lanes=target.lanes,
             keep=None if mask is None or method == "between" else keep,
         )
@@ -222,6 +233,11 @@ def gradient_moments(
         if averaged_params is not None:
             _check_like_parameters(averaged_params, params)
         split.check_mask(mask, batch_size_of(batch))
+        if examples_per_loss is not None and mask is not None:
+            raise ValueError(
+                f"a loss of examples_per_loss={examples_per_loss} examples cannot leave out those"
+                " that a mask marks: pass batches of whole groups, and no mask."
+            )
         mesh_used, axis_names = sharding.resolve(mesh, axis_name, batch)
         target = sharding.target(platform, mesh_used, axis_names, spmd_axis_name, (batch, params))
         measure: Callable[..., Any] = functools.partial(on_shard, axis_names, target)

@@ -34,6 +34,7 @@ def block_size(
     microbatch_size: int | None,
     groups: int | None,
     axis_names: tuple[str, ...],
+    examples_per_loss: int | None = None,
 ) -> int:
     """Returns how many examples are worked on at a time.
 
@@ -41,12 +42,20 @@ def block_size(
       ValueError: If the batch does not split so.
     """
     if method == "between":
+        if examples_per_loss is not None:
+            if size % examples_per_loss:
+                raise ValueError(
+                    f"examples_per_loss={examples_per_loss} does not divide the batch (or shard) of"
+                    f" {size}: keep to its multiples, as round_to={examples_per_loss} does."
+                )
+            groups = size // examples_per_loss
         shards = math.prod(lax.axis_size(axis) for axis in axis_names)
         parts = groups or 1
         if parts * shards < 2:
             raise ValueError(
                 f'method="between" compares groups, and here there is {parts * shards}: pass'
-                " groups=2 or more, or split the batch over a mesh (mesh= or axis_name=)."
+                " groups=2 or more (with examples_per_loss=, a batch of as many), or split the"
+                " batch over a mesh (mesh= or axis_name=)."
             )
         if size % parts:
             raise ValueError(f"groups={parts} does not divide the batch (or shard) of {size}.")
@@ -88,6 +97,24 @@ def check_options(
         raise ValueError(
             f'microbatch_size={microbatch_size} has no place in method="between", whose groups are'
             " worked on one at a time; use groups=."
+        )
+
+
+def check_coupling(
+    examples_per_loss: int | None, method: Method, groups: int | None, keep_batch_dim: bool
+) -> None:
+    """Raises ValueError if options do not go with a loss that takes several examples."""
+    if examples_per_loss is None:
+        return
+    if not (isinstance(examples_per_loss, int) and examples_per_loss >= 1):
+        raise ValueError(
+            f"examples_per_loss must be a positive int or None, got {examples_per_loss!r}."
+        )
+    if method != "between" or groups is not None or keep_batch_dim:
+        raise ValueError(
+            f'examples_per_loss={examples_per_loss} makes the groups of method="between", and'
+            f" goes with neither method={method!r}, groups={groups} nor"
+            f" keep_batch_dim={keep_batch_dim}."
         )
 
 
