@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cabs_jax.moments import per_example_value_and_grad
+from cabs_jax.moments import parameters, per_example_value_and_grad
 from cabs_jax.moments.jaxprs import name, subjaxprs
+from cabs_jax.moments.parameters import of_parameters
 from cabs_jax.moments.per_example import batch_size_of
 from cabs_jax.statistics import PyTree, moments_from_per_example, tree_squared_norm
 
@@ -54,7 +55,7 @@ def check_loss(
       ...     lambda w, row: jnp.sum((w - row) ** 2), jnp.zeros(3), x,
       ...     batch_loss=lambda w, rows: jnp.mean(jnp.sum((w[None] - rows) ** 2, axis=1)))
     """
-    size = batch_size_of(batch)
+    size, parts = batch_size_of(batch), parameters.split(params)
     losses, grads = jax.jit(per_example_value_and_grad(loss_fn))(params, batch)
     moments = moments_from_per_example(losses, grads)
     low_precision = losses.dtype.itemsize < 4
@@ -71,12 +72,14 @@ def check_loss(
         )
     if not jnp.isfinite(tree_squared_norm(grads)):
         raise ValueError("the losses are finite, but some of their gradients are not.")
-    _check_state(loss_fn, params, batch)
-    _check_randomness(loss_fn, params, batch)
+    of_params = of_parameters(loss_fn, parts, parts.arrays)
+    _check_state(of_params, parts.parameters, batch)
+    _check_randomness(of_params, parts.parameters, batch)
     if batch_loss is not None:
         coarse = low_precision or any(x.dtype.itemsize < 4 for x in jax.tree.leaves(grads))
         tolerance = 0.03 if coarse else 1e-3
-        _compare(batch_loss, params, batch, moments.value, moments.mean, size, tolerance)
+        of_batch = of_parameters(batch_loss, parts, parts.arrays)
+        _compare(of_batch, parts.parameters, batch, moments.value, moments.mean, size, tolerance)
 
 
 def _check_state(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree) -> None:
@@ -139,7 +142,7 @@ def _compare(
     size: int,
     tolerance: float,
 ) -> None:
-    value, gradient = jax.jit(jax.value_and_grad(batch_loss, allow_int=True))(params, batch)
+    value, gradient = jax.jit(jax.value_and_grad(batch_loss))(params, batch)
     usual = (
         "Usual reasons: batch normalisation, which normalises a single example by itself; a "
         "penalty, dropout or weights in only one of the two."
@@ -151,13 +154,9 @@ def _compare(
             f"the loss of the batch is {value:.6g}, and the mean of the losses of its {size} "
             f"examples {mean_loss:.6g}. {usual}"
         )
-    floats = [
-        (g.astype(jnp.float32), mean.astype(jnp.float32))
-        for g, mean in zip(jax.tree.leaves(gradient), jax.tree.leaves(mean_gradient), strict=True)
-        if g.dtype != jax.dtypes.float0
-    ]
-    norm = tree_squared_norm([g for g, _ in floats])
-    error = tree_squared_norm([g - mean for g, mean in floats])
+    gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+    norm = tree_squared_norm(gradient)
+    error = tree_squared_norm(jax.tree.map(jnp.subtract, gradient, mean_gradient))
     if error > (10 * tolerance) ** 2 * norm:
         raise ValueError(
             f"the losses agree, but their gradients do not: that of the batch has norm "

@@ -101,6 +101,7 @@ def read_moments(
             "update got params=None: pass the parameters as its third argument, so that "
             "per-example gradients can be told from their mean."
         )
+    params = _with_gradients(params, updates)
     check_parameters(params)
     if not same_structure(updates, params):
         raise ValueError(
@@ -188,6 +189,18 @@ def _visible(tree: PyTree, params: PyTree) -> PyTree:
     return jax.tree.map(lambda p, x: p if _is_masked(p) else x, params, tree, is_leaf=_is_masked)
 
 
+def _with_gradients(params: PyTree, updates: PyTree) -> PyTree:
+    """Returns the parameters without those that have None for a gradient."""
+    given: Any = jax.tree.structure(updates, is_leaf=_is_none)  # its stub has no ==
+    if given != jax.tree.structure(params, is_leaf=_is_none):
+        return params
+    return jax.tree.map(lambda g, p: None if g is None else p, updates, params, is_leaf=_is_none)
+
+
+def _is_none(node: Any) -> bool:
+    return node is None
+
+
 def _is_mean(grads: PyTree, params: PyTree) -> bool:
     shapes = [(jnp.shape(g), p) for _, g, p in _named_leaves(grads, params)]
     return bool(shapes) and all(g == p for g, p in shapes)
@@ -198,13 +211,14 @@ def _rescaling(seen: PyTree, measured_mean: PyTree) -> tuple[jax.Array, jax.Arra
 
     And whether it is none.
     """
+    leaves, measured_leaves = jax.tree.leaves(seen), jax.tree.leaves(measured_mean)
+    if len(leaves) == len(measured_leaves) and all(map(operator.is_, leaves, measured_leaves)):
+        return jnp.ones((), jnp.float32), jnp.zeros((), jnp.bool_)
     if not same_structure(seen, measured_mean):
         raise ValueError(
             f"moments.mean must be a tree like the gradients, {jax.tree.structure(seen)}, got "
             f"{jax.tree.structure(measured_mean)}."
         )
-    if all(map(operator.is_, jax.tree.leaves(seen), jax.tree.leaves(measured_mean))):
-        return jnp.ones((), jnp.float32), jnp.zeros((), jnp.bool_)
     norm = tree_squared_norm(measured_mean)
     scale = tree_dot(seen, measured_mean) / jnp.where(norm > 0, norm, 1)
     scale = jnp.where(norm > 0, scale, 1)

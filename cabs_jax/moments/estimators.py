@@ -17,12 +17,8 @@ import jax.numpy as jnp
 from cabs_jax.moments import split
 from cabs_jax.moments.factored.batch_sums import batch_sums
 from cabs_jax.moments.factored.values import Sample
-from cabs_jax.moments.per_example import (
-    LossAndAux,
-    batch_size_of,
-    or_zeros,
-    per_example_value_and_grad,
-)
+from cabs_jax.moments.parameters import LossAndAux
+from cabs_jax.moments.per_example import batch_size_of, per_example_value_and_grad
 from cabs_jax.moments.target import Target
 from cabs_jax.statistics import PyTree, Variance, sum_entries
 
@@ -123,8 +119,8 @@ def between(
         losses, aux = losses_of(task, params, batch)
         return _kept_sum(losses, keep) * share, aux
 
-    (value, aux), gradient = jax.value_and_grad(total, has_aux=True, allow_int=True)(params)
-    gradient = jax.tree.map(lambda g: or_zeros(g).astype(jnp.float32), gradient)
+    (value, aux), gradient = jax.value_and_grad(total, has_aux=True)(params)
+    gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
     size = jnp.sum(keep, dtype=jnp.float32)
     squares = jax.tree.map(lambda g: jnp.square(g) / jnp.maximum(size, 1.0), gradient)
     squares = sum_entries(squares, task.variance)

@@ -8,14 +8,14 @@ from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import keystr
 from jax.typing import ArrayLike
 
-from cabs_jax._arguments import check_parameters
-from cabs_jax.moments import sharding, split
+from cabs_jax.moments import parameters, sharding, split
 from cabs_jax.moments.blocks import over_blocks
 from cabs_jax.moments.estimators import ESTIMATORS, Sums, Task, losses_of
+from cabs_jax.moments.parameters import LossAndAux
 from cabs_jax.moments.per_example import (
-    LossAndAux,
     batch_size_of,
     loss_and_aux,
     per_example_value_and_grad,
@@ -112,7 +112,9 @@ def gradient_moments(
       loss_fn: `loss_fn(params, example) -> scalar loss` of one example, or `(loss, aux)` with
         `has_aux`. Pass keys for random numbers inside the example. A loss in which examples see
         one another (batch normalisation in training mode) has no per-example gradients, but see
-        `examples_per_loss`.
+        `examples_per_loss`. The parameters are the floating-point arrays of `params`, which may be
+        a whole module of flax nnx (with variables of other kinds than `nnx.Param`, which are no
+        parameters) or Equinox.
       method: "factored" (and, today, "auto"): exact, at nearly the price of the mean gradient.
         "per_example": exact, holds every gradient; the reference. "between": an estimate of the
         trace from the means ḡ_k of G groups of n_k examples, nearly free,
@@ -157,13 +159,18 @@ def gradient_moments(
       A function `(params, batch, mask=None, *, averaged_params=None) -> GradientMoments`, or
       `(moments, aux)`. The leaves of `batch` have shape (m, ...); `mask`, boolean (m,), is False
       for padding, which has no influence whatever it holds. With nothing but padding, everything is
-      0; where `subsample` or `groups` leaves nothing to measure, the variance is NaN. With
+      0; where `subsample` or `groups` leaves nothing to measure, the variance is NaN. What is no
+      parameter (an integer, a Python number, a key, a function) has None in the mean and in a
+      diagonal variance; `nnx.Optimizer` and `eqx.apply_updates` leave it alone, where
+      `optax.apply_updates` wants the parameters without it, as `eqx.filter` gives them. With
       `averaged_params`, a running average of the parameters such as `optax.ema` keeps,
       `averaged_value` is their mean loss on the same batch, for one more forward pass: what
       `cabs(optimal_value="estimated")` tells noise by.
 
     Raises:
-      TypeError: If the loss is not a scalar, the mask not boolean, or a parameter complex.
+      TypeError: If the loss is not a scalar, the mask not boolean, a parameter complex or not an
+        array, or if the loss draws random numbers by a key that is among the parameters (a module's
+        own, in dropout), the same for all examples, or changes a running average of its module.
       ValueError: If options contradict each other or the batch, with the values.
 
     Example:
@@ -180,16 +187,20 @@ def gradient_moments(
     split.check_coupling(examples_per_loss, method, groups, keep_batch_dim)
     check_platform(platform)
     sharding.check_spmd(spmd_axis_name, mesh, axis_name)
-    of_example = loss_and_aux(_of_one(loss_fn, has_aux) if keep_batch_dim else loss_fn, has_aux)
+    of_tree = loss_and_aux(_of_one(loss_fn, has_aux) if keep_batch_dim else loss_fn, has_aux)
 
     def on_shard(
         axis_names: tuple[str, ...],
         target: Target,
-        params_and_averaged: tuple[PyTree, PyTree],
+        parts: parameters.Split,
+        given: tuple[PyTree, PyTree, list[jax.Array]],
         batch: PyTree,
         mask: jax.Array | None,
     ) -> tuple[GradientMoments, PyTree]:
-        params, averaged_params = sharding.vary(params_and_averaged, axis_names)
+        params, averaged_params = sharding.vary(given[:2], axis_names)
+        of_example = parameters.of_parameters(of_tree, parts, given[2])
+        if examples_per_loss is None:
+            parameters.check_randomness(of_tree, parts, given[2], batch)
         if method == "per_example" and microbatch_size is None and averaged_params is None:
             return _reference(of_example, params, batch, mask, variance, axis_names, target)
         size = batch_size_of(batch)
@@ -229,29 +240,34 @@ def gradient_moments(
         *,
         averaged_params: PyTree = None,
     ) -> Any:
-        check_parameters(params)
+        parts = parameters.split(params)
         if averaged_params is not None:
-            _check_like_parameters(averaged_params, params)
+            averaged_params = parameters.split(averaged_params).parameters
+            _check_like_parameters(averaged_params, parts.parameters)
         split.check_mask(mask, batch_size_of(batch))
         if examples_per_loss is not None and mask is not None:
             raise ValueError(
                 f"a loss of examples_per_loss={examples_per_loss} examples cannot leave out those"
                 " that a mask marks: pass batches of whole groups, and no mask."
             )
+        given = parts.parameters, averaged_params, parts.arrays
         mesh_used, axis_names = sharding.resolve(mesh, axis_name, batch)
-        target = sharding.target(platform, mesh_used, axis_names, spmd_axis_name, (batch, params))
-        measure: Callable[..., Any] = functools.partial(on_shard, axis_names, target)
+        target = sharding.target(platform, mesh_used, axis_names, spmd_axis_name, (batch, given))
+        measure: Callable[..., Any] = functools.partial(on_shard, axis_names, target, parts)
         if mesh_used is not None:
             out_specs = sharding.WHOLE, sharding.SPLIT
             measure = sharding.per_shard(measure, mesh_used, axis_names, out_specs)
-        moments, aux = measure((params, averaged_params), batch, mask)
+        moments, aux = measure(given, batch, mask)
         return (moments, aux) if has_aux else moments
 
     return compute
 
 
 def _check_like_parameters(averaged_params: PyTree, params: PyTree) -> None:
-    shapes, wanted = (jax.tree.map(jnp.shape, tree) for tree in (averaged_params, params))
+    shapes, wanted = (
+        [(keystr(path), x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+        for tree in (averaged_params, params)
+    )
     if shapes != wanted:
         raise ValueError(
             f"averaged_params must be a tree like the parameters, of shapes {wanted}, got shapes "

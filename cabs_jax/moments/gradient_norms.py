@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from cabs_jax._arguments import check_parameters
-from cabs_jax.moments import sharding, split
+from cabs_jax.moments import parameters, sharding, split
 from cabs_jax.moments.factored.batch_sums import batch_sums
 from cabs_jax.moments.factored.values import Sample
 from cabs_jax.moments.per_example import batch_size_of, loss_and_aux, per_example_value_and_grad
@@ -63,23 +62,31 @@ def per_example_gradient_norms(
       [1.0, 2.0]
     """
     sharding.check_spmd(spmd_axis_name, mesh, axis_name)
-    of_example = loss_and_aux(loss_fn, has_aux=False)
+    of_tree = loss_and_aux(loss_fn, has_aux=False)
 
     def compute(params: PyTree, batch: PyTree, mask: ArrayLike | None = None) -> jax.Array:
-        check_parameters(params)
+        parts = parameters.split(params)
+        given = parts.parameters, parts.arrays
         split.check_mask(mask, batch_size_of(batch))
         mesh_used, axis_names = sharding.resolve(mesh, axis_name, batch)
-        target = sharding.target(None, mesh_used, axis_names, spmd_axis_name, (batch, params))
+        target = sharding.target(None, mesh_used, axis_names, spmd_axis_name, (batch, given))
 
-        def on_shard(params: PyTree, batch: PyTree, mask: jax.Array | None) -> jax.Array:
-            params, size = sharding.vary(params, axis_names), batch_size_of(batch)
+        def on_shard(
+            given: tuple[PyTree, list[jax.Array]], batch: PyTree, mask: jax.Array | None
+        ) -> jax.Array:
+            params, size = sharding.vary(given[0], axis_names), batch_size_of(batch)
+            parameters.check_randomness(of_tree, parts, given[1], batch)
+            of_example = parameters.of_parameters(of_tree, parts, given[1])
             sample = Sample(size, size, axis_names, target)
             weights = sharding.vary(jnp.ones(size, jnp.float32), axis_names)
             sums = batch_sums(of_example, params, batch, weights, "trace", sample)
             squares = sums.squares
             if jax.tree.leaves(sums.shift):  # which belongs to every gradient, not to `squares`
                 gradients_of = per_example_value_and_grad(
-                    loss_fn, axis_name=axis_names or None, spmd_axis_name=target.spmd_axis_name
+                    of_example,
+                    has_aux=True,
+                    axis_name=axis_names or None,
+                    spmd_axis_name=target.spmd_axis_name,
                 )
                 squares = jax.vmap(tree_squared_norm)(gradients_of(params, batch)[1])
             # Each example has a square of its own, so that what padding holds reaches no other.
@@ -88,7 +95,7 @@ def per_example_gradient_norms(
         measure: Callable[..., Any] = on_shard
         if mesh_used is not None:
             measure = sharding.per_shard(on_shard, mesh_used, axis_names, sharding.SPLIT)
-        norms: jax.Array = measure(params, batch, mask)
+        norms: jax.Array = measure(given, batch, mask)
         return norms
 
     return compute

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 
-from cabs_jax._arguments import check_parameters
-from cabs_jax.moments import sharding
+from cabs_jax.moments import parameters, sharding
+from cabs_jax.moments.parameters import LossAndAux
 from cabs_jax.moments.rewriting import without_batched_convolutions
 from cabs_jax.moments.target import AxisNames, Target
 from cabs_jax.statistics import PyTree
 
-LossAndAux: TypeAlias = Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
 Values_co = TypeVar("Values_co", covariant=True)
 
 
@@ -86,11 +85,12 @@ def per_example_value_and_grad(
     Returns:
       A function `(params, batch) -> (losses, grads)`, or `((losses, aux), grads)`. Every leaf of
       `batch` has shape (m, ...); `losses` has shape (m,); `grads` is a tree like `params` with a
-      leading example axis, float32 zeros for integer parameters. Call it under `jax.jit`: on a
-      mesh, each uncompiled call compiles.
+      leading example axis, and None for what is no floating-point array. Call it under `jax.jit`:
+      on a mesh, each uncompiled call compiles.
 
     Raises:
-      TypeError: If the loss is not a scalar, or a parameter complex.
+      TypeError: If the loss is not a scalar, a parameter complex or not an array, or if the loss
+        draws random numbers by a key that is among the parameters.
       ValueError: If the leaves of the batch disagree on m, the mesh is ambiguous, or
         `spmd_axis_name` names an Explicit axis or comes with one of the others.
 
@@ -108,16 +108,20 @@ def per_example_value_and_grad(
     function = loss_and_aux(loss_fn, has_aux)
 
     def compute(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
-        check_parameters(params)
+        parts = parameters.split(params)
+        given = parts.parameters, parts.arrays
         mesh_used, axis_names = sharding.resolve(mesh, axis_name, batch)
-        target = sharding.target(None, mesh_used, axis_names, spmd_axis_name, (batch, params))
+        target = sharding.target(None, mesh_used, axis_names, spmd_axis_name, (batch, given))
 
-        def on_shard(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
-            return _value_and_grad(function, sharding.vary(params, axis_names), batch, target)
+        def on_shard(given: tuple[PyTree, list[jax.Array]], batch: PyTree) -> tuple[Any, PyTree]:
+            params = sharding.vary(given[0], axis_names)
+            of_example = parameters.of_parameters(function, parts, given[1])
+            parameters.check_randomness(function, parts, given[1], batch)
+            return _value_and_grad(of_example, params, batch, target)
 
         if mesh_used is not None:
             on_shard = sharding.per_shard(on_shard, mesh_used, axis_names, sharding.SPLIT)
-        (losses, aux), grads = on_shard(params, batch)
+        (losses, aux), grads = on_shard(given, batch)
         return (losses, aux) if has_aux else losses, grads
 
     return compute
@@ -202,24 +206,10 @@ def _check_result(result: Any, has_aux: bool) -> None:
         )
 
 
-def or_zeros(gradient: Any) -> jax.Array:
-    """The gradient; float32 zeros where the parameter has none, being an integer."""
-    if gradient.dtype == jax.dtypes.float0:
-        return jnp.zeros(gradient.shape, jnp.float32)
-    result: jax.Array = gradient
-    return result
-
-
 def _value_and_grad(
     loss_fn: LossAndAux, params: PyTree, batch: PyTree, target: Target
 ) -> tuple[Any, PyTree]:
     batch_size_of(batch)
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True, allow_int=True)
-
-    def derivative(params: PyTree, example: PyTree) -> tuple[Any, PyTree]:
-        values, gradient = value_and_grad(params, example)
-        return values, jax.tree.map(or_zeros, gradient)
-
-    function = without_batched_convolutions(derivative)
+    function = without_batched_convolutions(jax.value_and_grad(loss_fn, has_aux=True))
     result: tuple[Any, PyTree] = target.vmap(function, (None, 0))(params, batch)
     return result

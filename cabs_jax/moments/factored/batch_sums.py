@@ -74,7 +74,7 @@ def batch_sums(
 
     Args:
       loss_fn: `loss_fn(params, example) -> (loss, aux)`.
-      params: Parameters; those that are not floating-point get a zero gradient.
+      params: Parameters, floating-point arrays.
       batch: Examples, stacked along the leading axis.
       weights: Weight of each example's loss, float32, shape (m,).
       variance: Whether squares are summed over entries ("trace", "by_parameter") or over examples
