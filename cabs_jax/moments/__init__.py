@@ -2,8 +2,9 @@
 
 What happens to a loss, `loss_fn(params, example) -> scalar`:
 
-1. `gradient_moments` checks the options (`split`), finds out whether the batch is split over
-   devices (`sharding`) and what they are (`target`), and goes through it block by block (`blocks`).
+1. `gradient_moments` checks the options (`split`), sets aside what is no parameter (`parameters`),
+   finds out whether the batch is split over devices (`sharding`) and what they are (`target`), and
+   goes through it block by block (`blocks`).
 2. An estimator (`estimators`) turns a block into sums of losses, gradients and squared gradients.
    The plain one holds every gradient (`per_example`); what follows is the factored one
    (`factored`), which gives the same numbers without holding them.
@@ -81,6 +82,13 @@ Glossary:
 
 from cabs_jax.moments.explain import Explanation, explain
 from cabs_jax.moments.gradient_moments import gradient_moments
+from cabs_jax.moments.gradient_norms import per_example_gradient_norms
 from cabs_jax.moments.per_example import per_example_value_and_grad
 
-__all__ = ["Explanation", "explain", "gradient_moments", "per_example_value_and_grad"]
+__all__ = [
+    "Explanation",
+    "explain",
+    "gradient_moments",
+    "per_example_gradient_norms",
+    "per_example_value_and_grad",
+]

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from cabs_jax.moments import split
 from cabs_jax.moments.factored.batch_sums import batch_sums
 from cabs_jax.moments.factored.values import Sample
-from cabs_jax.moments.per_example import LossAndAux, or_zeros, per_example_value_and_grad
+from cabs_jax.moments.parameters import LossAndAux
+from cabs_jax.moments.per_example import batch_size_of, per_example_value_and_grad
 from cabs_jax.moments.target import Target
-from cabs_jax.statistics import PyTree, Variance, tree_sum
+from cabs_jax.statistics import PyTree, Variance, sum_entries
 
 
 class Sums(NamedTuple):
@@ -28,8 +29,9 @@ class Sums(NamedTuple):
     Attributes:
       value: Σ s_i ℓ_i.
       gradient: Σ s_i g_i, float32.
-      squares: Σ ‖s_i g_i‖² of the measured examples, or of the entries' squares; between groups of
-        n_k examples, or with weights of shares n_k, Σ_k ‖Σ_i s_i g_i‖²/n_k.
+      squares: Σ ‖s_i g_i‖² of the measured examples, or of each parameter's part, or of the
+        entries' squares; between groups of n_k examples, or with weights of shares n_k,
+        Σ_k ‖Σ_i s_i g_i‖²/n_k.
       measured: Number of real examples measured, or of non-empty groups.
       shift: Part of Σ s_i g_i that is the same for every example and not in `gradient`, or ().
       square_shares: With weights, Σ s_i² of the measured examples, or Σ_k (Σ_i s_i²)/n_k; or ().
@@ -50,11 +52,12 @@ class Task(NamedTuple):
 
     Attributes:
       loss_fn: `loss_fn(params, example) -> (loss, aux)`.
-      variance: "trace" or "diagonal".
+      variance: "trace", "by_parameter" or "diagonal".
       subsample: How many examples of the whole batch are measured; None for all.
       axis_names: Mesh axes that split the batch, inside a shard_map.
       target: The machine, and how the batch lies on it.
       weighted: Whether the shares of the examples may differ.
+      coupled: Whether `loss_fn` takes all examples of a block at once, as one group.
     """
 
     loss_fn: LossAndAux
@@ -62,7 +65,18 @@ class Task(NamedTuple):
     subsample: int | None
     axis_names: tuple[str, ...]
     target: Target
-    weighted: bool
+    weighted: bool = False
+    coupled: bool = False
+
+
+def losses_of(task: Task, params: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:
+    """Losses (m,) of the examples of a block, their own or that of their group, and aux."""
+    if not task.coupled:
+        losses: tuple[jax.Array, PyTree] = task.target.vmap(task.loss_fn, (None, 0))(params, batch)
+        return losses
+    loss, aux = task.loss_fn(params, batch)
+    of_group = jax.tree.map(lambda a: jnp.asarray(a)[None], aux)
+    return jnp.broadcast_to(loss, (batch_size_of(batch),)), of_group
 
 
 def factored(
@@ -76,7 +90,9 @@ def factored(
         task.loss_fn, params, batch, weights, task.variance, sample, twice=task.weighted
     )
     real = jnp.sum(sample.rows(keep), dtype=jnp.int32)
-    squares = jnp.sum(result.squares) if task.variance == "trace" else result.squares
+    squares = result.squares
+    if task.variance != "diagonal":
+        squares = jax.tree.map(jnp.sum, squares)
     shift = jax.tree.map(lambda g: g * jnp.sum(weights), result.shift)
     value = kept_sum(times(result.losses, shares), keep)
     square_shares = jnp.sum(sample.rows(jnp.square(weights))) if task.weighted else ()
@@ -100,7 +116,7 @@ def per_example(
     sums = Sums(
         kept_sum(times(losses, shares), keep),
         jax.tree.map(lambda g: kept_sum(g, keep), grads),
-        tree_sum(squares) if task.variance == "trace" else squares,
+        sum_entries(squares, task.variance),
         jnp.sum(keep, dtype=jnp.int32),
     )
     if task.weighted:
@@ -116,19 +132,19 @@ def between(
     """Square of the gradient of a block, which is a group."""
 
     def total(params: PyTree) -> tuple[jax.Array, PyTree]:
-        losses, aux = task.target.vmap(task.loss_fn, (None, 0))(params, batch)
+        losses, aux = losses_of(task, params, batch)
         return kept_sum(times(losses, shares), keep), aux
 
-    (value, aux), gradient = jax.value_and_grad(total, has_aux=True, allow_int=True)(params)
-    gradient = jax.tree.map(lambda g: or_zeros(g).astype(jnp.float32), gradient)
+    (value, aux), gradient = jax.value_and_grad(total, has_aux=True)(params)
+    gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
     filled = jnp.any(keep)
     size = kept_sum(shares, keep) if task.weighted else jnp.sum(keep, dtype=jnp.float32)
     size = jnp.where(filled, size, 1.0)
     squares = jax.tree.map(lambda g: jnp.square(g) / size, gradient)
-    summed = tree_sum(squares) if task.variance == "trace" else squares
+    squares = sum_entries(squares, task.variance)
     square_shares = kept_sum(jnp.square(shares), keep) / size if task.weighted else ()
     measured = filled.astype(jnp.int32)
-    return Sums(value, gradient, summed, measured, square_shares=square_shares), aux
+    return Sums(value, gradient, squares, measured, square_shares=square_shares), aux
 
 
 def kept_sum(x: jax.Array, keep: jax.Array) -> jax.Array:

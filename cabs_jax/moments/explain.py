@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from cabs_jax._arguments import check_parameters
-from cabs_jax.moments import jaxprs, split
+from cabs_jax.moments import jaxprs, parameters, split
 from cabs_jax.moments.factored import cost
 from cabs_jax.moments.factored.choice import Choice, Mode, choose, copies_are_cheap
 from cabs_jax.moments.factored.program import Program, shifting, trace_program
@@ -63,7 +62,7 @@ def explain(
       loss_fn: `loss_fn(params, example) -> loss`, or `(loss, aux)` with `has_aux`.
       params: Parameters.
       example: One example, without a batch axis.
-      variance: "trace" or "diagonal".
+      variance: "trace", "by_parameter" or "diagonal".
       has_aux: Whether `loss_fn` returns auxiliary data.
 
     Returns:
@@ -71,7 +70,7 @@ def explain(
 
     Raises:
       TypeError: If the loss is not a scalar, or a parameter is complex.
-      ValueError: If `variance` is neither of the two.
+      ValueError: If `variance` is none of these.
 
     Example:
       >>> import cabs_jax, jax.numpy as jnp
@@ -85,11 +84,17 @@ def explain(
       total                                                 32                       64
     """
     split.check_options("factored", variance, None, None, None)
-    check_parameters(params)
+    parts = parameters.split(params)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), example)
-    program = trace_program(loss_and_aux(loss_fn, has_aux), params, batch)
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    choices = choose(program, len(paths), variance)
+
+    def of_all(given: tuple[PyTree, list[jax.Array]], example: PyTree) -> Any:
+        arrays = jax.lax.stop_gradient(given[1])  # running averages, say
+        loss = parameters.of_parameters(loss_and_aux(loss_fn, has_aux), parts, arrays)
+        return loss(given[0], example)
+
+    program = trace_program(of_all, (parts.parameters, parts.arrays), batch)
+    paths = jax.tree_util.tree_leaves_with_path(parts.parameters)
+    choices = choose(program, len(paths) + len(parts.arrays), variance)[: len(paths)]
     penalised = shifting(program.body)
     rows = tuple(
         _row(program, choice, jax.tree_util.keystr(path), jax.numpy.shape(leaf), i in penalised)

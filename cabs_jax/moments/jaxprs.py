@@ -45,6 +45,20 @@ def trace(function: Callable[..., PyTree], *args: PyTree) -> tuple[Any, Any]:
     return closed, jax.tree.structure(shape)
 
 
+def first(batch: PyTree) -> PyTree:
+    """The first example of a batch, or of `ShapeDtypeStruct`s that describe one.
+
+    Not by `eval_shape`, whose result is no valid argument where some mesh axes are manual.
+    """
+
+    def row(x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        return jax.lax.index_in_dim(x, 0, keepdims=False)
+
+    return jax.tree.map(row, batch)
+
+
 def is_literal(atom: Atom) -> bool:
     """Whether an operand is a constant written into the jaxpr."""
     return isinstance(atom, core.Literal)
@@ -188,6 +202,39 @@ def counted_slices(scan: Equation) -> list[Equation]:
             if start is not None and start + length <= shape[part[0]]:
                 slices.append(equation)
     return slices
+
+
+def draws_from(closed: Any, given: Sequence[bool]) -> bool:
+    """Whether random numbers are drawn by a key that depends on some inputs and on no others.
+
+    Args:
+      closed: A closed jaxpr.
+      given: Whether an input is one of these. Keys that are made of constants do not count.
+    """
+    drawn = False
+
+    def go(jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[int]) -> list[int]:
+        return walk(jaxpr, consts, inputs, jaxpr.eqns, visit, lambda _: 0)
+
+    def visit(equation: Equation, origins: list[int]) -> Sequence[int]:
+        nonlocal drawn
+        origin = max(origins, default=0)
+        drawn |= name(equation) == "random_bits" and origin == 1
+        if name(equation) in INLINED:
+            return go(*inner_jaxpr(equation), origins)
+        if name(equation) == "cond":
+            for branch in equation.params["branches"]:
+                go(*open_jaxpr(branch), origins[1:])
+        elif name(equation) == "scan":
+            inside, (consts, carry, xs) = equation.params["jaxpr"], split_scan(equation, origins)
+            before: list[int] = []
+            while carry != before:
+                before = carry
+                carry = list(map(max, carry, go(*open_jaxpr(inside), [*consts, *carry, *xs])))
+        return [origin] * len(equation.outvars)
+
+    go(*open_jaxpr(closed), [1 if one else 2 for one in given])
+    return drawn
 
 
 def varying_axes(x: Any) -> frozenset[str]:

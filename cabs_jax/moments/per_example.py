@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 
-from cabs_jax._arguments import check_parameters
-from cabs_jax.moments import sharding
+from cabs_jax.moments import parameters, sharding
+from cabs_jax.moments.parameters import LossAndAux
 from cabs_jax.moments.randomness import check_rng, keys_of_examples, with_key
 from cabs_jax.moments.rewriting import without_batched_convolutions
 from cabs_jax.moments.target import AxisNames, Target
 from cabs_jax.statistics import PyTree
 
-LossAndAux: TypeAlias = Callable[..., tuple[jax.Array, PyTree]]
 Values_co = TypeVar("Values_co", covariant=True)
 
 
@@ -89,13 +89,14 @@ def per_example_value_and_grad(
     Returns:
       A function `(params, batch, *, rng=None) -> (losses, grads)`, or `((losses, aux), grads)`.
       Every leaf of `batch` has shape (m, ...); `losses` has shape (m,); `grads` is a tree like
-      `params` with a leading example axis, float32 zeros for integer parameters. Of `rng`, one key,
-      example i is given `jax.random.fold_in(rng, i)`. Call it under `jax.jit`: on a mesh, each
-      uncompiled call compiles.
+      `params` with a leading example axis, and None for what is no floating-point array. Of `rng`,
+      one key, example i is given `jax.random.fold_in(rng, i)`. Call it under `jax.jit`: on a mesh,
+      each uncompiled call compiles.
 
     Raises:
-      TypeError: If the loss is not a scalar, a parameter complex, or `rng` no key; if only one of
-        the loss and the call has it.
+      TypeError: If the loss is not a scalar, a parameter complex or not an array, or `rng` no key;
+        if only one of the loss and the call has it; or if the loss draws random numbers by a key
+        that is among the parameters.
       ValueError: If the leaves of the batch disagree on m, the mesh is ambiguous, or
         `spmd_axis_name` names an Explicit axis or comes with one of the others.
 
@@ -115,24 +116,28 @@ def per_example_value_and_grad(
     def compute(
         params: PyTree, batch: PyTree, *, rng: jax.Array | None = None
     ) -> tuple[Any, PyTree]:
-        check_parameters(params)
+        parts = parameters.split(params)
         check_rng(rng, loss_fn)
+        given = parts.parameters, parts.arrays, rng
         mesh_used, axis_names = sharding.resolve(mesh, axis_name, batch)
-        target = sharding.target(None, mesh_used, axis_names, spmd_axis_name, (batch, params))
+        target = sharding.target(None, mesh_used, axis_names, spmd_axis_name, (batch, given))
 
         def on_shard(
-            params_and_rng: tuple[PyTree, jax.Array | None], batch: PyTree
+            given: tuple[PyTree, list[jax.Array], jax.Array | None], batch: PyTree
         ) -> tuple[Any, PyTree]:
-            params, rng = sharding.vary(params_and_rng, axis_names)
-            if rng is None:
-                return _value_and_grad(function, params, batch, target)
-            keep = sharding.vary(jnp.ones(batch_size_of(batch), jnp.bool_), axis_names)
-            keys = keys_of_examples(rng, keep, axis_names)
-            return _value_and_grad(with_key(function), params, (batch, keys), target)
+            params, rng = sharding.vary((given[0], given[2]), axis_names)
+            loss_of_tree = function
+            if rng is not None:
+                loss_of_tree = with_key(function)
+                keep = sharding.vary(jnp.ones(batch_size_of(batch), jnp.bool_), axis_names)
+                batch = batch, keys_of_examples(rng, keep, axis_names)
+            parameters.check_randomness(loss_of_tree, parts, given[1], batch)
+            loss = parameters.of_parameters(loss_of_tree, parts, given[1])
+            return _value_and_grad(loss, params, batch, target)
 
         if mesh_used is not None:
             on_shard = sharding.per_shard(on_shard, mesh_used, axis_names, sharding.SPLIT)
-        (losses, aux), grads = on_shard((params, rng), batch)
+        (losses, aux), grads = on_shard(given, batch)
         return (losses, aux) if has_aux else losses, grads
 
     return compute
@@ -164,6 +169,7 @@ def loss_and_aux(loss_fn: Callable[..., Any], has_aux: bool) -> LossAndAux:
 
     Without auxiliary data, `aux` is (). It raises TypeError if it returns something else.
     """
+    loss_fn = _explaining_mutation(loss_fn)
 
     def checked(params: PyTree, example: PyTree, *rng: jax.Array) -> tuple[jax.Array, PyTree]:
         result = loss_fn(params, example, *rng)
@@ -172,6 +178,28 @@ def loss_and_aux(loss_fn: Callable[..., Any], has_aux: bool) -> LossAndAux:
         return loss, aux
 
     return checked
+
+
+def _explaining_mutation(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same loss, which says what to do where flax nnx refuses to change a module."""
+
+    @functools.wraps(loss_fn)
+    def explaining(*args: Any) -> Any:
+        try:
+            return loss_fn(*args)
+        except Exception as error:
+            if type(error).__name__ != "TraceContextError":
+                raise
+            refused = str(error).split(" (")[0]
+            raise TypeError(
+                f"the loss changes a module that was made outside of it ({refused}). A BatchStat is"
+                " of batch normalisation: let it run in evaluation mode, after model.eval(). An"
+                " RngCount is of dropout: give it a key of the example's, model(x,"
+                " rngs=nnx.Rngs(key)). Anything else: make the module inside the loss,"
+                " nnx.merge(graphdef, params, rest)."
+            ) from error
+
+    return explaining
 
 
 def _check_result(result: Any, has_aux: bool) -> None:
@@ -194,24 +222,10 @@ def _check_result(result: Any, has_aux: bool) -> None:
         )
 
 
-def or_zeros(gradient: Any) -> jax.Array:
-    """The gradient; float32 zeros where the parameter has none, being an integer."""
-    if gradient.dtype == jax.dtypes.float0:
-        return jnp.zeros(gradient.shape, jnp.float32)
-    result: jax.Array = gradient
-    return result
-
-
 def _value_and_grad(
     loss_fn: LossAndAux, params: PyTree, batch: PyTree, target: Target
 ) -> tuple[Any, PyTree]:
     batch_size_of(batch)
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True, allow_int=True)
-
-    def derivative(params: PyTree, example: PyTree) -> tuple[Any, PyTree]:
-        values, gradient = value_and_grad(params, example)
-        return values, jax.tree.map(or_zeros, gradient)
-
-    function = without_batched_convolutions(derivative)
+    function = without_batched_convolutions(jax.value_and_grad(loss_fn, has_aux=True))
     result: tuple[Any, PyTree] = target.vmap(function, (None, 0))(params, batch)
     return result

@@ -28,7 +28,6 @@ so that the quotient of the two estimates ξ, times 1 − 1/n for its own mean; 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -42,7 +41,7 @@ from cabs_jax.statistics import (
     Variance,
     WeightSums,
     effective_size,
-    tree_squared_norm,
+    sum_entries,
 )
 
 
@@ -86,13 +85,16 @@ def weighted_moments(
       total: The sums, each example with its share w_i/W.
       sums: W and S.
       params: The parameters.
-      variance: "trace" or "diagonal".
+      variance: "trace", "diagonal" or "by_parameter".
     """
     weight, squares = sums
     exists = squares != 0
     share_squares = squares / jnp.where(exists, jnp.square(weight), 1.0)  # 1/n
     mean, measured = total.gradient, jnp.where(total.measured > 0, total.square_shares, jnp.nan)
-    norms = functools.partial(_squares, variance)
+
+    def squared(tree: PyTree) -> PyTree:
+        return sum_entries(jax.tree.map(jnp.square, tree), variance)
+
     if jax.tree.leaves(total.square_mean):
         n = 1.0 / jnp.where(exists, share_squares, 1.0)
         square_mean = jax.tree.map(lambda g: g * n, total.square_mean)
@@ -102,7 +104,7 @@ def weighted_moments(
             estimate = jnp.maximum(second / measured - around, 0.0) + distance
             return jnp.where(exists, jnp.where(jnp.isinf(second), jnp.inf, estimate), 0.0)
 
-        spreads = jax.tree.map(spread, total.squares, norms(square_mean), norms(away))
+        spreads = jax.tree.map(spread, total.squares, squared(square_mean), squared(away))
     else:
         square_mean = None
         freedom = jnp.where(total.measured > 1, total.square_shares - share_squares, jnp.nan)
@@ -111,7 +113,7 @@ def weighted_moments(
             estimate = jnp.maximum(second - squared_mean, 0.0) / freedom * (1 - share_squares)
             return jnp.where(exists, jnp.where(jnp.isinf(second), jnp.inf, estimate), 0.0)
 
-        spreads = jax.tree.map(spread_of_groups, total.squares, norms(mean))
+        spreads = jax.tree.map(spread_of_groups, total.squares, squared(mean))
     if jax.tree.leaves(total.shift):
         mean = jax.tree.map(jnp.add, mean, total.shift)
         square_mean = jax.tree.map(jnp.add, square_mean, total.shift)
@@ -120,7 +122,3 @@ def weighted_moments(
     return GradientMoments(
         total.value, mean, spreads, count, weights=WeightSums(*sums, square_mean)
     )
-
-
-def _squares(variance: Variance, tree: PyTree) -> PyTree:
-    return tree_squared_norm(tree) if variance == "trace" else jax.tree.map(jnp.square, tree)

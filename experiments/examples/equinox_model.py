@@ -1,4 +1,4 @@
-"""CABS on digits with Equinox: the arrays of the model are the parameters.
+"""CABS on digits with Equinox: the floating-point arrays of the model are the parameters.
 
 Run it with `python -m experiments.examples.equinox_model`, after `pip install equinox`.
 """
@@ -20,25 +20,23 @@ def main(steps: int = 200) -> tuple[list[float], list[int]]:
     loader = cabs_jax.BatchLoader(data, batch_size=8)
 
     model = eqx.nn.MLP(64, 10, width_size=32, depth=1, key=jax.random.key(0))
-    params, static = eqx.partition(model, eqx.is_inexact_array)
     optimizer = cabs_jax.cabs(0.5, min_batch_size=8, round_to=(8, 12, 16, 24, 32, 48, 64))
-    state = optimizer.init(params)
+    state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
 
-    def loss_fn(params: Any, example: dict[str, jax.Array]) -> jax.Array:
-        logits = eqx.combine(params, static)(example["image"])
-        loss: jax.Array = cross_entropy(logits, example["label"])
+    def loss_fn(model: eqx.nn.MLP, example: dict[str, jax.Array]) -> jax.Array:
+        loss: jax.Array = cross_entropy(model(example["image"]), example["label"])
         return loss
 
-    @jax.jit
-    def train_step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
-        m = cabs_jax.gradient_moments(loss_fn)(params, batch)
-        updates, state = optimizer.update(m.mean, state, params, moments=m)
-        return eqx.apply_updates(params, updates), state, m.value
+    @eqx.filter_jit
+    def train_step(model: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+        m = cabs_jax.gradient_moments(loss_fn)(model, batch)
+        updates, state = optimizer.update(m.mean, state, model, moments=m)
+        return eqx.apply_updates(model, updates), state, m.value
 
     losses, sizes = [], []
     for _ in range(steps):
         sizes.append(int(loader.batch_size))
-        params, state, loss = train_step(params, state, next(loader))
+        model, state, loss = train_step(model, state, next(loader))
         loader.batch_size = cabs_jax.batch_size(state)
         losses.append(float(loss))
     return losses, sizes

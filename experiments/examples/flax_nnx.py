@@ -39,15 +39,12 @@ def main(steps: int = 200) -> tuple[list[float], list[int]]:
 
     @nnx.jit
     def train_step(model: Net, optimizer: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        graph, params, *rest = nnx.split(model, nnx.Param, ...)
-
-        def loss_fn(params: Any, batch_of_one: Any) -> jax.Array:
+        def loss_fn(model: Net, batch_of_one: Any) -> jax.Array:
             image, label = batch_of_one
-            logits = nnx.merge(graph, params, *rest)(image)
-            loss: jax.Array = cross_entropy(logits, label)[0]
+            loss: jax.Array = cross_entropy(model(image), label)[0]
             return loss
 
-        m = cabs_jax.gradient_moments(loss_fn, keep_batch_dim=True)(params, batch)
+        m = cabs_jax.gradient_moments(loss_fn, keep_batch_dim=True)(model, batch)
         optimizer.update(model, m.mean, moments=m)
         return m.value, cabs_jax.batch_size(optimizer.opt_state)[...]  # out of its nnx.Variable
 

@@ -28,7 +28,7 @@ def assert_same(actual, expected, rtol=1e-4):
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=rtol), actual, expected)
 
 
-@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+@pytest.mark.parametrize("variance", ["trace", "by_parameter", "diagonal"])
 @pytest.mark.parametrize("order", [1, -1])
 def test_merged_moments_are_those_of_the_whole_masked_batch(variance, order):
     moments_of = cabs_jax.gradient_moments(loss_fn, variance=variance)

@@ -34,8 +34,8 @@ class BatchSums(NamedTuple):
       losses: Loss of each example, float32, shape (m,).
       gradient: Σ_i w_i g_i, a float32 tree like the parameters.
       again: Σ_i w_i² g_i likewise; () where it was not asked for.
-      squares: For the trace, ‖w_i g_i‖² of each measured example, shape (n,); for the diagonal,
-        Σ_i (w_i g_i)² over these, a float32 tree like the parameters.
+      squares: For the trace, ‖w_i g_i‖² of each measured example, shape (n,); by parameter, a tree
+        of these; for the diagonal, Σ_i (w_i g_i)² over them, a float32 tree like the parameters.
       shift: Gradient of the terms of the loss that depend on parameters alone, which is in neither
         of the two, a float32 tree like the parameters; () if there are none.
       aux: Auxiliary outputs of each example.
@@ -53,13 +53,13 @@ class Slots(NamedTuple):
     """All slots of an evaluation; every one is float32 and holds zeros.
 
     Attributes:
-      norms: Squared norms, shape (n,).
+      norms: Squared norms, shape (n,), by parameter.
       gradients: Per-example gradients (n, *shape), by parameter.
       squares: Sums of squared gradients, by parameter.
       factors: Factors, by site.
     """
 
-    norms: jax.Array
+    norms: dict[int, jax.Array]
     gradients: dict[int, jax.Array]
     squares: dict[int, jax.Array]
     factors: dict[int, Factors]
@@ -79,10 +79,11 @@ def batch_sums(
 
     Args:
       loss_fn: `loss_fn(params, example) -> (loss, aux)`.
-      params: Parameters; those that are not floating-point get a zero gradient.
+      params: Parameters, floating-point arrays.
       batch: Examples, stacked along the leading axis.
       weights: Weight of each example's loss, float32, shape (m,).
-      variance: Whether squares are summed over entries ("trace") or over examples ("diagonal").
+      variance: Whether squares are summed over entries ("trace", "by_parameter") or over examples
+        ("diagonal").
       sample: The m examples, and the n of them whose squares are summed.
       twice: Whether Σ_i w_i² g_i is asked for, for one more backward pass.
     """
@@ -116,14 +117,18 @@ def batch_sums(
         held = slots.gradients.items()
         gradients |= {i: jnp.sum(g, axis=0) for i, g in held}
         again |= {i: jnp.tensordot(weights, g, 1, precision=HIGHEST) for i, g in held if twice}
-    if variance == "trace":
-        squares: PyTree = slots.norms + norms_of_sums(choices, slots.factors, sample.target)
-        squares = squares + sum(
-            jnp.sum(jnp.square(g), axis=range(1, g.ndim)) for g in slots.gradients.values()
-        )
+    held_squares = {i: jnp.square(g) for i, g in slots.gradients.items()}
+    if variance == "diagonal":
+        summed = {i: jnp.sum(g, axis=0) for i, g in held_squares.items()}
+        squares: PyTree = treedef.unflatten(_or_zeros(slots.squares | summed, leaves))
     else:
-        of_gradients = {i: jnp.sum(jnp.square(g), axis=0) for i, g in slots.gradients.items()}
-        squares = treedef.unflatten(_or_zeros(slots.squares | of_gradients, leaves))
+        norms = slots.norms | norms_of_sums(choices, slots.factors, sample.target)
+        norms |= {i: jnp.sum(g, axis=range(1, g.ndim)) for i, g in held_squares.items()}
+        none = sample.zeros((sample.measured,))
+        if variance == "trace":
+            squares = sum(norms.values(), start=none)
+        else:
+            squares = treedef.unflatten([norms.get(i, none) for i in range(len(leaves))])
     shifted = shift_gradient(program, leaves)
     shift = treedef.unflatten(shifted) if shifted else ()
     gradient = treedef.unflatten(_or_zeros(gradients, leaves))
@@ -152,11 +157,11 @@ def _empty_slots(
         return {i: leaves[i].shape for i, choice in enumerate(choices) if choice.mode is mode}
 
     n, held = sample.measured, shapes(Mode.PER_EXAMPLE)
-    squared = shapes(Mode.IN_PLACE) if variance == "diagonal" else {}
+    in_place, diagonal = shapes(Mode.IN_PLACE), variance == "diagonal"
     return Slots(
-        norms=sample.zeros((n,)),
+        norms={} if diagonal else {i: sample.zeros((n,)) for i in in_place},
         gradients={i: sample.zeros((n, *shape)) for i, shape in held.items()},
-        squares={i: sample.zeros(shape) for i, shape in squared.items()},
+        squares={i: sample.zeros(shape) for i, shape in in_place.items()} if diagonal else {},
         factors=empty_factors(choices, sample),
     )
 
