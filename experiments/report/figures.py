@@ -100,8 +100,8 @@ def by_devices(data: DataSet, goals: Sequence[tables.Goal]) -> bytes:
             colour = _style(names.index(name), name)["color"]
             best = devices.seconds(goal.works[name], one, within)
             ax.plot(within, best, color=colour, linewidth=8, alpha=0.3)
-        logarithmic(ax, "x")
         logarithmic(ax, "y")
+        ax.set_xscale("log")
         ax.set(title=f"to {goal.target:g} at {goal.weights}", xlabel="devices", ylabel="seconds")
         ax.legend(frameon=False, fontsize=7)
     for ax in list(axes)[len(goals) :]:

@@ -137,12 +137,12 @@ def _data_set(data: DataSet) -> list[Section]:
     if goals:
         who = "who is the quickest on how many devices"
         drawn.append(figure("devices", who, figures.by_devices(data, goals)))
+    ragged = data.grid and not analysis.sensitivity(data, "w")[0]
+    beware = " No seed of the grid is whole: methods are shown over different α." if ragged else ""
     parts = [
         Section(
             heading=data.title,
-            paragraphs=(
-                f"{data.setting}. {which}; lines are medians over seeds, bands all of them.",
-            ),
+            paragraphs=(f"{data.setting}. {which}; lines are medians, bands all seeds.{beware}",),
             figures=tuple(drawn),
             table=tables.finals(data),
         )
