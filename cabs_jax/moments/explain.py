@@ -140,7 +140,7 @@ def explain(
 
 def _priced(row: Explanation, priced: price.Price) -> Explanation:
     relative = priced.extra / priced.plain if priced.plain else math.nan
-    reason = "" if "small" in priced.forms else row.reason
+    reason = "" if "small" in priced.forms else row.reason or priced.reason
     if relative > 0.5 and not reason:
         sizes = (f"{t} of {p}×{q}" for _, t, p, q in priced.sizes)
         reason = f"little work: positions {', '.join(dict.fromkeys(sizes))}"

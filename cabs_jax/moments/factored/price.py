@@ -38,6 +38,7 @@ class Price(NamedTuple):
       plain: Operations of the plain gradient at its sites, forward and backward.
       bytes: Memory while it is measured.
       sizes: For each use, (groups, positions, p, q).
+      reason: Why it is more than it would be for a parameter as it is.
     """
 
     forms: tuple[str, ...]
@@ -45,6 +46,7 @@ class Price(NamedTuple):
     plain: int
     bytes: int
     sizes: tuple[cost.Sizes, ...] = ()
+    reason: str = ""
 
 
 def of_uses(leaf: int, choice: Choice, variance: Variance, target: Target) -> Price:
@@ -60,6 +62,7 @@ def of_uses(leaf: int, choice: Choice, variance: Variance, target: Target) -> Pr
             round(sum(6 * math.prod(s) * share for s, share in zip(sizes, shares, strict=True))),
             max(part.bytes for part in parts),
             sizes,
+            _why(uses, variance),
         )
     plain = sum(6 * math.prod(use.sizes()) for use in uses)
     groups, _, p, q = uses[0].sizes()
@@ -73,6 +76,15 @@ def of_uses(leaf: int, choice: Choice, variance: Variance, target: Target) -> Pr
     pairs = sum(s * t for i, s in enumerate(lengths) for t in lengths[: i + 1])
     across = sum(q if use.rule.one_hot else p + q for use in uses) // len(uses)
     return Price(("Gram",), groups * pairs * (2 * across + 3), plain, memory, (size,))
+
+
+def _why(uses: tuple[Use, ...], variance: Variance) -> str:
+    """Why parameters cost more than in a product with them as they are."""
+    if any(use.rule.apart for use in uses):
+        return "every example reads rows of its own, once more"
+    if variance == "trace" and any(views.is_weighted(use.view) for use in uses):
+        return "its entries are multiplied by different constants"
+    return ""
 
 
 def _share(leaf: int, use: Use) -> float:
