@@ -8,8 +8,9 @@ What happens to a loss, `loss_fn(params, example) -> scalar`:
 2. An estimator (`estimators`) turns a block into sums of losses, gradients and squared gradients.
    The plain one holds every gradient (`per_example`); what follows is the factored one
    (`factored`), which gives the same numbers without holding them.
-3. The loss is traced to a jaxpr for one example, and its equations are sorted (`program`): where do
-   parameters meet the example? These are the sites. What do they look like there (`views`)?
+3. The loss is traced to a jaxpr for one example, products with merged weights multiplied out
+   (`distributed`), and its equations are sorted (`program`): where do parameters meet the example?
+   These are the sites. What do they look like there (`views`)?
 4. For each parameter a way to measure it is chosen (`choice`): by the rules of the primitives at
    its sites (`primitives`), by what these cost (`cost`), or as per-example gradients where no rule
    goes.
@@ -20,10 +21,10 @@ What happens to a loss, `loss_fn(params, example) -> scalar`:
    are used several times are put together at the end (`collected`), and penalties added (`shift`).
 7. Sums become moments: tr Σ̂ = (1/m) Σ_i ‖g_i‖² − ‖ḡ‖².
 
-`explain` prints what was chosen and what it costs. Two more things are done on the way:
-convolutions of two batched operands are computed from patches (`rewriting`, `convolution`), since
-XLA's partitioner gets them wrong; and all of JAX's less stable surface is kept in one file
-(`jaxprs`).
+`explain` prints what was chosen and what it costs (`price`, `flops`). Two more things are done on
+the way: convolutions of two batched operands are computed from patches (`rewriting`,
+`convolution`), since XLA's partitioner gets them wrong; and all of JAX's less stable surface is
+kept in one file (`jaxprs`).
 
 Worked example: one dense layer. In the jaxpr of this loss the parameter `w` meets the example in
 one equation, the `dot_general` of y = x·w. That is its site, and here is its number 0:

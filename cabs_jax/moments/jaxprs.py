@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from cabs_jax.statistics import PyTree
 
@@ -72,6 +73,12 @@ def carries_gradient(atom: Atom) -> bool:
 def name(equation: Equation) -> str:
     """The name of an equation's primitive."""
     return str(equation.primitive.name)
+
+
+def needed(jaxpr: Jaxpr) -> tuple[Jaxpr, list[bool]]:
+    """Returns the jaxpr without what its outputs do not need, and which inputs they need."""
+    without, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return without, list(used)
 
 
 def inner_jaxpr(equation: Equation) -> tuple[Jaxpr, Sequence[Any]]:
@@ -204,22 +211,25 @@ def counted_slices(scan: Equation) -> list[Equation]:
     return slices
 
 
-def draws_from(closed: Any, given: Sequence[bool]) -> bool:
-    """Whether random numbers are drawn by a key that depends on some inputs and on no others.
+def any_of_inputs_alone(
+    closed: Any, given: Sequence[bool], chosen: Callable[[Equation], bool]
+) -> bool:
+    """Whether there is an equation whose operands depend on some inputs and on no others.
 
     Args:
       closed: A closed jaxpr.
-      given: Whether an input is one of these. Keys that are made of constants do not count.
+      given: Whether an input is one of these. What is made of constants alone does not count.
+      chosen: Which equations are meant.
     """
-    drawn = False
+    found = False
 
     def go(jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[int]) -> list[int]:
         return walk(jaxpr, consts, inputs, jaxpr.eqns, visit, lambda _: 0)
 
     def visit(equation: Equation, origins: list[int]) -> Sequence[int]:
-        nonlocal drawn
+        nonlocal found
         origin = max(origins, default=0)
-        drawn |= name(equation) == "random_bits" and origin == 1
+        found |= origin == 1 and chosen(equation)
         if name(equation) in INLINED:
             return go(*inner_jaxpr(equation), origins)
         if name(equation) == "cond":
@@ -234,7 +244,7 @@ def draws_from(closed: Any, given: Sequence[bool]) -> bool:
         return [origin] * len(equation.outvars)
 
     go(*open_jaxpr(closed), [1 if one else 2 for one in given])
-    return drawn
+    return found
 
 
 def varying_axes(x: Any) -> frozenset[str]:

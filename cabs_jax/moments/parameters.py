@@ -128,7 +128,7 @@ def check_randomness(
     shared, example = (parts.parameters, arrays), jaxprs.first(batch)
     closed, _ = jaxprs.trace(of_all, *shared, example)
     inputs = [True] * len(jax.tree.leaves(shared)) + [False] * len(jax.tree.leaves(example))
-    if jaxprs.draws_from(closed, inputs):
+    if jaxprs.any_of_inputs_alone(closed, inputs, lambda e: jaxprs.name(e) == "random_bits"):
         raise TypeError(
             "the loss draws random numbers that are the same for all examples, such as one dropout"
             f" mask for the whole batch, by a key among the parameters: {', '.join(parts.keys)}."

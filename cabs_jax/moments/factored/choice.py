@@ -135,12 +135,13 @@ def _choose(
     once = all(view.repeats == 1 for view in seen)
     if once and views.apart(seen):
         return Choice(Mode.IN_PLACE, "", numbers, tuple(uses))
+    reason = f"{len(uses)} uses" if len(uses) > 1 else "used in every step of a scan"
     # Squares of entries need the whole gradient; so do slices that a scan takes in turn.
     if variance == "diagonal" or any(view.looped for view in seen):
-        return Choice(Mode.PER_EXAMPLE, f"{len(uses)} uses", numbers)
+        return Choice(Mode.PER_EXAMPLE, reason, numbers)
     layouts = {use.layout() for use in uses}
     if len(layouts) == 1 and None not in layouts:
-        return Choice(Mode.COLLECTED, f"{len(uses)} uses", numbers, tuple(uses))
+        return Choice(Mode.COLLECTED, reason, numbers, tuple(uses))
     return Choice(Mode.PER_EXAMPLE, "its uses overlap in different layouts", numbers)
 
 

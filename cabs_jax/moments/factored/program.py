@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from cabs_jax.moments import jaxprs
-from cabs_jax.moments.factored import primitives, views
+from cabs_jax.moments.factored import distributed, primitives, views
 from cabs_jax.statistics import PyTree
 
 
@@ -140,7 +140,7 @@ def trace_program(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree) ->
       params: Its parameters; arrays that are not floating-point count as constants.
       batch: Examples with a leading axis, or `ShapeDtypeStruct`s of them.
     """
-    closed, out_tree = jaxprs.trace(loss_fn, params, jaxprs.first(batch))
+    closed, out_tree = distributed.trace(loss_fn, params, jaxprs.first(batch))
     jaxpr, consts = jaxprs.open_jaxpr(closed)
     leaves = jax.tree.leaves(params)
     origins: list[Origin] = [
