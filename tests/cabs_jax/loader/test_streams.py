@@ -291,6 +291,48 @@ def test_resuming_continues_with_the_very_next_example(kind, before, after, lag)
         assert resumed.examples_seen == loader.examples_seen
 
 
+def test_a_state_after_more_passes_than_are_asked_for_is_at_the_end():
+    with BatchLoader(Resumable(length=4), 4, epochs=5) as loader:
+        for _ in range(4):
+            next(loader)
+        state = loader.get_state()
+    with BatchLoader(Resumable(length=4), 4, epochs=2) as loader:
+        loader.set_state(state)
+        assert next(loader, None) is None
+
+
+def test_the_example_that_could_not_be_read_is_read_when_resuming():
+    class Counts:
+        """Says that it is behind an example before it has read it."""
+
+        def __init__(self, unreadable=-1):
+            self.at, self.unreadable = 0, unreadable
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            self.at += 1
+            if self.at == self.unreadable:
+                raise OSError("the network is gone")
+            return self.at
+
+        def get_state(self):
+            return self.at
+
+        def set_state(self, state):
+            self.at = state
+
+    with BatchLoader(Counts(unreadable=5), 4) as loader:
+        next(loader)
+        with pytest.raises(OSError, match="the network is gone"):
+            next(loader)
+        state = loader.get_state()
+    with BatchLoader(Counts(), 4) as loader:
+        loader.set_state(state)
+        assert next(loader).tolist() == [5, 6, 7, 8]
+
+
 @pytest.mark.parametrize("source", [lambda: iter(range(99)), Passes], ids=["generator", "class"])
 def test_what_cannot_be_resumed_says_so(source):
     with BatchLoader(source()) as loader:
