@@ -1,5 +1,6 @@
 """Any iterable, re-cut into batches of any size: nothing lost, nothing shuffled."""
 
+import contextlib
 import itertools
 import json
 import signal
@@ -341,6 +342,16 @@ def test_what_cannot_be_resumed_says_so(source):
             loader.get_state()
 
 
+def test_an_iterator_that_cannot_be_told_where_to_go_is_not_sent_back():
+    with BatchLoader(iter(range(99))) as loader:
+        beginning = loader.get_state()
+        loader.set_state(beginning)
+        next(loader)
+        with pytest.raises(TypeError, match=r"cannot be resumed: it has no set_state"):
+            loader.set_state(beginning)
+        assert next(loader)[0] == 16
+
+
 def test_a_state_of_a_stream_that_became_shorter_says_so():
     with BatchLoader(Resumable(length=100), 50) as loader:
         next(loader)
@@ -375,6 +386,9 @@ def test_a_sharded_stream_that_ends_needs_padding():
     sharding = NamedSharding(jax.make_mesh((8,), ("data",)), P("data"))
     with pytest.raises(ValueError, match=r"may not split over 8 shards: pass pad_to"):
         BatchLoader(iter(range(20)), sharding=sharding)
+    for length, splits in ((12, True), (10, False)):
+        with contextlib.nullcontext() if splits else pytest.raises(ValueError, match="8 shards"):
+            BatchLoader(np.arange(length), 8, sharding=sharding, epochs=2)
     with BatchLoader(iter(range(20)), 16, sharding=sharding, pad_to=16) as loader:
         batches = [(batch, mask) for batch, mask in loader]
     assert [int(mask.sum()) for _, mask in batches] == [16, 4]
