@@ -57,6 +57,17 @@ def test_forms_follow_the_number_of_positions():
     assert [form(1), form(2), form(100)] == ["one position", "Gram", "direct"]
 
 
+def test_a_grouped_convolution_costs_what_its_groups_do():
+    def loss(p, x):
+        return jnp.sum(
+            jnp.tanh(jax.lax.conv_general_dilated(x[None], p, (1,), "VALID", feature_group_count=2))
+        )
+
+    (row,) = explain(loss, jnp.ones((4, 2, 3)), jnp.ones((4, 50)))
+    assert row.form == "direct"
+    assert row.extra_flops == 3 * 2 * (2 * 3) * 2  # 3·groups·p·q
+
+
 def test_diagonal_of_a_parameter_used_twice_is_held(capsys):
     def loss(p, x):
         return jnp.sum(jnp.tanh(x @ p) @ p)

@@ -75,6 +75,13 @@ def test_squares_of_the_first_examples_of_every_lane_with_weights(name, measured
     assert_close(sums.squares, norms[list(rows)])
 
 
+def test_the_mean_of_a_whole_batch_is_that_of_the_gradients_measured():
+    moments_of = gradient_moments(lambda w, x: jnp.sum(jnp.tanh(x @ w)))
+    jaxpr = jax.make_jaxpr(moments_of)(jnp.ones((4, 3)), jnp.ones((8, 100, 4)))
+    # The layer, the gradient of its input, and those of the examples, but not their mean beside.
+    assert str(jaxpr).count("dot_general") == 3
+
+
 def test_terms_of_parameters_alone_shift_the_mean_but_not_the_squares():
     def loss(p, x):
         return jnp.sum(x * p) + jnp.sum(jnp.square(p))
