@@ -165,6 +165,11 @@ def _kernel(
                 collectives[kind] = collectives.get(kind, 0) + sent
             chains |= {chain} - {""}
     cycles = instruction.attribute(r'"estimated_cycles":"(\d+)"')
+    if told := _told(instruction):
+        products = {_precision(computation, instruction): told["products"]}
+        elementwise = told["elementwise"]
+        rest = sum(nbytes for nbytes, space in moved if space != 0)
+        moved = [(max(told["memory"] - rest, 0), 0), (rest, 1)]
     return Kernel(
         instruction.name,
         _target(instruction) or instruction.opcode,
@@ -179,6 +184,13 @@ def _kernel(
         int(cycles) if cycles else None,
         instruction.opcode.endswith("-start"),
     )
+
+
+def _told(instruction: hlo.Instruction) -> dict[str, int]:
+    """What a Pallas kernel says of itself: operations, and bytes read and written in all."""
+    said = instruction.attribute(r"kernel_metadata=\{([^}]*)\}")
+    pairs = re.findall(r"(\w+)\W+(\d+)", said)
+    return {key: int(number) for key, number in pairs}
 
 
 def _within(
