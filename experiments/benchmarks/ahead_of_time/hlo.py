@@ -104,7 +104,7 @@ def parse(text: str) -> Module:
         if match := _COMPUTATION.match(line):
             current = computations.setdefault(match[2], {})
             entry = match[2] if match[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
             current = None
         elif current is not None and (instruction := _instruction(line)):
             current[instruction.name] = instruction

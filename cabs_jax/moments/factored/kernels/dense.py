@@ -15,9 +15,9 @@ from cabs_jax.moments import jaxprs
 
 LANES, SUBLANES = 128, 16  # arrays in VMEM are stored in whole tiles of these sizes
 LARGEST = (256, 512, 1024)  # positions, rows and columns of a product
-READ_BYTES = 2 * 2**20  # of one operand in VMEM
+READ_BYTES = 2**20  # of one operand in VMEM
 UNROLLED = 512  # passes through the matrix unit in one piece of straight code
-VMEM_BYTES = 32 * 2**20
+SMALLEST_LIMIT = 16 * 2**20  # bytes of VMEM, as the compiler grants by itself
 
 
 class Tiles(NamedTuple):
@@ -40,7 +40,7 @@ def tiles(examples: int, positions: int, p: int, q: int) -> Tiles:
     """Cuts a weight gradient into tiles that fit in VMEM.
 
     >>> tiles(64, 64, 784, 512), tiles(8, 2048, 2048, 8192)
-    (Tiles(positions=64, p=512, q=512, examples=16),
+    (Tiles(positions=64, p=512, q=512, examples=8),
      Tiles(positions=256, p=512, q=1024, examples=1))
     """
     units = SUBLANES, LANES, LANES
@@ -107,7 +107,7 @@ def weight_gradient(
         scratch_shapes=[pltpu.VMEM((cut.p, cut.q), jnp.float32)] if parts > 1 else [],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * 3 + ("arbitrary",) * 2,
-            vmem_limit_bytes=VMEM_BYTES,
+            vmem_limit_bytes=vmem_limit(4 * READ_BYTES + 3 * 4 * cut.p * cut.q),
             fuse_transposed_lhs_in_matmul=True,
         ),
         **costs(
@@ -182,6 +182,14 @@ def _within(x: jax.Array, axis: int, start: jax.Array, size: int) -> jax.Array:
         return x
     place = start + lax.broadcasted_iota(jnp.int32, x.shape, axis)
     return jnp.where(place < size, x, jnp.zeros((), x.dtype))
+
+
+def vmem_limit(nbytes: int) -> int:
+    """How much VMEM to reserve for buffers of so many bytes and what a product adds.
+
+    The compiler keeps as much less of its own there.
+    """
+    return max(2 * nbytes, SMALLEST_LIMIT)
 
 
 def costs(products: int, elementwise: int, nbytes: int) -> dict[str, Any]:

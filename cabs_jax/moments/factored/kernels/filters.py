@@ -17,14 +17,14 @@ from cabs_jax.moments import convolution, jaxprs
 from cabs_jax.moments.factored.kernels.dense import (
     LANES,
     READ_BYTES,
-    VMEM_BYTES,
     costs,
     divisor,
     passes,
+    vmem_limit,
     whole,
 )
 
-LARGEST_SCRATCH = 8 * 2**20  # bytes
+LARGEST_SCRATCH = 4 * 2**20  # bytes
 LARGEST_CODE = 2048  # passes through the matrix unit for one example
 
 
@@ -114,9 +114,10 @@ def filter_gradient(
     out = convolution.channels_last(cotangent, out_spec, lead=1)[:, 0]
     at, examples = layout(g, image.shape[1:3]), x.shape[0]
     left, right = _pixels_last(image, at.width), _pixels_last(out, at.width)
-    entries = len(at.shifts) * g.channels
+    entries, pixels = len(at.shifts) * g.channels, whole(at.pixels, LANES)
     nbytes = 4 * max(g.channels * at.seen, g.filters * at.pixels)
     at_once = divisor(examples, min(READ_BYTES // nbytes, 16))
+    buffers = 4 * READ_BYTES + 4 * entries * (pixels + 2 * whole(g.filters, LANES))
     shaped = functools.partial(jaxprs.shape_varying_like, operands=(x, cotangent))
     total, norms = pl.pallas_call(
         functools.partial(_kernel, at, precision),
@@ -135,10 +136,10 @@ def filter_gradient(
         ],
         scratch_shapes=[
             pltpu.VMEM((g.channels, at.extent), jnp.float32),
-            pltpu.VMEM((entries, whole(at.pixels, LANES)), jnp.float32),
+            pltpu.VMEM((entries, pixels), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit(buffers)
         ),
         **costs(
             products=2 * examples * math.prod(g.output) * entries * g.filters,
