@@ -37,6 +37,6 @@ QUICK = """
     odd_leaves bfloat16_compute a_single_array
     scaled_weights stacked_weights merged_queries_keys_and_values
     nested_jit custom_jvp custom_vjp checkpoint vmap_over_positions
-""".split()
+""".split()  # noqa: SIM905
 EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in ZOO]
 assert set(QUICK) <= set(ZOO)
