@@ -7,6 +7,8 @@ import cabs_jax
 from experiments.comparison import outcome, problems, runs
 from experiments.training import averages, descent
 
+pytestmark = pytest.mark.slow  # compiles a grid of runs
+
 
 @pytest.fixture(scope="module")
 def problem():
@@ -57,7 +59,6 @@ def test_stretches_make_up_the_whole(problem, found):
     np.testing.assert_allclose(whole.loss, found.loss[..., -1], rtol=1e-3)
 
 
-@pytest.mark.slow
 def test_all_methods_share_a_program(problem):
     grid = runs.Grid(tuple(runs.METHODS), (0.5,), (0, 7))
     (stretch,) = runs.stretches(problem, grid, [1_000])

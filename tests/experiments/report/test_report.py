@@ -159,6 +159,7 @@ def test_the_figures_come_before_the_criteria_and_the_page_is_one_file(tmp_path)
     assert 'src="figures' not in page_path.read_text()
 
 
+@pytest.mark.slow  # draws two figures each
 @pytest.mark.parametrize(
     "methods",
     [
