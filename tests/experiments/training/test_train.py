@@ -8,6 +8,8 @@ from experiments.training import run_folder
 from experiments.training.config import RunConfig
 from experiments.training.train import set_up, train
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 
 def run(out, **options):
     experiment = set_up(RunConfig(evaluations=3, **options))
