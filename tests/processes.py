@@ -24,6 +24,10 @@ def start(program, processes, request):
 
 def results(started):
     """What each process printed last, in JSON, once all have ended well."""
-    outputs = [process.communicate(timeout=TIMEOUT)[0] for process in started]
+    try:
+        outputs = [process.communicate(timeout=TIMEOUT)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert [process.returncode for process in started] == [0] * len(started)
     return [json.loads(output.splitlines()[-1]) for output in outputs]  # after what Gloo prints

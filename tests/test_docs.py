@@ -53,11 +53,22 @@ def run_page(page) -> str:
     return document.namespace["printed"].getvalue() if "printed" in document.namespace else ""
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=page_id)
+SLOW = {
+    DOCS / name
+    for name in ("method.md", "tutorial.md", "how-to/changing-sizes.md", "how-to/pod.md")
+}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in PAGES[1:]],
+    ids=page_id,
+)
 def test_code_runs_and_prints_what_the_page_says(page):
     run_page(page)
 
 
+@pytest.mark.slow  # trains a net
 def test_the_batch_size_of_the_readme_adapts_as_its_table_says():
     sizes = [int(size) for size in re.findall(r"next batch (\d+)", run_page(PAGES[0]))]
     assert len(sizes) == 9

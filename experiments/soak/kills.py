@@ -19,6 +19,7 @@ from experiments.training import checkpoint, run_folder
 from experiments.training.checkpoint import Schedule
 
 TIMINGS = {"seconds", "compile_seconds", "compilations"}
+PRELOADED = [run.__module__, "orbax.checkpoint", "sklearn.datasets"]
 POLL_SECONDS = 0.001
 LONGEST_DELAY = 8.0  # seconds, in which a run has begun
 LONGEST_REFUSAL = 120.0  # seconds, in which a run that is refused has ended
@@ -59,7 +60,7 @@ def start(
       output: The file beside `out` that takes what is printed; by default OUT.output.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([run.__module__, "orbax.checkpoint", "sklearn.datasets"])
+    context.set_forkserver_preload(PRELOADED)
     arguments = {"out": out, "resume": True, "schedule": Schedule(every_steps)}
     path = out.with_name(output) if output else _output(out)
     process = context.Process(target=_run, args=(options, arguments, settings, path))

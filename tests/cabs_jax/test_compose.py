@@ -94,6 +94,7 @@ def test_scan(inputs, alone):
     assert sizes[-1] == batch_size(alone[1])
 
 
+@pytest.mark.slow  # compiles three steps in one
 def test_vmap_over_seeds(alone):
     tx = cabs(3.0, **OPTIONS)
 
@@ -119,7 +120,7 @@ def test_vmap_over_learning_rates(alone):
         grads, extra_args = path_a(0)
         return tx.update(grads, tx.init(PARAMS), PARAMS, **extra_args)[1]
 
-    state = jax.vmap(train)(jnp.array([0.0, 3.0, 6.0]))
+    state = jax.jit(jax.vmap(train))(jnp.array([0.0, 3.0, 6.0]))
     raw = state.info.raw_batch_size
     np.testing.assert_allclose(raw, [0.0, raw[1], 2 * raw[1]], rtol=1e-6)
 

@@ -1,5 +1,7 @@
 """Moments that are extreme, not finite or of nothing: no state that a step leaves is lost."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,6 +155,14 @@ def test_state_always_holds_a_legal_size(low, high, round_to, position):
         assert int(state.batch_size) in legal
 
 
+@functools.cache
+def compiled(debias):
+    """An initial state, and the update of it."""
+    tx = adapt_batch_size(rules.cabs(0.1), min_batch_size=1, debias=debias)
+    update = jax.jit(lambda state, **moments: update_with_moments(tx, state, **moments)[1])
+    return tx.init(0.0), update
+
+
 @pytest.mark.parametrize("debias", [False, True])
 @pytest.mark.parametrize(
     "absurd",
@@ -160,10 +170,8 @@ def test_state_always_holds_a_legal_size(low, high, round_to, position):
 )
 @pytest.mark.parametrize("before", [0, 30])
 def test_the_size_recovers_from_one_absurd_measurement(debias, absurd, before):
-    tx = adapt_batch_size(rules.cabs(0.1), min_batch_size=1, debias=debias)
-    update = jax.jit(lambda state, **moments: update_with_moments(tx, state, **moments)[1])
+    state, update = compiled(debias)
     sane = {"value": 1.0, "variance": 500.0, "count": 16}
-    state = tx.init(0.0)
     for _ in range(before):
         state = update(state, **sane)
     state = update(state, **sane | absurd)

@@ -73,6 +73,7 @@ def test_a_schedule_that_stays_up_draws_none(schedule):
     cabs_jax.cabs_adam(schedule)
 
 
+@pytest.mark.slow  # trains twice
 @pytest.mark.filterwarnings("ignore:the learning rate falls")
 def test_a_size_coupled_to_warmup_cosine_falls_and_one_coupled_to_its_peak_does_not():
     coupled = raw_sizes(cabs_jax.cabs_adam(COSINE, weight_decay=1e-4))

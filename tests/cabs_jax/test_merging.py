@@ -31,7 +31,7 @@ def assert_same(actual, expected, rtol=1e-4):
 @pytest.mark.parametrize("variance", ["trace", "by_parameter", "diagonal"])
 @pytest.mark.parametrize("order", [1, -1])
 def test_merged_moments_are_those_of_the_whole_masked_batch(variance, order):
-    moments_of = cabs_jax.gradient_moments(loss_fn, variance=variance)
+    moments_of = jax.jit(cabs_jax.gradient_moments(loss_fn, variance=variance))
     whole = moments_of(PARAMS, X, MASK, averaged_params=AVERAGED)
     empty = moments_of(PARAMS, X, MASK & False, averaged_params=AVERAGED)
     parts = [
@@ -94,7 +94,7 @@ def test_weighted_moments_that_lack_what_merging_needs_are_refused():
 
 
 def test_merging_is_the_same_in_a_scan():
-    moments_of = cabs_jax.gradient_moments(loss_fn)
+    moments_of = jax.jit(cabs_jax.gradient_moments(loss_fn))
     batches, masks = X.reshape(4, 6, 3), MASK.reshape(4, 6).at[0].set(False)
     empty = jax.tree.map(jnp.zeros_like, moments_of(PARAMS, batches[0]))
 
@@ -112,7 +112,7 @@ def test_merging_is_the_same_in_a_scan():
 
 
 def test_the_variance_between_batches_is_not_lost():
-    moments_of = cabs_jax.gradient_moments(lambda w, x: w * x)
+    moments_of = jax.jit(cabs_jax.gradient_moments(lambda w, x: w * x))
     one, other = (moments_of(jnp.float32(1), jnp.full(4, x)) for x in (1.0, 3.0))
     merged = merge_moments(one, other)
     assert (merged.mean, merged.variance, merged.count) == (2.0, 1.0, 8)
@@ -129,8 +129,10 @@ def test_nothing_of_an_empty_batch_is_merged_and_dtypes_are_kept():
 
 
 def test_moments_of_two_kinds_are_shown():
-    trace = cabs_jax.gradient_moments(loss_fn)(PARAMS, X)
-    diagonal = cabs_jax.gradient_moments(loss_fn, variance="diagonal")(PARAMS, X)
+    trace, diagonal = (
+        jax.jit(cabs_jax.gradient_moments(loss_fn, variance=variance))(PARAMS, X)
+        for variance in ("trace", "diagonal")
+    )
     with pytest.raises(ValueError, match="of one kind, but their variance has the shapes"):
         merge_moments(trace, diagonal)
     with pytest.raises(ValueError, match="of one kind, but their averaged_value"):

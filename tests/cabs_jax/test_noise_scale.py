@@ -22,7 +22,14 @@ def measured(seed, steps, size, mean):
     return jax.lax.scan(step, noise_scale.no_noise_scale(), gradients)[0]
 
 
-@pytest.mark.parametrize(("steps", "size", "mean"), [(60, 8, 1.0), (20, 32, 0.2), (300, 4, 0.5)])
+@pytest.mark.parametrize(
+    ("steps", "size", "mean"),
+    [
+        (60, 8, 1.0),
+        pytest.param(20, 32, 0.2, marks=pytest.mark.slow),
+        pytest.param(300, 4, 0.5, marks=pytest.mark.slow),
+    ],
+)
 def test_nine_of_ten_intervals_hold_the_noise_scale(steps, size, mean):
     scales = jax.vmap(lambda seed: measured(seed, steps, size, mean))(jnp.arange(400))
     low, high = scales.interval(DECAY)

@@ -116,6 +116,7 @@ def same(found, expected):
     )
 
 
+@pytest.mark.slow  # compiles the loop several times
 def test_a_traced_seed_gives_the_run_of_that_seed():
     def run(seed, steps):
         return cabs_jax.on_device_loop(
@@ -148,6 +149,7 @@ def test_the_step_that_reaches_the_examples_is_the_last():
         loop(*started())
 
 
+@pytest.mark.slow  # compiles the loop several times
 def test_many_runs_at_once_are_those_made_one_by_one():
     def run(rate, seed):
         tx = cabs_jax.cabs(rate, scale=40.0, min_batch_size=4, max_batch_size=100)

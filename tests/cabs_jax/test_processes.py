@@ -11,8 +11,8 @@ PROGRAM = pathlib.Path(__file__).with_name("train_as_process.py")
 STEPS = 4
 
 
-def train_with(count, devices, **request):
-    return processes.results(processes.start(PROGRAM, count, {"devices": devices, **request}))
+def start(count, devices, **request):
+    return processes.start(PROGRAM, count, {"devices": devices, **request})
 
 
 def examples(results):
@@ -26,9 +26,9 @@ def examples(results):
 @pytest.mark.slow
 def test_processes_train_as_one_and_another_number_of_them_takes_over(tmp_path):
     saved = str(tmp_path / "checkpoint.npz")
-    (expected,) = train_with(1, 4, steps=2 * STEPS)
-    two = train_with(2, 2, steps=STEPS, save=saved)
-    four = train_with(4, 1, steps=STEPS, checkpoint=saved)
+    started = start(1, 4, steps=2 * STEPS), start(2, 2, steps=STEPS, save=saved)
+    (expected,), two = map(processes.results, started)
+    four = processes.results(start(4, 1, steps=STEPS, checkpoint=saved))
 
     assert len(set(expected["sizes"])) > 2
     for first, second in zip(two + two, four, strict=True):

@@ -13,6 +13,7 @@ from cabs_jax import progress, rules
 from cabs_jax.statistics import GradientMoments
 
 PARAMS = {"w": jnp.zeros(3)}
+ESTIMATED = cabs_jax.cabs(0.5, optimal_value="estimated")  # one, so that it is compiled once
 
 
 def after(losses, sizes):
@@ -92,47 +93,46 @@ def test_a_loss_at_its_floor_makes_the_batch_grow_gradually_and_to_the_largest()
 
 def test_a_loss_that_vanishes_keeps_the_batch_small():
     falling = 2.0 * 0.97 ** np.arange(400)
-    states = run(cabs_jax.cabs(0.5, optimal_value="estimated"), falling, variance=1.0)
+    states = run(ESTIMATED, falling, variance=1.0)
     assert sizes_of(states)[-1] == 16.0
 
 
 @pytest.mark.parametrize("better_by", [-0.1, 0.0])
 def test_where_averaged_weights_are_no_better_the_batch_stays_small(better_by):
     stuck = np.full(300, 2.0)
-    tx = cabs_jax.cabs(0.5, optimal_value="estimated")
-    assert sizes_of(run(tx, stuck, averaged=stuck - better_by))[-1] == 16.0
-    assert sizes_of(run(tx, stuck, averaged=stuck - 0.5))[-1] > 100.0
+    assert sizes_of(run(ESTIMATED, stuck, averaged=stuck - better_by))[-1] == 16.0
+    assert sizes_of(run(ESTIMATED, stuck, averaged=stuck - 0.5))[-1] > 100.0
 
 
 def test_an_averaged_loss_that_was_not_measured_leaves_the_excess_alone():
-    tx = cabs_jax.cabs(0.5, optimal_value="estimated")
-    every = run(tx, [2.0] * 2, averaged=[1.5, float("nan")])
+    every = run(ESTIMATED, [2.0] * 2, averaged=[1.5, float("nan")])
     assert every[0].progress.excess == every[1].progress.excess == pytest.approx(0.005)
     assert np.isfinite(every[1].batch_size)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_counts_its_examples_and_nothing_else(bad):
-    tx = cabs_jax.cabs(0.5, optimal_value="estimated")
-    good, after_bad = run(tx, [2.0, bad])
+    good, after_bad = run(ESTIMATED, [2.0, bad])
     assert after_bad.progress == good.progress
     assert after_bad.unrounded_batch_size == good.unrounded_batch_size
     assert after_bad.examples == (0, 32)
 
 
 def test_an_empty_batch_changes_nothing():
-    tx = cabs_jax.cabs(0.5, optimal_value="estimated")
-    state = run(tx, [2.0, 1.9])[-1]
+    state = run(ESTIMATED, [2.0, 1.9])[-1]
     empty = GradientMoments(jnp.float32(0), PARAMS, jnp.float32(0), jnp.int32(0))
-    _, same = tx.update(PARAMS, state, PARAMS, moments=empty)
+    _, same = ESTIMATED.update(PARAMS, state, PARAMS, moments=empty)
     jax.tree.map(np.testing.assert_array_equal, same, state)
 
 
 def test_the_estimate_needs_the_number_of_examples_and_says_so():
-    tx = cabs_jax.cabs(0.5, optimal_value="estimated")
     with pytest.raises(ValueError, match=r"counts examples: pass moments= or count="):
-        tx.update(
-            PARAMS, tx.init(PARAMS), PARAMS, value=jnp.float32(1), gradient_variance=jnp.float32(1)
+        ESTIMATED.update(
+            PARAMS,
+            ESTIMATED.init(PARAMS),
+            PARAMS,
+            value=jnp.float32(1),
+            gradient_variance=jnp.float32(1),
         )
     with pytest.raises(ValueError, match="'guessed'"):
         cabs_jax.cabs(0.5, optimal_value="guessed")
@@ -149,17 +149,17 @@ def test_the_estimate_under_injected_hyperparameters_is_the_same():
 
 
 def test_both_paths_estimate_alike():
-    tx = cabs_jax.cabs(0.5, optimal_value="estimated")
     rng = np.random.default_rng(0)
-    state_a = state_b = tx.init(PARAMS)
+    state_a = state_b = ESTIMATED.init(PARAMS)
+    update = jax.jit(ESTIMATED.update)
     for _ in range(20):
         losses = jnp.asarray(rng.uniform(1, 2, 16), jnp.float32)
         grads = {"w": jnp.asarray(rng.normal(size=(16, 3)), jnp.float32)}
-        _, state_a = tx.update(grads, state_a, PARAMS, value=losses)
+        _, state_a = update(grads, state_a, PARAMS, value=losses)
         mean = {"w": grads["w"].mean(0)}
         variance = jnp.sum(grads["w"].var(0))
         moments = GradientMoments(losses.mean(), mean, variance, jnp.int32(16))
-        _, state_b = tx.update(mean, state_b, PARAMS, moments=moments)
+        _, state_b = update(mean, state_b, PARAMS, moments=moments)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), state_a, state_b)
 
 
@@ -202,12 +202,12 @@ def test_beyond_max_is_one_of_two():
 def test_adam_estimates_with_and_without_averaged_weights():
     tx = cabs_jax.cabs_adam(0.1, optimal_value="estimated", max_batch_size=64)
     grads = {"w": jnp.ones(3)}
-    state = tx.init(PARAMS)
+    moments = GradientMoments(
+        jnp.float32(2), grads, {"w": jnp.full(3, 300.0)}, jnp.int32(16), jnp.float32(1.0)
+    )
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
     for _ in range(300):
-        moments = GradientMoments(
-            jnp.float32(2), grads, {"w": jnp.full(3, 300.0)}, jnp.int32(16), jnp.float32(1.0)
-        )
-        _, state = tx.update(grads, state, PARAMS, moments=moments)
+        _, state = update(grads, state, PARAMS, moments=moments)
     assert cabs_jax.batch_size(state) > 40
 
 

@@ -51,6 +51,7 @@ def adam_sizes(*before):
     return raw_sizes(train(optimizer, 120, "diagonal")[1])
 
 
+@pytest.mark.slow  # trains twice
 @pytest.mark.parametrize("clip", [0.1, 0.01])
 def test_clipping_before_adam_asks_for_the_size_of_the_unclipped_run(clip):
     ratio = adam_sizes(optax.clip_by_global_norm(clip))[20:] / adam_sizes()[20:]
@@ -62,6 +63,7 @@ def test_a_constant_scale_changes_no_size_of_adam():
     np.testing.assert_allclose(scaled, adam_sizes(), rtol=1e-4)
 
 
+@pytest.mark.slow  # trains twice
 @pytest.mark.parametrize("rule", [rules.cabs, lambda rate: rules.expected_progress(rate, 0.4)])
 def test_a_rescaled_gradient_is_a_rescaled_learning_rate(rule):
     def chained(scale, rate, rule_rate):

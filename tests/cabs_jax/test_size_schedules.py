@@ -129,6 +129,7 @@ SEESAW = adapt_batch_size(rules.seesaw(HALVINGS, SIZE), min_batch_size=SIZE)
 HALVED_STEPS = 100 + 75 // 2 + (STEPS - 175) // 4
 
 
+@pytest.mark.slow  # trains three times
 def test_gradient_descent_with_seesaw_ends_where_the_decay_it_replaces_does():
     decay, steps = noisy_regression(optax.sgd(decayed(0.1)), adaptive_size=False)
     seesaw, fewer = noisy_regression(optax.chain(SEESAW, optax.sgd(0.1)), adaptive_size=True)
@@ -139,6 +140,7 @@ def test_gradient_descent_with_seesaw_ends_where_the_decay_it_replaces_does():
     assert constant > 3 * decay
 
 
+@pytest.mark.slow  # trains three times
 def test_adam_with_seesaw_ends_where_the_decay_it_replaces_does():
     def adam(rate):
         return optax.adam(rate, b1=0.0, b2=0.8)  # forgets the smaller batches in a few steps

@@ -1,10 +1,15 @@
 """What several tests of the experiments share."""
 
+import os
+
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as cache
 
 from experiments.training.shared_programs import cache_settings
+
+# As in `experiments.__main__`, for processes that are forked from one that imports JAX first.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 
 @pytest.fixture(scope="session")

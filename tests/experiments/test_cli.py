@@ -17,7 +17,7 @@ FILES = {"config.json", "metrics.jsonl", "evaluations.jsonl", "summary.json", "f
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
+def in_an_empty_folder(tmp_path, monkeypatch, compilation_cache):
     monkeypatch.chdir(tmp_path)
 
 

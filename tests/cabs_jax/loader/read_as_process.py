@@ -1,7 +1,7 @@
 """One of several processes that load global batches; prints what it saw as JSON.
 
-Arguments: port of the coordinator, number of processes, index of this one, and the request, a JSON
-object: `kind` of source, its `length`, batch `sizes`, `pad_to`, and the loader's `state`.
+Arguments: port of the coordinator, number of processes, index of this one, and the requests, JSON
+objects: `kind` of source, its `length`, batch `sizes`, `pad_to`, and the loader's `state`.
 """
 
 import json
@@ -31,12 +31,16 @@ class Records:
         return index
 
 
-def main(port, processes, process, request):
+def main(port, processes, process, requests):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    print(json.dumps([read(mesh, request) for request in requests]))
+
+
+def read(mesh, request):
     records = Records(request["length"])
     source = records if request["kind"] == "records" else np.arange(request["length"])
     result = {"batches": [], "local": []}
@@ -51,7 +55,7 @@ def main(port, processes, process, request):
             examples, mask = multihost_utils.process_allgather((examples, mask), tiled=True)
             result["batches"].append(examples[mask].tolist())
         result["state"] = loader.get_state()
-    print(json.dumps({**result, "read": records.read}))
+    return {**result, "read": records.read}
 
 
 def addressable(array):

@@ -1,7 +1,7 @@
 """One of several processes with a stream of its own each; prints what it saw as JSON.
 
-Arguments: port of the coordinator, number of processes, index of this one, and the request, a JSON
-object: `lengths` of the streams, `sizes` of the batches, `epochs`, and which process's stream
+Arguments: port of the coordinator, number of processes, index of this one, and the requests, JSON
+objects: `lengths` of the streams, `sizes` of the batches, `epochs`, and which process's stream
 `fails` after its last example, if any.
 """
 
@@ -38,12 +38,16 @@ class Stream:
         self.index = 0
 
 
-def main(port, processes, process, request):
+def main(port, processes, process, requests):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
     sharding = NamedSharding(jax.make_mesh((jax.device_count(),), ("data",)), P("data"))
+    print(json.dumps([see(process, sharding, request) for request in requests]))
+
+
+def see(process, sharding, request):
     seen = {"batches": [], "resumed": [], "error": None}
 
     def load(name, sizes, state):
@@ -66,7 +70,7 @@ def main(port, processes, process, request):
         seen["examples_seen"], _ = load("resumed", request["sizes"][half:], state)
     except Exception as error:
         seen["error"] = str(error)
-    print(json.dumps(seen))
+    return seen
 
 
 if __name__ == "__main__":

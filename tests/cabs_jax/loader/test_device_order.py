@@ -8,6 +8,7 @@ from cabs_jax.loader.device_order import Position, indices
 from cabs_jax.loader.order import Order
 
 
+@pytest.mark.slow  # compiles it for many lengths
 @settings(max_examples=10, deadline=None)
 @given(
     st.sampled_from([1, 2, 3, 5, 64, 1023, 1024, 1025, 60_000, 2**30]),

@@ -1,10 +1,6 @@
 """Global arrays on a mesh, read once by whichever process holds them."""
 
-import json
 import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -16,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from cabs_jax import BatchLoader, buckets
 from cabs_jax.loader.placement import Placement, placement
+from tests import processes
 
 MESHES = {"8": ((8,), ("data",)), "4 x 2": ((4, 2), ("data", "model"))}
 
@@ -198,42 +195,39 @@ def test_a_batch_smaller_than_the_number_of_processes_raises():
             next(loader)
 
 
-def read_with(processes, name="read_as_process.py", **request):
-    """What each of `processes` processes of two devices sees; the program says how."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    program = pathlib.Path(__file__).with_name(name)
-    started = [
-        subprocess.Popen(
-            [sys.executable, program, str(port), str(processes), str(i), json.dumps(request)],
-            stdout=subprocess.PIPE,
-        )
-        for i in range(processes)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * processes
-    return [json.loads(output.splitlines()[-1]) for output in outputs]  # after what Gloo prints
+def read_with(count, name, requests):
+    """What each of so many processes of two devices sees, in a row for each request."""
+    started = processes.start(pathlib.Path(__file__).with_name(name), count, requests)
+    return list(zip(*processes.results(started), strict=True))
+
+
+LENGTH = 1000  # more than is read, so that an example read twice is an error
+SHARED = [
+    {"kind": kind, "length": LENGTH, "sizes": sizes, "pad_to": pad_to}
+    for kind in ("arrays", "records")
+    for sizes, pad_to in (([8, 12, 4, 40], None), ([8, 13, 3, 41], [4, 16, 64]))
+]
+
+
+def left_by_one_process():
+    plain = BatchLoader(np.arange(LENGTH), 7, seed=3)
+    next(plain)
+    return plain
+
+
+@pytest.fixture(scope="module")
+def seen_together():
+    state = left_by_one_process().get_state()
+    return read_with(2, "read_as_process.py", [{**case, "state": state} for case in SHARED])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["arrays", "records"])
-@pytest.mark.parametrize(
-    ("sizes", "pad_to"), [([8, 12, 4, 40], None), ([8, 13, 3, 41], [4, 16, 64])]
-)
+@pytest.mark.parametrize("case", range(len(SHARED)), ids=lambda case: str([*SHARED[case].values()]))
 def test_two_processes_share_the_stream_that_one_process_left_and_takes_up_again(
-    kind, sizes, pad_to
+    seen_together, case
 ):
-    length = 1000  # more than is read, so that an example read twice is an error
-    plain = BatchLoader(np.arange(length), 7, seed=3)
-    next(plain)
-    results = read_with(
-        2, kind=kind, length=length, sizes=sizes, pad_to=pad_to, state=plain.get_state()
-    )
+    results, plain = seen_together[case], left_by_one_process()
+    kind, _, sizes, _ = SHARED[case].values()
     expected = []
     for size in sizes:
         plain.batch_size = size
@@ -252,19 +246,30 @@ def test_two_processes_share_the_stream_that_one_process_left_and_takes_up_again
         assert len(set(reads)) == len(reads)
         assert set(np.concatenate(expected).tolist()) <= set(reads)
 
-    resumed = BatchLoader(np.arange(length), 5, seed=3)
+    resumed = BatchLoader(np.arange(LENGTH), 5, seed=3)
     resumed.set_state(results[1]["state"])
     resumed.batch_size = plain.batch_size = 5
     np.testing.assert_array_equal(next(resumed), next(plain))
 
 
+UNEVEN = [[40, 40], [30, 3], [5, 41]]
+UNEVEN_SIZES = [8, 13, 3, 20] + [9] * 12
+ENDLESS_SIZES = [8, 13, 3, 20, 16, 31]
+
+
+@pytest.fixture(scope="module")
+def streams_seen():
+    once = {"sizes": UNEVEN_SIZES, "epochs": 1, "fails": None}
+    requests = [{**once, "lengths": lengths} for lengths in UNEVEN]
+    requests += [{**once, "lengths": [10, 7], "sizes": ENDLESS_SIZES, "epochs": None}]
+    requests += [{**once, "lengths": [30, 9], "sizes": [8] * 10, "fails": 1}]
+    return read_with(2, "stream_as_process.py", requests)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("lengths", [[40, 40], [30, 3], [5, 41]])
-def test_processes_with_streams_of_their_own_agree_on_sizes_and_on_the_end(lengths):
-    sizes = [8, 13, 3, 20] + [9] * 12
-    results = read_with(
-        2, "stream_as_process.py", lengths=lengths, sizes=sizes, epochs=1, fails=None
-    )
+@pytest.mark.parametrize("case", range(len(UNEVEN)), ids=lambda case: str(UNEVEN[case]))
+def test_processes_with_streams_of_their_own_agree_on_sizes_and_on_the_end(streams_seen, case):
+    results, lengths, sizes = streams_seen[case], UNEVEN[case], UNEVEN_SIZES
     for result in results:
         assert result["error"] is None
         assert result == results[0]
@@ -280,11 +285,8 @@ def test_processes_with_streams_of_their_own_agree_on_sizes_and_on_the_end(lengt
 
 
 @pytest.mark.slow
-def test_endless_streams_of_processes_repeat_each_on_its_own():
-    sizes = [8, 13, 3, 20, 16, 31]
-    results = read_with(
-        2, "stream_as_process.py", lengths=[10, 7], sizes=sizes, epochs=None, fails=None
-    )
+def test_endless_streams_of_processes_repeat_each_on_its_own(streams_seen):
+    results, sizes = streams_seen[-2], ENDLESS_SIZES
     batches = results[0]["batches"] + results[0]["resumed"]
     assert list(map(len, batches)) == sizes
     examples = np.concatenate(batches)
@@ -294,9 +296,7 @@ def test_endless_streams_of_processes_repeat_each_on_its_own():
 
 
 @pytest.mark.slow
-def test_a_stream_that_fails_on_one_process_ends_the_others_too():
-    first, second = read_with(
-        2, "stream_as_process.py", lengths=[30, 9], sizes=[8] * 10, epochs=1, fails=1
-    )
+def test_a_stream_that_fails_on_one_process_ends_the_others_too(streams_seen):
+    first, second = streams_seen[-1]
     assert "stream of another process failed" in first["error"]
     assert second["error"] == "bad sector"

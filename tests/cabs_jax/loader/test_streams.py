@@ -263,7 +263,13 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize("kind", STREAMS)
+OF_GRAIN = ("methods of the iterator", "batches of Grain", "an iterator")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind in OF_GRAIN)) for kind in STREAMS],
+)
 @settings(max_examples=25, deadline=None)
 @given(
     before=st.lists(st.integers(1, 60), max_size=5),

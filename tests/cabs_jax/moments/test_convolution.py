@@ -13,6 +13,7 @@ from tests.cabs_jax.moments.geometries import convolutions, numbers
 from tests.cabs_jax.moments.oracle import assert_close
 
 
+@pytest.mark.slow  # compiles many
 @given(convolutions(batch_groups=True))
 @settings(max_examples=40, deadline=None)
 def test_a_convolution_of_every_kind_is_jaxs_own(geometry):

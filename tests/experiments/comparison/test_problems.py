@@ -6,6 +6,7 @@ import pytest
 from experiments.comparison import problems
 
 
+@pytest.mark.slow  # minimises in float64
 def test_the_optimum_is_one():
     problem = problems.noisy_digits([0, 1])
     start = jax.tree.map(lambda x: x[0], problem.starts)

@@ -7,6 +7,8 @@ import cabs_jax
 from experiments.comparison import outcome, problems, runs
 from experiments.training import averages, descent
 
+pytestmark = pytest.mark.slow  # compiles a grid of runs
+
 
 @pytest.fixture(scope="module")
 def problem():

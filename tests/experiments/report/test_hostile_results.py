@@ -44,6 +44,7 @@ def test_names_reach_both_pages_letter_by_letter(name):
         assert letters.count("".join(escape.printable(name).split())) >= 6
 
 
+@pytest.mark.slow  # draws six figures
 @pytest.mark.parametrize("name", [n for n in hostile.NAMES if n in ("", "_hidden", "$x^$")])
 def test_names_are_drawn_in_the_figures_of_a_report(name):
     (data,) = analysis.data_sets([finished(dataset=name, name=name)], analysis.Clock([]))

@@ -45,7 +45,13 @@ def test_every_method_takes_a_step_of_sgd_and_keeps_within_its_bounds(method):
     assert smallest <= cabs_jax.batch_size(state) <= largest
 
 
-@pytest.mark.parametrize("method", sorted(methods.METHODS))
+QUICK = ("cabs", "cabs_adam", "constant", "noise_scale")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in sorted(methods.METHODS)],
+)
 def test_every_method_learns_the_digits(method):
     config = RunConfig(
         method=method, learning_rate=0.2, theta=0.9, max_batch_size=64, examples=4_000
@@ -161,6 +167,7 @@ def test_methods_of_constant_size_are_those_of_optax(method, optimizer):
         np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-6)
 
 
+@pytest.mark.slow  # compiles every schedule
 def test_schedules_obey_strict_dtype_promotion():
     with jax.numpy_dtype_promotion("strict"):
         for schedule in ("step", "cosine"):

@@ -18,7 +18,11 @@ SHAPES = {
     "digits_mlp": (8, 8, 1),
     "small_cnn": (8, 8, 1),
 }
-all_models = pytest.mark.parametrize("name", models.NAMES)
+LARGE = ("cifar10_2c3d", "3c3d")
+all_models = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in models.NAMES],
+)
 
 
 @functools.cache
@@ -69,16 +73,7 @@ def test_one_image_and_a_batch_give_the_same_logits(name):
     np.testing.assert_allclose(single, batched[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mnist_2c2d",
-        "digits_mlp",
-        "small_cnn",
-        pytest.param("cifar10_2c3d", marks=pytest.mark.slow),
-        pytest.param("3c3d", marks=pytest.mark.slow),
-    ],
-)
+@all_models
 def test_loss_is_a_cross_entropy_with_a_gradient_in_every_layer(name):
     model, images = small(name), some_images(3, SHAPES[name])
     batch = {"image": images, "label": np.array([0, 7, 9], np.int32)}
@@ -130,6 +125,7 @@ def test_mnist_2c2d_starts_as_the_authors_net():
         np.testing.assert_array_equal(layer["bias"], np.float32(0.05))
 
 
+@pytest.mark.slow  # draws a million parameters
 def test_cifar10_2c3d_starts_as_the_authors_net():
     params = models.build("cifar10_2c3d", (32, 32, 3), 10).params
     expected = {
@@ -145,6 +141,7 @@ def test_cifar10_2c3d_starts_as_the_authors_net():
         np.testing.assert_array_equal(params[name]["bias"], np.float32(bias))
 
 
+@pytest.mark.slow  # draws millions of parameters
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -204,6 +201,7 @@ def test_3c3d_takes_images_of_other_sizes(shape):
     assert logits_shape("3c3d", shape, 4) == (4,)
 
 
+@pytest.mark.slow  # trains
 @pytest.mark.parametrize(("name", "rate"), [("digits_mlp", 0.3), ("small_cnn", 0.3)])
 def test_small_nets_learn_the_digits(name, rate):
     train = datasets.load("digits").train

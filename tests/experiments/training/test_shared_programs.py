@@ -19,6 +19,7 @@ def programs():
     return SharedPrograms(set_up(RunConfig()).model)
 
 
+@pytest.mark.slow  # trains whole runs
 @pytest.mark.parametrize(
     "method",
     [

@@ -8,15 +8,20 @@ from experiments.training import run_folder
 from experiments.training.config import RunConfig
 from experiments.training.train import set_up, train
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 
 def run(out, **options):
     experiment = set_up(RunConfig(evaluations=3, **options))
     return train(experiment, out), run_folder.read(out)
 
 
+OF_CABS = {"steps": 150, "learning_rate": 1.0, "max_batch_size": 32}
+
+
 @pytest.fixture(scope="module")
 def cabs_run(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("cabs"), steps=150, learning_rate=1.0)
+    return run(tmp_path_factory.mktemp("cabs"), **OF_CABS)
 
 
 def test_metrics_hold_one_line_a_step_with_exactly_the_documented_keys(cabs_run):
@@ -73,7 +78,7 @@ def test_evaluations_start_before_the_first_step_and_are_evenly_spread(cabs_run)
 
 @pytest.mark.slow  # trains whole runs
 def test_equal_configurations_repeat_each_other_exactly(cabs_run, tmp_path):
-    _, again = run(tmp_path / "again", steps=150, learning_rate=1.0)
+    _, again = run(tmp_path / "again", **OF_CABS)
     for name, column in cabs_run[1].metrics.items():
         if name != "seconds":
             np.testing.assert_array_equal(again.metrics[name], column, err_msg=name)

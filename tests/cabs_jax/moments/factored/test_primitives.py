@@ -62,6 +62,7 @@ def test_dot_general_in_every_layout(product, weight_first):
     check(function, 0 if weight_first else 1, numbers(*weight), numbers(EXAMPLES, *x))
 
 
+@pytest.mark.slow  # compiles many
 @given(convolutions())
 @settings(max_examples=30, deadline=None)
 def test_convolution_of_every_kind(geometry):
