@@ -84,7 +84,8 @@ def read_moments(
       variance: Whether the trace or the diagonal of the covariance is asked for.
       moments: What `gradient_moments` returned; in place of all that follow.
       value: Losses of the examples, or their mean.
-      gradient_variance: Trace or diagonal of the covariance, on path (b).
+      gradient_variance: Trace of the covariance, in all or by parameter, or its diagonal, on path
+        (b).
       count: Number of real examples, on path (b).
       averaged_value: Mean loss of averaged weights on the same batch; NaN: not measured.
       mask: Which examples are real, on path (a).
@@ -118,7 +119,7 @@ def read_moments(
         )
         value, count, averaged_value = moments.value, moments.count, moments.averaged_value
         measured_mean, gradient_variance = moments.mean, moments.variance
-        if _is_like(gradient_variance, measured_mean):
+        if same_structure(gradient_variance, measured_mean):
             measured_mean = _visible(measured_mean, params)
             gradient_variance = _visible(gradient_variance, params)
     updates = jax.tree.map(jnp.asarray, updates)
@@ -198,11 +199,6 @@ def _with_gradients(params: PyTree, updates: PyTree) -> PyTree:
 
 def _is_none(node: Any) -> bool:
     return node is None
-
-
-def _is_like(tree: PyTree, mean: PyTree) -> bool:
-    shapes, expected = (list(map(jnp.shape, jax.tree.leaves(x))) for x in (tree, mean))
-    return same_structure(tree, mean) and shapes == expected
 
 
 def _is_mean(grads: PyTree, params: PyTree) -> bool:
@@ -345,8 +341,9 @@ def _covariance(gradient_variance: PyTree, params: PyTree, variance: Variance) -
     if variance == "trace" and isinstance(given, jax.Array) and given.shape == ():
         return given
     shapes, expected = (list(map(jnp.shape, jax.tree.leaves(x))) for x in (given, params))
-    if shapes != expected or not same_structure(given, params):
-        the_trace = "the trace, a scalar, or " if variance == "trace" else ""
+    by_parameter = variance == "trace" and shapes == [()] * len(expected)
+    if not (shapes == expected or by_parameter) or not same_structure(given, params):
+        the_trace = "the trace, in all or by parameter, or " if variance == "trace" else ""
         raise ValueError(
             f"gradient_variance must be {the_trace}the diagonal, a tree like the "
             f"parameters, with leaves of shapes {expected}; got leaves of shapes {shapes}. It is "

@@ -83,6 +83,13 @@ Glossary:
 
 from cabs_jax.moments.explain import Explanation, explain
 from cabs_jax.moments.gradient_moments import gradient_moments
+from cabs_jax.moments.gradient_norms import per_example_gradient_norms
 from cabs_jax.moments.per_example import per_example_value_and_grad
 
-__all__ = ["Explanation", "explain", "gradient_moments", "per_example_value_and_grad"]
+__all__ = [
+    "Explanation",
+    "explain",
+    "gradient_moments",
+    "per_example_gradient_norms",
+    "per_example_value_and_grad",
+]

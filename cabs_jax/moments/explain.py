@@ -67,7 +67,7 @@ def explain(
       loss_fn: `loss_fn(params, example) -> loss`, or `(loss, aux)` with `has_aux`.
       params: Parameters.
       example: One example, without a batch axis.
-      variance: "trace" or "diagonal".
+      variance: "trace", "by_parameter" or "diagonal".
       has_aux: Whether `loss_fn` returns auxiliary data.
       platform: What is compiled for, "cpu", "gpu" or "tpu"; by default JAX's default backend.
 
@@ -76,7 +76,7 @@ def explain(
 
     Raises:
       TypeError: If the loss is not a scalar, or a parameter is complex.
-      ValueError: If `variance` is neither of the two, or the platform unknown.
+      ValueError: If `variance` is none of these, or the platform unknown.
       Exception: Whatever `gradient_moments` raises, as where the loss cannot be vmapped.
 
     Example:

@@ -20,7 +20,7 @@ from cabs_jax._arguments import check_parameters
 from cabs_jax.moments import jaxprs
 from cabs_jax.statistics import PyTree
 
-LossAndAux: TypeAlias = Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
+LossAndAux: TypeAlias = Callable[..., tuple[jax.Array, PyTree]]
 Result = TypeVar("Result")
 ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
 

@@ -101,6 +101,9 @@ def choose(program: Program, num_params: int, variance: Variance) -> tuple[Choic
                 found[leaf].append((number, parameter))
     choices = [_choose(program.sites, leaf, at, variance) for leaf, at in enumerate(found)]
     joined = [p.leaves for at in found for _, p in at if len(p.leaves) > 1]
+    if variance == "by_parameter":  # the norm at a site is that of all that it joins
+        for leaf in frozenset[int]().union(*joined):
+            choices[leaf] = Choice(Mode.PER_EXAMPLE, "joined to another", choices[leaf].sites)
     while held := _held_with_others(joined, choices):
         for leaf in held:
             reason = "joined to one that is held"

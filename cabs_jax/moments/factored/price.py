@@ -82,7 +82,7 @@ def _why(uses: tuple[Use, ...], variance: Variance) -> str:
     """Why parameters cost more than in a product with them as they are."""
     if any(use.rule.apart for use in uses):
         return "every example reads rows of its own, once more"
-    if variance == "trace" and any(views.is_weighted(use.view) for use in uses):
+    if variance != "diagonal" and any(views.is_weighted(use.view) for use in uses):
         return "its entries are multiplied by different constants"
     return ""
 
@@ -99,7 +99,7 @@ def _in_place(use: Use, variance: Variance, target: Target) -> Price:
     groups, t, p, q = sizes
     weighted = views.is_weighted(use.view)
     direct = not rule.one_hot and t > 1
-    if variance == "trace" and not weighted and direct | rule.one_hot:
+    if variance != "diagonal" and not weighted and direct | rule.one_hot:
         direct = not rule.apart and _is_direct(use, target)
     memory = cost.norm_bytes(sizes, direct=direct)
     if direct:  # squares, their sum, and that of the gradients; products with padding

@@ -33,7 +33,9 @@ def moments(losses, grads, variance="trace", keep=None):
     grads = jax.tree.map(lambda g: g[keep], grads)
     mean = jax.tree.map(lambda g: g.mean(0), grads)
     diagonal = jax.tree.map(lambda g: g.var(0), grads)
-    spread = sum(map(np.sum, jax.tree.leaves(diagonal))) if variance == "trace" else diagonal
+    by_parameter = jax.tree.map(np.sum, diagonal)
+    trace = sum(jax.tree.leaves(by_parameter))
+    spread = {"trace": trace, "by_parameter": by_parameter, "diagonal": diagonal}[variance]
     return GradientMoments(losses[keep].mean(), mean, spread, keep.sum())
 
 
