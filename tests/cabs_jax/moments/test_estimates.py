@@ -69,7 +69,7 @@ def test_between_is_its_formula(groups, variance, real):
     padded = np.where(keep[:, None], x, np.nan).astype(np.float32)
     m = jax.jit(function)(jnp.ones(3), padded, jnp.asarray(keep))
     diagonal = between(x, keep, groups)
-    wanted = diagonal.sum() if variance == "trace" else diagonal
+    wanted = diagonal if variance == "diagonal" else diagonal.sum()
     assert_close(m.variance, wanted, 1e-5)
     np.testing.assert_allclose(m.mean, x[keep].mean(0), rtol=1e-5)
     assert int(m.count) == real
