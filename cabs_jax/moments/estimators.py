@@ -29,22 +29,21 @@ class Sums(NamedTuple):
     Attributes:
       value: Σ s_i ℓ_i.
       gradient: Σ s_i g_i, float32.
-      squares: Σ ‖s_i g_i‖² of the measured examples, or of each parameter's part, or of the
-        entries' squares; between groups of n_k examples, or with weights of shares n_k,
-        Σ_k ‖Σ_i s_i g_i‖²/n_k.
-      measured: Number of real examples measured, or of non-empty groups.
+      squares: Σ ‖s_i g_i‖², or of each parameter's part, or of the entries' squares; between groups
+        of n_k examples, or with weights of shares n_k, Σ_k ‖Σ_i s_i g_i‖²/n_k.
       shift: Part of Σ s_i g_i that is the same for every example and not in `gradient`, or ().
-      square_shares: With weights, Σ s_i² of the measured examples, or Σ_k (Σ_i s_i²)/n_k; or ().
       square_mean: With weights, Σ s_i² g_i, where the method needs it; or ().
+      groups: Between groups, the number of those that are not empty; or ().
+      square_shares: Between groups, with weights, Σ_k (Σ_i s_i²)/n_k; or ().
     """
 
     value: jax.Array
     gradient: PyTree
     squares: PyTree
-    measured: jax.Array
     shift: PyTree = ()
-    square_shares: PyTree = ()
     square_mean: PyTree = ()
+    groups: PyTree = ()
+    square_shares: PyTree = ()
 
 
 class Task(NamedTuple):
@@ -53,7 +52,6 @@ class Task(NamedTuple):
     Attributes:
       loss_fn: `loss_fn(params, example) -> (loss, aux)`.
       variance: "trace", "by_parameter" or "diagonal".
-      subsample: How many examples of the whole batch are measured; None for all.
       axis_names: Mesh axes that split the batch, inside a shard_map.
       target: The machine, and how the batch lies on it.
       weighted: Whether the shares of the examples may differ.
@@ -62,7 +60,6 @@ class Task(NamedTuple):
 
     loss_fn: LossAndAux
     variance: Variance
-    subsample: int | None
     axis_names: tuple[str, ...]
     target: Target
     weighted: bool = False
@@ -83,21 +80,17 @@ def factored(
     task: Task, params: PyTree, batch: PyTree, keep: jax.Array, shares: jax.Array
 ) -> tuple[Sums, PyTree]:
     """Squares of the gradients of examples, from the inputs and cotangents of the layers."""
-    weights, size = jnp.where(keep, shares, 0.0), keep.shape[0]
-    measured = split.measured(task.subsample, size, task.axis_names)
-    sample = Sample(size, measured, task.axis_names, task.target)
+    weights = jnp.where(keep, shares, 0.0)
+    sample = Sample(keep.shape[0], task.axis_names, task.target)
     result = batch_sums(
         task.loss_fn, params, batch, weights, task.variance, sample, twice=task.weighted
     )
-    real = jnp.sum(sample.rows(keep), dtype=jnp.int32)
     squares = result.squares
     if task.variance != "diagonal":
         squares = jax.tree.map(jnp.sum, squares)
     shift = jax.tree.map(lambda g: g * jnp.sum(weights), result.shift)
     value = kept_sum(times(result.losses, shares), keep)
-    square_shares = jnp.sum(sample.rows(jnp.square(weights))) if task.weighted else ()
-    sums = Sums(value, result.gradient, squares, real, shift, square_shares, result.again)
-    return sums, result.aux
+    return Sums(value, result.gradient, squares, shift, result.again), result.aux
 
 
 def per_example(
@@ -117,12 +110,10 @@ def per_example(
         kept_sum(times(losses, shares), keep),
         jax.tree.map(lambda g: kept_sum(g, keep), grads),
         sum_entries(squares, task.variance),
-        jnp.sum(keep, dtype=jnp.int32),
     )
     if task.weighted:
         square_mean = jax.tree.map(lambda g: kept_sum(times(g, shares), keep), grads)
-        square_shares = kept_sum(jnp.square(shares), keep)
-        sums = sums._replace(square_mean=square_mean, square_shares=square_shares)
+        sums = sums._replace(square_mean=square_mean)
     return sums, aux
 
 
@@ -143,8 +134,8 @@ def between(
     squares = jax.tree.map(lambda g: jnp.square(g) / size, gradient)
     squares = sum_entries(squares, task.variance)
     square_shares = kept_sum(jnp.square(shares), keep) / size if task.weighted else ()
-    measured = filled.astype(jnp.int32)
-    return Sums(value, gradient, squares, measured, square_shares=square_shares), aux
+    groups = filled.astype(jnp.float32)
+    return Sums(value, gradient, squares, groups=groups, square_shares=square_shares), aux
 
 
 def kept_sum(x: jax.Array, keep: jax.Array) -> jax.Array:

@@ -91,7 +91,7 @@ def explain(
       ['w']      8×4    dot_general  one position           24      0.12             48
       total                                                 36                       64
     """
-    split.check_options("factored", variance, None, None, None)
+    split.check_options("factored", variance, None, None)
     check_platform(platform)
     target = Target(platform or platform_named(jax.default_backend()))
     parts = parameters.split(params)

@@ -65,7 +65,6 @@ class Options(TypedDict, total=False):
     method: Method
     variance: Variance
     keep_batch_dim: bool
-    subsample: int | None
     microbatch_size: int | None
     groups: int | None
     examples_per_loss: int | None
@@ -95,7 +94,6 @@ def gradient_moments(
     variance: Variance = "trace",
     has_aux: bool = False,
     keep_batch_dim: bool = False,
-    subsample: int | None = None,
     microbatch_size: int | None = None,
     groups: int | None = None,
     examples_per_loss: int | None = None,
@@ -137,10 +135,6 @@ def gradient_moments(
         for each, of which the trace is the sum, "diagonal" for one with a number for each entry.
       has_aux: Whether `loss_fn` returns auxiliary data, which is returned per example.
       keep_batch_dim: Whether `loss_fn` expects its example as a batch of one.
-      subsample: Measure only n examples, the first of the batch, or as many of each of its shards:
-        (1/n) Σ‖g_i‖² minus ‖ḡ‖² of the whole batch has the same expectation, at a fraction of
-        the cost, where the batch is shuffled. One sorted by class, or by length, would be
-        measured by its beginning. The mean gradient is always that of the whole batch.
       microbatch_size: Work through the batch (each device through its shard) in blocks of this
         size, which bounds the memory. It must divide the batch. Blocks that are all padding at the
         end of the batch are skipped. Under `jit` on Auto axes without `mesh`, an array shows the
@@ -176,10 +170,10 @@ def gradient_moments(
       A function `(params, batch, mask=None, *, rng=None, weights=None, averaged_params=None)` that
       returns `GradientMoments`, or `(moments, aux)`. The leaves of `batch` have shape (m, ...);
       `mask`, boolean (m,), is False for padding, which has no influence whatever it holds. With
-      nothing but padding, everything is 0; where `subsample` or `groups` leaves nothing to measure,
-      the variance is NaN. What is no parameter (an integer, a Python number, a key, a function) has
-      None in the mean and in a diagonal variance; `nnx.Optimizer` and `eqx.apply_updates` leave it
-      alone, where `optax.apply_updates` wants the parameters without it, as from `eqx.filter`.
+      nothing but padding, everything is 0; with padding in all groups but one, the variance is NaN.
+      What is no parameter (an integer, a Python number, a key, a function) has None in the mean and
+      in a diagonal variance; `nnx.Optimizer` and `eqx.apply_updates` leave it alone, where
+      `optax.apply_updates` wants the parameters without it, as from `eqx.filter`.
 
       With `rng`, one key, which should be another at every step, the loss of the i-th real example
       is given `jax.random.fold_in(rng, i)`: the same however the batch is padded or split.
@@ -212,7 +206,7 @@ def gradient_moments(
       >>> moments.mean.tolist(), float(moments.variance), int(moments.count)
       ([0.5, 1.0], 1.25, 2)
     """
-    split.check_options(method, variance, subsample, microbatch_size, groups)
+    split.check_options(method, variance, microbatch_size, groups)
     split.check_coupling(examples_per_loss, method, groups, keep_batch_dim)
     check_platform(platform)
     sharding.check_spmd(spmd_axis_name, mesh, axis_name)
@@ -253,7 +247,7 @@ def gradient_moments(
             weight_sums = sum_over(both, axis_names or None)
             shares = weights / jnp.where(weight_sums[0] == 0, 1.0, weight_sums[0])
         coupled = examples_per_loss is not None
-        task = Task(loss, variance, subsample, axis_names, target, weights is not None, coupled)
+        task = Task(loss, variance, axis_names, target, weights is not None, coupled)
         estimate = functools.partial(ESTIMATORS[method], task, params)
 
         def of_block(examples: tuple[PyTree, jax.Array, jax.Array]) -> tuple[PyTree, PyTree]:
@@ -347,19 +341,17 @@ def _moments(
 ) -> GradientMoments:
     """Turns sums over the whole batch into moments; there are none of an empty one."""
     examples = jnp.maximum(count, 1).astype(jnp.float32)
-    measured, mean = total.measured.astype(jnp.float32), total.gradient
+    mean = total.gradient
 
     def spread(squares: jax.Array, squared_mean: jax.Array) -> jax.Array:
         if method == "between":
-            freedom = jnp.where(measured > 1, measured - 1, jnp.nan)
+            freedom = jnp.where(total.groups > 1, total.groups - 1, jnp.nan)
             estimate = (examples * squares - squared_mean) / freedom * (examples - 1)
         else:
-            per_measured = examples / jnp.where(measured > 0, measured, jnp.nan)
-            estimate = examples * squares * per_measured - squared_mean
+            estimate = examples * squares - squared_mean
         # Squares of finite gradients may overflow, and then give ∞ − ∞ or 0·∞.
         finite = jnp.isfinite(squares) & jnp.isfinite(squared_mean)
-        overflow = ~finite & ~jnp.isnan(squared_mean) & (measured > 0)
-        estimate = jnp.where(overflow, jnp.inf, estimate)
+        estimate = jnp.where(~finite & ~jnp.isnan(squared_mean), jnp.inf, estimate)
         return jnp.where(count > 0, jnp.maximum(estimate, 0.0), 0.0)
 
     if variance == "trace":

@@ -77,7 +77,7 @@ def per_example_gradient_norms(
             params, size = sharding.vary(given[0], axis_names), batch_size_of(batch)
             parameters.check_randomness(of_tree, parts, given[1], batch)
             of_example = parameters.of_parameters(of_tree, parts, given[1])
-            sample = Sample(size, size, axis_names, target)
+            sample = Sample(size, axis_names, target)
             weights = sharding.vary(jnp.ones(size, jnp.float32), axis_names)
             sums = batch_sums(of_example, params, batch, weights, "trace", sample)
             squares = sums.squares

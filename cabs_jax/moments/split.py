@@ -15,19 +15,6 @@ Method = Literal["auto", "factored", "per_example", "between"]
 _ONE_BATCH = "Inputs and targets are one batch: pass (params, (x, y)), not (params, x, y)."
 
 
-def measured(subsample: int | None, size: int, axis_names: tuple[str, ...]) -> int:
-    """Returns the number of examples of this block and device that are measured."""
-    if subsample is None:
-        return size
-    shards = math.prod(lax.axis_size(axis) for axis in axis_names)
-    if subsample % shards:
-        raise ValueError(
-            f"subsample={subsample} does not split evenly over {shards} shards of the batch;"
-            f" take a multiple of {shards}."
-        )
-    return min(subsample // shards, size)
-
-
 def block_size(
     size: int,
     method: Method,
@@ -69,11 +56,7 @@ def block_size(
 
 
 def check_options(
-    method: Method,
-    variance: Variance,
-    subsample: int | None,
-    microbatch_size: int | None,
-    groups: int | None,
+    method: Method, variance: Variance, microbatch_size: int | None, groups: int | None
 ) -> None:
     """Raises ValueError for options that are unknown or contradict each other."""
     for name, value, known in (
@@ -82,15 +65,9 @@ def check_options(
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {known}, got {value!r}.")
-    numbers = {"subsample": subsample, "microbatch_size": microbatch_size, "groups": groups}
-    for name, number in numbers.items():
+    for name, number in (("microbatch_size", microbatch_size), ("groups", groups)):
         if number is not None and not (isinstance(number, int) and number >= 1):
             raise ValueError(f"{name} must be a positive int or None, got {number!r}.")
-    if subsample is not None and (method in {"per_example", "between"} or microbatch_size):
-        raise ValueError(
-            f"subsample={subsample} goes with the factored method on the whole batch, not with"
-            f" method={method!r} and microbatch_size={microbatch_size}."
-        )
     if groups is not None and method != "between":
         raise ValueError(f'groups={groups} goes with method="between", not with {method!r}.')
     if microbatch_size is not None and method == "between":

@@ -90,7 +90,7 @@ def weighted_moments(
     weight, squares = sums
     exists = squares != 0
     share_squares = squares / jnp.where(exists, jnp.square(weight), 1.0)  # 1/n
-    mean, measured = total.gradient, jnp.where(total.measured > 0, total.square_shares, jnp.nan)
+    mean = total.gradient
 
     def squared(tree: PyTree) -> PyTree:
         return sum_entries(jax.tree.map(jnp.square, tree), variance)
@@ -101,13 +101,13 @@ def weighted_moments(
         away = jax.tree.map(jnp.subtract, square_mean, mean)
 
         def spread(second: jax.Array, around: jax.Array, distance: jax.Array) -> jax.Array:
-            estimate = jnp.maximum(second / measured - around, 0.0) + distance
+            estimate = jnp.maximum(second * n - around, 0.0) + distance
             return jnp.where(exists, jnp.where(jnp.isinf(second), jnp.inf, estimate), 0.0)
 
         spreads = jax.tree.map(spread, total.squares, squared(square_mean), squared(away))
     else:
         square_mean = None
-        freedom = jnp.where(total.measured > 1, total.square_shares - share_squares, jnp.nan)
+        freedom = jnp.where(total.groups > 1, total.square_shares - share_squares, jnp.nan)
 
         def spread_of_groups(second: jax.Array, squared_mean: jax.Array) -> jax.Array:
             estimate = jnp.maximum(second - squared_mean, 0.0) / freedom * (1 - share_squares)

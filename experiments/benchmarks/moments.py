@@ -18,17 +18,14 @@ from cabs_jax.statistics import PyTree
 from experiments.benchmarks import _exact, _nets, _report, _timing
 from experiments.training.step import mean_loss
 
-SUBSAMPLE = 32
 COLUMNS: dict[str, dict[str, Any]] = {
     "per_example": {"method": "per_example"},
     "trace": {"method": "factored"},
     "diagonal": {"method": "factored", "variance": "diagonal"},
-    "subsample": {"method": "factored", "subsample": SUBSAMPLE},
 }
-CAPTION = f"""\
+CAPTION = """\
 Time (temporary memory, flops) as multiples of what the plain gradient of the mean loss takes.
-subsample: the variance of {SUBSAMPLE} examples. ξ, ḡ, diag: error relative to float64.
-–: not run, for it needs more memory than --memory, or the batch is no larger than {SUBSAMPLE}."""
+ξ, ḡ, diag: error relative to float64. –: not run, for it needs more memory than --memory."""
 
 
 class Executable(NamedTuple):
@@ -55,7 +52,7 @@ class Cell(NamedTuple):
       flops: Operations, the bodies of loops counted as often as they run.
       flops_ratio: Ratio to the plain gradient's.
       compile_seconds: Time to trace and compile.
-      variance_error: ‖error‖/‖exact‖ of the variance; of a subsample, relative to the whole batch.
+      variance_error: ‖error‖/‖exact‖ of the variance.
       mean_error: ‖error‖/‖exact‖ of the mean gradient.
     """
 
@@ -120,8 +117,6 @@ def measure(
     plain_seconds: list[float] = []
     cells: list[Cell] = []
     for column in columns:
-        if column == "subsample" and batch_size <= SUBSAMPLE:
-            continue
         program = compiled(cabs_jax.gradient_moments(net.loss, **COLUMNS[column]), operands)
         seconds: Mapping[str, list[float]] = {"plain": [], column: []}
         errors: tuple[float | None, float | None] = (None, None)

@@ -57,7 +57,6 @@ def problem(dtype):
         {"method": "factored"},
         {"method": "factored", "variance": "diagonal"},
         {"method": "factored", "microbatch_size": 4},
-        {"method": "factored", "subsample": 4},
         {"method": "per_example"},
         {"method": "between", "groups": 4},
     ],

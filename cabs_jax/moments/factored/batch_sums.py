@@ -34,8 +34,8 @@ class BatchSums(NamedTuple):
       losses: Loss of each example, float32, shape (m,).
       gradient: Σ_i w_i g_i, a float32 tree like the parameters.
       again: Σ_i w_i² g_i likewise; () where it was not asked for.
-      squares: For the trace, ‖w_i g_i‖² of each measured example, shape (n,); by parameter, a tree
-        of these; for the diagonal, Σ_i (w_i g_i)² over them, a float32 tree like the parameters.
+      squares: For the trace, ‖w_i g_i‖² of each example, shape (m,); by parameter, a tree of these;
+        for the diagonal, Σ_i (w_i g_i)², a float32 tree like the parameters.
       shift: Gradient of the terms of the loss that depend on parameters alone, which is in neither
         of the two, a float32 tree like the parameters; () if there are none.
       aux: Auxiliary outputs of each example.
@@ -53,8 +53,8 @@ class Slots(NamedTuple):
     """All slots of an evaluation; every one is float32 and holds zeros.
 
     Attributes:
-      norms: Squared norms, shape (n,), by parameter.
-      gradients: Per-example gradients (n, *shape), by parameter.
+      norms: Squared norms, shape (m,), by parameter.
+      gradients: Per-example gradients (m, *shape), by parameter.
       squares: Sums of squared gradients, by parameter.
       factors: Factors, by site.
     """
@@ -84,7 +84,7 @@ def batch_sums(
       weights: Weight of each example's loss, float32, shape (m,).
       variance: Whether squares are summed over entries ("trace", "by_parameter") or over examples
         ("diagonal").
-      sample: The m examples, and the n of them whose squares are summed.
+      sample: The m examples.
       twice: Whether Σ_i w_i² g_i is asked for, for one more backward pass.
     """
     treedef: Any  # its stub has no methods
@@ -92,7 +92,7 @@ def batch_sums(
     program = trace_program(loss_fn, params, batch)
     choices = choose(program, len(leaves), variance)
     batched = [Batched(jnp.asarray(x)) for x in jax.tree.leaves(batch)]
-    differentiated, fixed = _split_leaves(leaves, choices, sample)
+    differentiated, fixed = _split_leaves(leaves, choices)
 
     def weighted_losses(
         differentiated: dict[int, jax.Array], slots: Slots
@@ -113,18 +113,17 @@ def batch_sums(
     terms, pull, (losses, aux) = jax.vjp(weighted_losses, differentiated, slots, has_aux=True)
     gradients, slots = pull(jnp.ones_like(terms))
     again = pull(weights)[0] if twice else {}
-    if sample.is_whole:
-        held = slots.gradients.items()
-        gradients |= {i: jnp.sum(g, axis=0) for i, g in held}
-        again |= {i: jnp.tensordot(weights, g, 1, precision=HIGHEST) for i, g in held if twice}
-    held_squares = {i: jnp.square(g) for i, g in slots.gradients.items()}
+    held = slots.gradients.items()
+    gradients |= {i: jnp.sum(g, axis=0) for i, g in held}
+    again |= {i: jnp.tensordot(weights, g, 1, precision=HIGHEST) for i, g in held if twice}
+    held_squares = {i: jnp.square(g) for i, g in held}
     if variance == "diagonal":
         summed = {i: jnp.sum(g, axis=0) for i, g in held_squares.items()}
         squares: PyTree = treedef.unflatten(_or_zeros(slots.squares | summed, leaves))
     else:
         norms = slots.norms | norms_of_sums(choices, slots.factors, sample.target)
         norms |= {i: jnp.sum(g, axis=range(1, g.ndim)) for i, g in held_squares.items()}
-        none = sample.zeros((sample.measured,))
+        none = sample.zeros((sample.examples,))
         if variance == "trace":
             squares = sum(norms.values(), start=none)
         else:
@@ -137,15 +136,14 @@ def batch_sums(
 
 
 def _split_leaves(
-    leaves: list[jax.Array], choices: tuple[Choice, ...], sample: Sample
+    leaves: list[jax.Array], choices: tuple[Choice, ...]
 ) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
     """Splits the parameters into those to differentiate and those to hold fixed, by number.
 
     Held fixed are those that the loss does not depend on, and those whose gradient will be the sum
     of the gradients of all examples.
     """
-    summed = {Mode.UNUSED, Mode.PER_EXAMPLE} if sample.is_whole else {Mode.UNUSED}
-    numbered = dict(enumerate(leaves))
+    numbered, summed = dict(enumerate(leaves)), {Mode.UNUSED, Mode.PER_EXAMPLE}
     fixed = {i: leaf for i, leaf in numbered.items() if choices[i].mode in summed}
     return {i: leaf for i, leaf in numbered.items() if i not in fixed}, fixed
 
@@ -156,11 +154,11 @@ def _empty_slots(
     def shapes(mode: Mode) -> dict[int, tuple[int, ...]]:
         return {i: leaves[i].shape for i, choice in enumerate(choices) if choice.mode is mode}
 
-    n, held = sample.measured, shapes(Mode.PER_EXAMPLE)
+    m, held = sample.examples, shapes(Mode.PER_EXAMPLE)
     in_place, diagonal = shapes(Mode.IN_PLACE), variance == "diagonal"
     return Slots(
-        norms={} if diagonal else {i: sample.zeros((n,)) for i in in_place},
-        gradients={i: sample.zeros((n, *shape)) for i, shape in held.items()},
+        norms={} if diagonal else {i: sample.zeros((m,)) for i in in_place},
+        gradients={i: sample.zeros((m, *shape)) for i, shape in held.items()},
         squares={i: sample.zeros(shape) for i, shape in in_place.items()} if diagonal else {},
         factors=empty_factors(choices, sample),
     )

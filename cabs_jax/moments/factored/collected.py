@@ -38,7 +38,7 @@ def empty_factors(choices: Sequence[Choice], sample: Sample) -> dict[int, Factor
 
 def _empty(use: Use, sample: Sample) -> Factors:
     groups, positions, p, q = use.rule.sizes()
-    lead, equation = (*use.site.scans, sample.measured), use.site.equation
+    lead, equation = (*use.site.scans, sample.examples), use.site.equation
     left_dtype = equation.invars[1 - use.rule.operand].aval.dtype
     right = sample.zeros((*lead, groups, positions, q), equation.outvars[0].aval.dtype)
     if use.rule.one_hot:
@@ -49,7 +49,7 @@ def _empty(use: Use, sample: Sample) -> Factors:
 def norms_of_sums(
     choices: Sequence[Choice], factors: dict[int, Factors], target: Target
 ) -> dict[int, jax.Array]:
-    """Squared norms (n,) of the gradients whose factors were collected, by parameter."""
+    """Squared norms (m,) of the gradients whose factors were collected, by parameter."""
     return {
         leaf: _norms(choice.uses, factors, target)
         for leaf, choice in enumerate(choices)
@@ -58,7 +58,7 @@ def norms_of_sums(
 
 
 def _norms(uses: Sequence[Use], factors: dict[int, Factors], target: Target) -> jax.Array:
-    """Squared norms (n,) of one parameter's gradients, each the sum over its uses."""
+    """Squared norms (m,) of one parameter's gradients, each the sum over its uses."""
     # Indices stand on the left; a tied output head has left and right exchanged.
     first = min(uses, key=lambda use: not use.rule.one_hot)
     groups, _, p, q = first.sizes()
@@ -73,7 +73,7 @@ def _norms(uses: Sequence[Use], factors: dict[int, Factors], target: Target) -> 
         if not direct:
             return (), outer_products.gram_norms(operands)
         g = sum(outer_products.gradients(of_use, p) for of_use in operands)
-        return (), jnp.sum(jnp.square(g), axis=(1, 2, 3))  # (n, groups, p, q) to (n,)
+        return (), jnp.sum(jnp.square(g), axis=(1, 2, 3))  # (m, groups, p, q) to (m,)
 
     needed = cost.norm_bytes(sizes, direct=direct)
     norms: jax.Array = sum_in_cache(block, [sided(use) for use in uses], needed, target)[1]
@@ -98,7 +98,7 @@ def _steps_as_positions(use: Use, factors: Factors) -> Factors:
 def _merge_steps(x: jax.Array, depth: int, axis: int) -> jax.Array:
     """Merges `depth` leading axes into an axis of what follows them.
 
-    From (*steps, n, groups, positions, p) to (n, groups, steps · positions, p) where `axis` is 2.
+    From (*steps, m, groups, positions, p) to (m, groups, steps · positions, p) where `axis` is 2.
     """
     order = (*range(depth, depth + axis), *range(depth), *range(depth + axis, x.ndim))
     x = x.transpose(order)

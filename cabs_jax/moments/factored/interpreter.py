@@ -167,8 +167,8 @@ def _new_slots(
 
     @jax.custom_vjp
     def slots(arguments: dict[int, Any], others: dict[int, Any], inner: Any) -> list[Any]:
-        n = context.sample.measured
-        return [context.sample.zeros((n, *aval.shape), slot_dtype(aval.dtype)) for aval in avals]
+        m = context.sample.examples
+        return [context.sample.zeros((m, *aval.shape), slot_dtype(aval.dtype)) for aval in avals]
 
     def forward(arguments: Any, others: Any, inner: Any) -> tuple[list[Any], Any]:
         return slots(arguments, others, inner), (arguments, others)
@@ -177,7 +177,7 @@ def _new_slots(
         arguments, others = saved
         _, pull = jax.vjp(lambda w: jaxprs.floating_outputs(equation, w | others), arguments)
         cast = [c.astype(aval.dtype) for c, aval in zip(cotangents, avals, strict=True)]
-        (pulled,) = context.sample.target.vmap(pull)(cast)  # (n, *u.shape) to (n, *w.shape)
+        (pulled,) = context.sample.target.vmap(pull)(cast)  # (m, *u.shape) to (m, *w.shape)
         into_inner = {i: g.astype(slot_dtype(g.dtype)) for i, g in pulled.items()}
         return jax.tree.map(jnp.zeros_like, arguments), None, into_inner
 

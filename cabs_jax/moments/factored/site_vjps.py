@@ -18,10 +18,10 @@ whose last entry JAX takes for the derivative with respect to the slot, and hand
 Where a rule of `primitives` covers f, the g_i are sums of outer products of factors made of x and c
 (`_by_rule`), and what is returned depends on the mode that was chosen for the parameter:
 
-    IN_PLACE, trace       ‖g_i‖², shape (n,)                       `_norms`
+    IN_PLACE, trace       ‖g_i‖², shape (m,)                       `_norms`
     IN_PLACE, diagonal    Σ_i g_i², shaped like w                  `_square_sums`
     COLLECTED             the factors themselves                   `_factors`
-    PER_EXAMPLE           g_i, shape (n, *w.shape)                 `_gradients`
+    PER_EXAMPLE           g_i, shape (m, *w.shape)                 `_gradients`
 
 Where none does, the mode is PER_EXAMPLE. If copies of w are no larger than what f puts out (a bias,
 say), every example is given one, and plain differentiation tells the gradients apart; else f is
@@ -88,13 +88,10 @@ class Residuals(NamedTuple):
     scale: jax.Array | None
     into_w: Callable[[], jax.Array]
 
-    def factors(self, sample: Sample, rule: Rule) -> tuple[jax.Array, jax.Array]:
-        """Factors of the measured examples' gradients."""
-        return rule.factors(*self.measured(sample))
-
-    def measured(self, sample: Sample) -> tuple[PyTree, jax.Array]:
-        """The other operand and the cotangents of the measured examples."""
-        return jax.tree.map(sample.rows, self.x), sample.rows(self.cotangent)
+    @property
+    def operands(self) -> tuple[PyTree, jax.Array]:
+        """The other operand and the cotangents, of which the examples' gradients are made."""
+        return self.x, self.cotangent
 
     def assembled(self, rule: Rule, pieces: tuple[jax.Array, ...]) -> jax.Array:
         """A gradient, shaped like w, from pieces (groups, part of p, q) cut along p."""
@@ -175,20 +172,17 @@ def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Ar
 def _weighted_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Norms of gradients whose entries are multiplied by a scale, one for each."""
     assert at.scale is not None
-    scale, alike = rule.lay_out(at.scale), _rounds_alike(sample, rule, at)
+    scale, alike = rule.lay_out(at.scale), _rounds_alike(sample, at)
     direct = not rule.one_hot and rule.positions > 1
-    reuses = direct and sample.is_whole
-    model = outer_products.model_precision(at.equation)
-    precision = model if reuses or alike else outer_products.HIGHEST
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
         if direct:
-            pieces = _gradients_in_pieces(sample, rule, at, operands, precision)
+            pieces = _gradients_in_pieces(sample, rule, at, operands)
             ends = itertools.accumulate(g.shape[-2] for g in pieces[:-1])
             scales = jnp.split(scale, list(ends), axis=-2)
             weighted = (g * s[None] for g, s in zip(pieces, scales, strict=True))
             norms = sum(jnp.sum(jnp.square(g), axis=(1, 2, 3)) for g in weighted)
-            return (pieces if reuses else ()), norms
+            return pieces, norms
         left, right = rule.factors(*operands)
         if rule.one_hot:  # row by row, before the rows are added up
             right = right * scale[0, left][:, None].astype(right.dtype)
@@ -197,17 +191,15 @@ def _weighted_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Arra
         return (), outer_products.weighted_norms(factors, scale)
 
     needed = cost.norm_bytes(rule.sizes(), direct=direct)
-    total, norms = sum_in_cache(block, at.measured(sample), needed, sample.target)
-    if reuses:
-        return at.assembled(rule, total), norms
-    return at.into_w(), norms
+    total, norms = sum_in_cache(block, at.operands, needed, sample.target)
+    return (at.assembled(rule, total) if direct else at.into_w()), norms
 
 
 def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Norms of gradients whose entries are those of the parameters' gradients."""
     if rule.apart:
-        return at.into_w(), outer_products.one_hot_norms(at.factors(sample, rule), True)
-    sizes, alike = rule.sizes(), _rounds_alike(sample, rule, at)
+        return at.into_w(), outer_products.one_hot_norms(rule.factors(*at.operands), True)
+    sizes, alike = rule.sizes(), _rounds_alike(sample, at)
     narrow = alike or all(v.dtype.itemsize == 2 for v in jax.tree.leaves((at.x, at.cotangent)))
     direct = cost.prefers_direct(
         sizes,
@@ -218,66 +210,58 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
     )
     if found := _by_kernel(sample, rule, at):
         total, norms = found
-        return at.assembled(rule, (total,)) if sample.is_whole else at.into_w(), norms
-    # Where the gradients of all examples are formed, their sum is the gradient of the batch.
-    reuses = direct and sample.is_whole
-    model = outer_products.model_precision(at.equation)
-    precision = model if reuses or alike else outer_products.HIGHEST
+        return at.assembled(rule, (total,)), norms
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
         if direct:
-            pieces = _gradients_in_pieces(sample, rule, at, operands, precision)
+            pieces = _gradients_in_pieces(sample, rule, at, operands)
             norms = sum(jnp.sum(jnp.square(g), axis=(1, 2, 3)) for g in pieces)
-            return (pieces if reuses else ()), norms
+            return pieces, norms
         factors = rule.factors(*operands)
         if alike and sizes[1] == 1:
             factors = outer_products.rounded(factors)
+        model = outer_products.model_precision(at.equation)
+        precision = model if alike else outer_products.HIGHEST
         return (), outer_products.gram_norms([factors], precision)
 
     needed = cost.norm_bytes(sizes, direct=direct)
-    total, norms = sum_in_cache(block, at.measured(sample), needed, sample.target)
-    if reuses:
-        return at.assembled(rule, total), norms
-    return at.into_w(), norms
+    total, norms = sum_in_cache(block, at.operands, needed, sample.target)
+    return (at.assembled(rule, total) if direct else at.into_w()), norms
 
 
 def _by_kernel(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array] | None:
-    """The sum of the measured examples' gradients and their norms, where a kernel makes both."""
+    """The sum of the examples' gradients and their norms, where a kernel makes both."""
     if not sample.target.kernels:
         return None
     from cabs_jax.moments.factored import kernels  # takes seconds to load, and few need it
 
-    alike = sample.is_whole or _rounds_alike(sample, rule, at)
-    precision = outer_products.model_precision(at.equation) if alike else outer_products.HIGHEST
-    operands = at.measured(sample)
-    return kernels.measured(at.equation, rule, *operands, precision, sample.target)
+    precision = outer_products.model_precision(at.equation)
+    return kernels.measured(at.equation, rule, *at.operands, precision, sample.target)
 
 
 def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Gradient of the batch and the sum of the squares of the examples' gradients."""
     if rule.one_hot:
-        factors, rows = at.factors(sample, rule), rule.sizes()[2]
+        factors, rows = rule.factors(*at.operands), rule.sizes()[2]
         squares = outer_products.one_hot_square_sums(factors, rows, rule.apart)
         return at.into_w(), rule.assemble(squares, at.w.shape)
-    alike = _rounds_alike(sample, rule, at)
-    model = outer_products.model_precision(at.equation)
-    precision = model if sample.is_whole or alike else outer_products.HIGHEST
     if rule.positions == 1:  # (left ⊗ right)² = left² ⊗ right²
-        factors = at.factors(sample, rule)
-        squares = outer_products.square_sums(outer_products.rounded(factors) if alike else factors)
-        return at.into_w(), rule.assemble(squares, at.w.shape)
+        factors = rule.factors(*at.operands)
+        if _rounds_alike(sample, at):
+            factors = outer_products.rounded(factors)
+        return at.into_w(), rule.assemble(outer_products.square_sums(factors), at.w.shape)
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
-        pieces = _gradients_in_pieces(sample, rule, at, operands, precision)
+        pieces = _gradients_in_pieces(sample, rule, at, operands)
         return (pieces, tuple(map(jnp.square, pieces))), ()
 
     needed = cost.norm_bytes(rule.sizes(), direct=True)
-    (total, squares), _ = sum_in_cache(block, at.measured(sample), needed, sample.target)
+    (total, squares), _ = sum_in_cache(block, at.operands, needed, sample.target)
     squares = rule.assemble(jnp.concatenate(squares, axis=-2), at.w.shape)
-    return (at.assembled(rule, total) if sample.is_whole else at.into_w()), squares
+    return at.assembled(rule, total), squares
 
 
-def _rounds_alike(sample: Sample, rule: Rule, at: Residuals) -> bool:
+def _rounds_alike(sample: Sample, at: Residuals) -> bool:
     """Whether the products of a norm see the operands as the product of the mean does, rounded."""
     model = outer_products.model_precision(at.equation)
     return sample.target.costs.rounds_alike and outer_products.is_default(model)
@@ -289,13 +273,13 @@ def _goes_by_row(sample: Sample, at: Residuals) -> bool:
 
 
 def _gradients_in_pieces(
-    sample: Sample,
-    rule: Rule,
-    at: Residuals,
-    operands: tuple[PyTree, jax.Array],
-    precision: outer_products.Precision,
+    sample: Sample, rule: Rule, at: Residuals, operands: tuple[PyTree, jax.Array]
 ) -> tuple[jax.Array, ...]:
-    """Gradients of some examples, cut along p: arrays (examples, groups, part of p, q)."""
+    """Gradients of some examples, cut along p: arrays (examples, groups, part of p, q).
+
+    They are rounded as the model's are, for their sum is the gradient of the batch.
+    """
+    precision = outer_products.model_precision(at.equation)
     if _goes_by_row(sample, at):
         return convolution.pieces_by_row(at.equation, *operands, precision)
     factors = rule.factors(*operands)
@@ -306,20 +290,15 @@ def _factors(
     sample: Sample, rule: Rule, at: Residuals
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Gradient of the batch and the factors of the examples' gradients."""
-    left, right = at.factors(sample, rule)
+    left, right = rule.factors(*at.operands)
     # Only floating-point slots have a cotangent; whole numbers up to 2²⁴ survive the cast.
     return at.into_w(), (left.astype(jnp.float32) if rule.one_hot else left, right)
 
 
 def _gradients(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """The examples' gradients; that of the batch is their sum, taken at the end."""
-    alike = sample.is_whole or _rounds_alike(sample, rule, at)
-    model = outer_products.model_precision(at.equation)
-    precision = model if alike else outer_products.HIGHEST
-    pieces = _gradients_in_pieces(sample, rule, at, at.measured(sample), precision)
-    g = jnp.concatenate(pieces, axis=-2)
-    g = rule.assemble(g, at.w.shape)  # (n, groups, p, q) to (n, *w.shape)
-    return (jnp.zeros_like(at.w) if sample.is_whole else at.into_w()), g
+    g = jnp.concatenate(_gradients_in_pieces(sample, rule, at, at.operands), axis=-2)
+    return jnp.zeros_like(at.w), rule.assemble(g, at.w.shape)  # from (m, groups, p, q)
 
 
 def _by_derivative(sample: Sample, site: Site, values: list[Value]) -> list[Batched]:
@@ -363,13 +342,10 @@ def _by_derivative(sample: Sample, site: Site, values: list[Value]) -> list[Batc
         of_all = sample.target.vmap(without_batched_convolutions(of_one), (None, 0, 0))
         floats = [cotangents[i] for i in floating]
         gradients, into_smooth = of_all((parameters, fixed), examples, floats)  # g: (m, *w.shape)
-        into_parameters = {
-            # As in `_gradients`, the sum over the slots will be the gradient of the batch.
-            i: jnp.zeros_like(w) if sample.is_whole else jnp.sum(gradients[i], axis=0)
-            for i, w in parameters.items()
-        }
+        # As in `_gradients`, the sum over the slots will be the gradient of the batch.
+        into_parameters = jax.tree.map(jnp.zeros_like, parameters)
         into_examples = {i: into_smooth.get(i) for i in examples}
-        into_slots = {i: sample.rows(g).astype(slot_dtype(g.dtype)) for i, g in gradients.items()}
+        into_slots = {i: g.astype(slot_dtype(g.dtype)) for i, g in gradients.items()}
         return into_parameters, None, into_examples, into_slots
 
     apply.defvjp(forward, backward)

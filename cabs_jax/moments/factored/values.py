@@ -31,8 +31,8 @@ class Shared(NamedTuple):
 
     Attributes:
       value: The value.
-      gradient_slots: Slots for its per-example gradients, float32, shape (n, *value.shape) for n
-        measured examples, or None.
+      gradient_slots: Slots for its per-example gradients, float32, shape (m, *value.shape), or
+        None.
       square_slots: Slots for the sum of their squares, float32, shaped like the value, or None.
       scale: What entries of parameters are multiplied by in entries of the value, up to the sign:
         a float32 array of its shape, or a scalar, or None for 1.
@@ -54,47 +54,17 @@ Value = Shared | Batched
 
 
 class Sample(NamedTuple):
-    """The examples of a batch, and which of them are measured.
+    """The examples of a batch, and where they are.
 
     Attributes:
       examples: Size m of the batch.
-      measured: How many of the examples are measured, n: the first of every
-        lane, or all of them.
       axis_names: Mesh axes over which the batch varies, inside a shard_map.
       target: The machine, and how the batch lies on it.
     """
 
     examples: int
-    measured: int
     axis_names: tuple[str, ...]
     target: Target
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all examples are measured."""
-        return self.measured == self.examples
-
-    @property
-    def lanes(self) -> int:
-        """Number of stretches of the batch that each give an equal part of the measured ones."""
-        lanes = self.target.lanes
-        return 1 if self.examples % lanes or self.measured % lanes else lanes
-
-    def rows(self, x: jax.Array) -> jax.Array:
-        """Keeps the examples that are measured: (m, ...) to (n, ...)."""
-        if self.is_whole:
-            return x
-        by_lane = x.reshape(self.lanes, -1, *x.shape[1:])  # (l, m / l, ...)
-        return by_lane[:, : self.measured // self.lanes].reshape(-1, *x.shape[1:])
-
-    def spread(self, slots: jax.Array) -> jax.Array:
-        """Puts slots where their examples stand, zeros elsewhere: (n, ...) to (m, ...)."""
-        if self.is_whole:
-            return slots
-        by_lane = slots.reshape(self.lanes, -1, *slots.shape[1:])  # (l, n / l, ...)
-        after = (self.examples - self.measured) // self.lanes
-        padded = jnp.pad(by_lane, [(0, 0), (0, after), *[(0, 0)] * (slots.ndim - 1)])
-        return padded.reshape(-1, *slots.shape[1:])
 
     def zeros(self, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         """An empty slot."""
@@ -110,7 +80,7 @@ class Context(NamedTuple):
       choices: How each parameter is measured.
       variance: "trace", "by_parameter" or "diagonal".
       sample: The examples.
-      norms: Slots for squared norms, shape (n,), by parameter.
+      norms: Slots for squared norms, shape (m,), by parameter.
       factors: Slots for factors, by the number of the site.
     """
 
@@ -135,7 +105,7 @@ def to_batched(sample: Sample, value: Value) -> Batched:
     copies = sharding.vary(copies, sample.axis_names)
     if value.gradient_slots is not None:
         # The derivative by the slot of example i is the gradient of example i.
-        copies = copies + sample.spread(value.gradient_slots).astype(copies.dtype)
+        copies = copies + value.gradient_slots.astype(copies.dtype)
     return Batched(copies)
 
 

@@ -34,7 +34,7 @@ def evaluate_view(
     gradient_slots: list[Any] = [None] * len(outputs)
     square_slots: list[Any] = [None] * len(outputs)
     slots = {i: s for i in viewed if (s := values[i].gradient_slots) is not None}
-    if slots:  # (n, *shape): the same for every example
+    if slots:  # (m, *shape): the same for every example
         gradient_slots = sample.target.vmap(move)(slots)
     slots = {i: s for i in viewed if (s := values[i].square_slots) is not None}
     if slots:

@@ -15,17 +15,7 @@ from experiments.benchmarks.ahead_of_time import language_model
 
 PyTree = Any
 GROUPS = 8
-SUBSAMPLE = 32
-COLUMNS = (
-    "plain",
-    "trace",
-    "kernels",
-    "trace_mesh",
-    "diagonal",
-    "per_example",
-    "between",
-    "subsample",
-)
+COLUMNS = ("plain", "trace", "kernels", "trace_mesh", "diagonal", "per_example", "between")
 LM_COLUMNS = ("plain", "trace", "kernels", "trace_mesh", "between")
 LM_PREFIX = "lm-"
 
@@ -59,17 +49,14 @@ def columns_for(
 ) -> list[str]:
     """Those of `columns` that make sense for a net, "plain" first.
 
-    `kernels` are for TPUs. `trace_mesh` and a language model's `between` need several devices,
-    `subsample` a batch that is larger than the sample, and per-example gradients of a language
-    model fit nowhere.
+    `kernels` are for TPUs. `trace_mesh` and a language model's `between` need several devices, and
+    per-example gradients of a language model fit nowhere.
     """
     allowed = set(LM_COLUMNS if net.startswith(LM_PREFIX) else COLUMNS)
     if platform != "tpu":
         allowed.discard("kernels")
     if devices == 1:
         allowed.discard("trace_mesh")
-    if batch_size <= SUBSAMPLE:
-        allowed.discard("subsample")
     if devices == 1 and batch_size % GROUPS:
         allowed.discard("between")
     return ["plain", *(c for c in columns if c in allowed and c != "plain")]
@@ -108,7 +95,6 @@ def program(column: str, work: Work, mesh: Mesh) -> Callable[[PyTree, PyTree], A
         "diagonal": by_compiler | {"variance": "diagonal"},
         "per_example": by_compiler | {"method": "per_example"},
         "between": {"method": "between"} | (by_shard if several else {"groups": GROUPS}),
-        "subsample": by_compiler | {"subsample": SUBSAMPLE},
     }
     shardings = jax.tree.map(lambda leaf: leaf.sharding, work.params)
     if column == "plain":

@@ -22,16 +22,9 @@ BATCH = {"x": jnp.ones((6, 3)), "y": jnp.ones(6)}
 HOSTILE = {
     "method": ({"method": "fastest"}, ValueError, "'fastest'"),
     "variance": ({"variance": "full"}, ValueError, "'full'"),
-    "subsample 0": ({"subsample": 0}, ValueError, "subsample .* got 0"),
-    "subsample 2.5": ({"subsample": 2.5}, ValueError, "subsample .* got 2.5"),
     "microbatch -1": ({"microbatch_size": -1}, ValueError, "microbatch_size .* got -1"),
+    "microbatch 2.5": ({"microbatch_size": 2.5}, ValueError, "microbatch_size .* got 2.5"),
     "groups 0": ({"method": "between", "groups": 0}, ValueError, "groups .* got 0"),
-    "subsample by reference": (
-        {"subsample": 4, "method": "per_example"},
-        ValueError,
-        "subsample=4",
-    ),
-    "subsample and blocks": ({"subsample": 4, "microbatch_size": 2}, ValueError, "size=2"),
     "groups elsewhere": ({"groups": 3}, ValueError, "groups=3"),
     "coupled by reference": ({"examples_per_loss": 2}, ValueError, "neither method='auto'"),
     "coupled 0": ({"method": "between", "examples_per_loss": 0}, ValueError, "got 0"),
@@ -120,7 +113,6 @@ def test_aux_that_is_missing_is_refused():
 OPTIONS = {
     "method": ["auto", "factored", "per_example", "between"],
     "variance": ["trace", "by_parameter", "diagonal"],
-    "subsample": [None, 4],
     "microbatch_size": [None, 2],
     "groups": [None, 4],
 }
@@ -129,14 +121,10 @@ OPTIONS = {
 @pytest.mark.parametrize("values", [*itertools.product(*OPTIONS.values())], ids=str)
 def test_every_combination_of_options_is_computed_or_refused(values):
     options = dict(zip(OPTIONS, values, strict=True))
-    method, variance, subsample, block, groups = values
+    method, variance, block, groups = values
     between = method == "between"
-    if (
-        (subsample and (block or method in {"per_example", "between"}))
-        or (groups is None) == between
-        or (between and block)
-    ):
-        with pytest.raises(ValueError, match=r"subsample|groups|microbatch_size"):
+    if (groups is None) == between or (between and block):
+        with pytest.raises(ValueError, match=r"groups|microbatch_size"):
             jax.eval_shape(gradient_moments(linear, **options), jnp.ones(3), jnp.ones((8, 3)))
         return
     m = jax.eval_shape(gradient_moments(linear, **options), jnp.ones(3), jnp.ones((8, 3)))

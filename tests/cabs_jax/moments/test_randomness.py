@@ -25,7 +25,6 @@ OPTIONS = {
     "per_example": {"method": "per_example"},
     "microbatches": {"microbatch_size": 4},
     "per_example in microbatches": {"microbatch_size": 4, "method": "per_example"},
-    "subsample": {"subsample": 24},
 }
 
 

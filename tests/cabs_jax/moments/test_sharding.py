@@ -169,17 +169,6 @@ def test_aux_stays_split_over_the_mesh():
 
 
 @pytest.mark.parametrize("way", ["Auto, mesh=", "Explicit", "shard_map"])
-def test_subsample_measures_as_many_on_every_shard(way):
-    kind, make = WAYS[way]
-    mesh = mesh_of(kind)
-    x = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
-    params, batch, keep = place(mesh, jnp.ones(3), x, jnp.ones(32, bool))
-    moments = jax.jit(make(jnp.dot, mesh, {"subsample": 16}))(params, batch, keep)
-    measured = np.mean(np.sum(x.reshape(8, 4, 3)[:, :2] ** 2, axis=2))
-    np.testing.assert_allclose(moments.variance, measured - np.sum(x.mean(0) ** 2), rtol=1e-5)
-
-
-@pytest.mark.parametrize("way", ["Auto, mesh=", "Explicit", "shard_map"])
 @pytest.mark.parametrize("groups", [None, 2])
 def test_shards_are_groups(way, groups):
     kind, make = WAYS[way]
@@ -361,12 +350,6 @@ def test_an_ambiguous_mesh_is_refused():
     mesh = mesh_of(AxisType.Auto, (4, 2), ("data", "model"))
     with pytest.raises(ValueError, match=r"\('data', 'model'\).*axis_name="):
         gradient_moments(jnp.dot, mesh=mesh)(jnp.ones(3), jnp.ones((8, 3)))
-
-
-def test_an_uneven_subsample_is_refused():
-    mesh = mesh_of(AxisType.Auto)
-    with pytest.raises(ValueError, match=r"subsample=12 .* 8 shards"):
-        gradient_moments(jnp.dot, mesh=mesh, subsample=12)(jnp.ones(3), jnp.ones((32, 3)))
 
 
 def test_vary_marks_what_is_replicated():

@@ -32,15 +32,12 @@ def check(models, columns, tmp_path, capsys):
         for model in models
         for size in sizes
         for column in ("plain", *columns)
-        if column != "subsample" or size > 32
     }
     for cell in cells:
         assert cell["time_ratio"] > 0
         assert cell["memory_ratio"] > 0
         assert cell["flops_ratio"] >= 1
-        if cell["column"] == "subsample":
-            assert 1e-5 < cell["variance_error"] < 1
-        elif cell["column"] != "plain":
+        if cell["column"] != "plain":
             assert cell["variance_error"] < 1e-5
             assert cell["mean_error"] < 1e-5
     printed = capsys.readouterr().out
@@ -51,7 +48,7 @@ def check(models, columns, tmp_path, capsys):
 
 @pytest.mark.slow  # compiles a net once for every column
 def test_table_and_json_have_every_cell_with_small_errors(tiny_nets, tmp_path, capsys):
-    check(["mlp"], ["per_example", "trace", "diagonal", "subsample"], tmp_path, capsys)
+    check(["mlp"], ["per_example", "trace", "diagonal"], tmp_path, capsys)
 
 
 @pytest.mark.exhaustive

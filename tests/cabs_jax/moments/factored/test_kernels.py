@@ -165,16 +165,6 @@ def test_moments_in_microbatches():
 
 
 @pytest.mark.slow
-def test_a_subsample_is_measured_with_the_mean_of_all():
-    sampled, whole = measured(subsample=4), wanted()
-    _, grads = per_example_of(two_layers, PARAMS, BATCH)
-    squares = sum(np.square(g[:4]).sum() / 4 for g in jax.tree.leaves(grads))
-    squared_mean = sum(np.square(g.mean(0)).sum() for g in jax.tree.leaves(grads))
-    assert_close(sampled.mean, whole.mean)
-    np.testing.assert_allclose(sampled.variance, squares - squared_mean, 1e-4)
-
-
-@pytest.mark.slow
 def test_moments_on_a_mesh():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     assert_close(measured(mesh=mesh), wanted())

@@ -80,7 +80,7 @@ def test_an_unknown_topology_is_named(topology):
 
 def test_columns_that_make_no_sense_are_left_out():
     columns = programs.COLUMNS
-    assert "subsample" not in programs.columns_for(columns, "mlp", 32, 1, "tpu")
+    assert "between" not in programs.columns_for(columns, "mlp", 12, 1, "tpu")
     assert "trace_mesh" not in programs.columns_for(columns, "mlp", 128, 1, "tpu")
     assert "kernels" not in programs.columns_for(columns, "mlp", 128, 1, "cuda")
     assert programs.columns_for(["trace"], "mlp", 128, 4, "tpu") == ["plain", "trace"]

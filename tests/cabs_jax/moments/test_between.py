@@ -1,6 +1,4 @@
-"""What a subsample and the differences between groups say of the variance."""
-
-import functools
+"""What the differences between groups say of the variance."""
 
 import jax
 import jax.numpy as jnp
@@ -8,45 +6,12 @@ import numpy as np
 import pytest
 
 from cabs_jax import gradient_moments
-from tests.cabs_jax.moments.oracle import assert_close, expected
-from tests.cabs_jax.moments.zoo import EXAMPLES, ZOO
+from tests.cabs_jax.moments.oracle import assert_close
 
 
 def linear(p, x):
     """A loss whose gradient is the example."""
     return jnp.dot(p, x)
-
-
-@pytest.mark.parametrize("name", ["convolution_2d", "embedding_as_output_head", "weight_norm"])
-@pytest.mark.parametrize("variance", ["trace", "diagonal"])
-def test_subsample_averaged_over_all_shifts_is_the_second_moment(name, variance):
-    case = ZOO[name]()
-    function = jax.jit(gradient_moments(case.loss, subsample=4, variance=variance))
-    wanted = expected(name, variance)
-    shifts = [functools.partial(np.roll, shift=k, axis=0) for k in range(0, EXAMPLES, 4)]
-    shifted = [function(case.params, jax.tree.map(shift, case.batch)) for shift in shifts]
-    for m in shifted:
-        assert_close((m.value, m.mean), (wanted.value, wanted.mean), case.tolerance)
-    mean = jax.tree.map(lambda *parts: np.mean(parts, axis=0), *[m.variance for m in shifted])
-    if variance == "trace":
-        assert_close(mean, wanted.variance)
-        return
-    # Clamped at zero in some shift, an entry of the diagonal may come out larger.
-    for x, y in zip(jax.tree.leaves(mean), jax.tree.leaves(wanted.variance), strict=True):
-        assert np.all(x > y - 1e-4 * y.max())
-
-
-def test_subsample_takes_no_more_than_there_is():
-    case = ZOO["dense"]()
-    measure = jax.jit(gradient_moments(case.loss, subsample=1000))
-    assert_close(measure(case.params, case.batch), expected("dense"))
-
-
-def test_subsample_of_padding_alone_is_unknown():
-    mask = jnp.arange(4) >= 2
-    m = jax.jit(gradient_moments(linear, subsample=2))(jnp.ones(3), jnp.ones((4, 3)), mask)
-    assert jnp.isnan(m.variance)
-    np.testing.assert_allclose(m.mean, 1)
 
 
 def between(examples, keep, groups):
@@ -69,7 +34,7 @@ def test_between_is_its_formula(groups, variance, real):
     padded = np.where(keep[:, None], x, np.nan).astype(np.float32)
     m = jax.jit(function)(jnp.ones(3), padded, jnp.asarray(keep))
     diagonal = between(x, keep, groups)
-    wanted = diagonal.sum() if variance == "trace" else diagonal
+    wanted = diagonal if variance == "diagonal" else diagonal.sum()
     assert_close(m.variance, wanted, 1e-5)
     np.testing.assert_allclose(m.mean, x[keep].mean(0), rtol=1e-5)
     assert int(m.count) == real
