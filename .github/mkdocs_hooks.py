@@ -1,5 +1,7 @@
 """Puts the READMEs and reports under experiments/, with their figures, on the site as they are."""
 
+import re
+import textwrap
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -25,8 +27,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns links that hold in the repository, where pages lie in .github/docs, into the site's."""
+    """Turns links that hold in the repository, where pages lie in .github/docs, into the site's.
+
+    The diff of a program becomes three tabs: what changes, and each of the two, to be copied.
+    """
     up = "../" * page.file.src_uri.count("/")
+    markdown = re.sub(r"^```diff\n(.*?)^```\n", _tabs, markdown, flags=re.DOTALL | re.MULTILINE)
     if page.file.src_uri.startswith("experiments/"):
         return markdown.replace(f"]({up}.github/docs/", f"]({up}")
     return markdown.replace(f"]({up}../../experiments/", f"]({up}experiments/")
+
+
+def _tabs(diff: re.Match[str]) -> str:
+    lines = diff[1].splitlines()
+    before, after = (
+        "\n".join(line[1:] for line in lines if line[:1] in ("", " ", sign)) for sign in "-+"
+    )
+    tabs = {"Changes": ("diff", diff[1].rstrip()), "Before": ("python", before)}
+    tabs["After"] = "python", after
+    return "\n".join(
+        f'=== "{title}"\n\n' + textwrap.indent(f"```{language}\n{code}\n```\n", "    ")
+        for title, (language, code) in tabs.items()
+    )

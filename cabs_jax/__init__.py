@@ -3,8 +3,8 @@
 A step measures how much the gradients of its examples differ, and from that follows how many
 examples the next step needs. The rooms of the library, in the order of the data:
 
-* `gradient_moments`, `per_example_value_and_grad`, `explain` (`cabs_jax.moments`): from a loss and
-  a batch to the mean gradient and its variance.
+* `gradient_moments`, `per_example_value_and_grad`, `per_example_gradient_norms`, `explain`
+  (`cabs_jax.moments`): from a loss and a batch to the mean gradient and its variance.
 * `rules` (`cabs_jax.rules`): from running averages of those, `Statistics`, to the size to ask for.
 * `cabs`, `cabs_adam`, `adapt_batch_size`, `batch_size`, `info`: the optax optimizers that keep the
   averages, ask the rule and round its answer to a legal size. `monitor` measures along any other.
@@ -26,7 +26,13 @@ from cabs_jax.compilation import CompiledStep
 from cabs_jax.loader import BatchLoader, Position, buckets
 from cabs_jax.merging import merge_moments
 from cabs_jax.meter import monitor
-from cabs_jax.moments import Explanation, explain, gradient_moments, per_example_value_and_grad
+from cabs_jax.moments import (
+    Explanation,
+    explain,
+    gradient_moments,
+    per_example_gradient_norms,
+    per_example_value_and_grad,
+)
 from cabs_jax.on_device import OnDeviceResult, StepMetrics, on_device_loop
 from cabs_jax.optimizers import cabs, cabs_adam
 from cabs_jax.scaling import scale_with_batch_size
@@ -38,7 +44,7 @@ from cabs_jax.state import (
     batch_size,
     info,
 )
-from cabs_jax.statistics import GradientMoments, Statistics
+from cabs_jax.statistics import GradientMoments, Statistics, WeightSums
 from cabs_jax.transform import adapt_batch_size
 
 __all__ = [
@@ -54,6 +60,7 @@ __all__ = [
     "Position",
     "Statistics",
     "StepMetrics",
+    "WeightSums",
     "adapt_batch_size",
     "batch_size",
     "buckets",
@@ -66,6 +73,7 @@ __all__ = [
     "merge_moments",
     "monitor",
     "on_device_loop",
+    "per_example_gradient_norms",
     "per_example_value_and_grad",
     "rules",
     "scale_with_batch_size",

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cabs_jax.moments import per_example_value_and_grad
+from cabs_jax.moments import parameters, per_example_value_and_grad
 from cabs_jax.moments.jaxprs import name, subjaxprs
+from cabs_jax.moments.parameters import of_parameters
 from cabs_jax.moments.per_example import batch_size_of
+from cabs_jax.moments.randomness import keys_of_examples, with_key
 from cabs_jax.statistics import PyTree, moments_from_per_example, tree_squared_norm
 
 # A number of examples that nothing else in a model has, by which a batch axis is known.
@@ -19,27 +24,31 @@ _UNLIKELY = 1_009
 
 
 def check_loss(
-    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+    loss_fn: Callable[..., jax.Array],
     params: PyTree,
     batch: PyTree,
     batch_loss: Callable[[PyTree, PyTree], jax.Array] | None = None,
+    *,
+    rng: jax.Array | None = None,
 ) -> None:
     """Raises where the loss of single examples is not what one thinks; for the start of a script.
 
-    It sees losses and gradients that are not finite, random numbers that all examples share (of
-    which it warns), and, given the loss of a batch that trained before, whether the mean over
-    single examples is the same loss with the same gradient. Only that comparison can see batch
-    normalisation, under which a loss of one example normalises by that example alone. All gradients
-    of the batch are held at once: a dozen examples will do.
+    It sees losses and gradients that are not finite, state outside of the loss that it changes,
+    random numbers that all examples share (of which it warns), and, given the loss of a batch that
+    trained before, whether the mean over single examples is the same loss with the same gradient.
+    Only that comparison can see batch normalisation, under which a loss of one example normalises
+    by that example alone. All gradients of the batch are held at once: a dozen examples will do.
 
     Args:
       loss_fn: `(params, example) -> loss`, as `gradient_moments` takes it.
       params: Parameters; trained a little, if a fresh model answers the same to everything.
       batch: A few examples, stacked along a leading axis.
       batch_loss: `(params, batch) -> loss`, the mean loss of a batch.
+      rng: A key, for a loss of `(params, example, rng)`. What it draws has to average out, or be
+        switched off, for its mean to be `batch_loss`.
 
     Raises:
-      TypeError: If loss_fn returns no floating-point scalar.
+      TypeError: If loss_fn returns no floating-point scalar, or changes a module of flax nnx.
       ValueError: With the numbers that disagree and what that usually means.
 
     Warns:
@@ -52,8 +61,8 @@ def check_loss(
       ...     lambda w, row: jnp.sum((w - row) ** 2), jnp.zeros(3), x,
       ...     batch_loss=lambda w, rows: jnp.mean(jnp.sum((w[None] - rows) ** 2, axis=1)))
     """
-    size = batch_size_of(batch)
-    losses, grads = jax.jit(per_example_value_and_grad(loss_fn))(params, batch)
+    size, parts = batch_size_of(batch), parameters.split(params)
+    losses, grads = jax.jit(per_example_value_and_grad(loss_fn))(params, batch, rng=rng)
     moments = moments_from_per_example(losses, grads)
     low_precision = losses.dtype.itemsize < 4
     if low_precision:
@@ -69,23 +78,64 @@ def check_loss(
         )
     if not jnp.isfinite(tree_squared_norm(grads)):
         raise ValueError("the losses are finite, but some of their gradients are not.")
-    _check_randomness(loss_fn, params, batch)
+    loss_of_tree = loss_fn if rng is None else with_key(loss_fn)
+    of_example = of_parameters(loss_of_tree, parts, parts.arrays)
+
+    def all_losses(params: PyTree, batch: PyTree) -> Any:
+        if rng is not None:
+            keep = jnp.ones(batch_size_of(batch), jnp.bool_)
+            batch = batch, keys_of_examples(rng, keep, ())
+        return jax.vmap(of_example, (None, 0))(params, batch)
+
+    _check_state(all_losses, parts.parameters, batch)
+    _check_randomness(all_losses, parts.parameters, batch)
     if batch_loss is not None:
         coarse = low_precision or any(x.dtype.itemsize < 4 for x in jax.tree.leaves(grads))
         tolerance = 0.03 if coarse else 1e-3
-        _compare(batch_loss, params, batch, moments.value, moments.mean, size, tolerance)
+        of_batch = of_parameters(batch_loss, parts, parts.arrays)
+        _compare(of_batch, parts.parameters, batch, moments.value, moments.mean, size, tolerance)
 
 
-def _check_randomness(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree) -> None:
+def _check_state(losses: Callable[..., Any], params: PyTree, batch: PyTree) -> None:
+    def program() -> tuple[str, list[bytes]]:
+        traced_anew = functools.partial(losses)  # a known function would not be called again
+        closed = jax.make_jaxpr(traced_anew)(params, batch)
+        consts = [jax.random.key_data(x) if is_key(x) else x for x in closed.consts]
+        # Functions within are made anew by every trace, at another address.
+        return re.sub(r" at 0x\w+", "", str(closed)), [np.asarray(x).tobytes() for x in consts]
+
+    def is_key(x: Any) -> bool:
+        return bool(jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
+
+    try:
+        with jax.checking_leaks():
+            first = program()
+    except Exception as error:
+        if not str(error).startswith("Leaked"):
+            raise
+        raise ValueError(
+            "loss_fn keeps a value of its own in something outside of it, such as a list or an "
+            "attribute, where no number ever arrives: return it as aux, with has_aux=True."
+        ) from error
+    if program() != first:
+        raise ValueError(
+            "loss_fn is another function at its second call: it changes something outside of it, "
+            "such as a counter, or draws from numpy or random. jax.jit keeps what it saw first. "
+            "Pass what changes as an argument, and draw from jax.random by a key of the example."
+        )
+
+
+def _check_randomness(losses: Callable[..., Any], params: PyTree, batch: PyTree) -> None:
     def many(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((_UNLIKELY, *x.shape[1:]), x.dtype)
 
-    jaxpr = jax.make_jaxpr(jax.vmap(loss_fn, (None, 0)))(params, jax.tree.map(many, batch))
+    jaxpr = jax.make_jaxpr(losses)(params, jax.tree.map(many, batch))
     if _draws_once_for_all(jaxpr.jaxpr):
         warnings.warn(
             "loss_fn draws the same random numbers for every example, as from a key that it closes "
             "over: if that is dropout or augmentation, gradients differ less than they should. "
-            'Give each example a key of its own, as a leaf of the batch: "key": split(key, m).',
+            "Take the key as an argument, loss_fn(params, example, rng), and pass rng= beside the "
+            "batch: each example is then given a key of its own.",
             stacklevel=3,
         )
 
@@ -108,7 +158,7 @@ def _compare(
     size: int,
     tolerance: float,
 ) -> None:
-    value, gradient = jax.jit(jax.value_and_grad(batch_loss, allow_int=True))(params, batch)
+    value, gradient = jax.jit(jax.value_and_grad(batch_loss))(params, batch)
     usual = (
         "Usual reasons: batch normalisation, which normalises a single example by itself; a "
         "penalty, dropout or weights in only one of the two."
@@ -120,13 +170,9 @@ def _compare(
             f"the loss of the batch is {value:.6g}, and the mean of the losses of its {size} "
             f"examples {mean_loss:.6g}. {usual}"
         )
-    floats = [
-        (g.astype(jnp.float32), mean.astype(jnp.float32))
-        for g, mean in zip(jax.tree.leaves(gradient), jax.tree.leaves(mean_gradient), strict=True)
-        if g.dtype != jax.dtypes.float0
-    ]
-    norm = tree_squared_norm([g for g, _ in floats])
-    error = tree_squared_norm([g - mean for g, mean in floats])
+    gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+    norm = tree_squared_norm(gradient)
+    error = tree_squared_norm(jax.tree.map(jnp.subtract, gradient, mean_gradient))
     if error > (10 * tolerance) ** 2 * norm:
         raise ValueError(
             f"the losses agree, but their gradients do not: that of the batch has norm "

@@ -5,7 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cabs_jax.statistics import GradientMoments, PyTree, tree_squared_norm
+from cabs_jax.statistics import (
+    GradientMoments,
+    PyTree,
+    WeightSums,
+    effective_size,
+    tree_dot,
+    tree_squared_norm,
+)
 
 
 def merge_moments(a: GradientMoments, b: GradientMoments) -> GradientMoments:
@@ -21,6 +28,13 @@ def merge_moments(a: GradientMoments, b: GradientMoments) -> GradientMoments:
     the same. Padding counts for nothing, and moments that are all zeros are those of an empty
     batch: start a `lax.scan` from them.
 
+    Where examples have weights, p and q are the shares of Σw, and with P and Q those of Σw², and
+    h = Σw²g/Σw² of each batch,
+
+        Σ̂ = P·(Σ̂_a − q·(h_a − ḡ_a)δᵀ − q·δ(h_a − ḡ_a)ᵀ + q²·δδᵀ) + Q·(the same of b with −p),
+
+    the weighted squares around ḡ, which is ḡ_a + q·δ and ḡ_b − p·δ.
+
     Args:
       a: Moments of the one batch: of `gradient_moments`, or merged.
       b: Moments of the other, with the same kind of variance.
@@ -30,7 +44,8 @@ def merge_moments(a: GradientMoments, b: GradientMoments) -> GradientMoments:
 
     Raises:
       ValueError: If they differ in their gradients' tree, in the kind of variance, or in whether
-        they hold an `averaged_value`.
+        they hold an `averaged_value` or `weights`; or if weights were measured between groups,
+        where h is not known.
 
     Example:
       >>> import cabs_jax, jax, jax.numpy as jnp
@@ -54,45 +69,82 @@ def merge_moments(a: GradientMoments, b: GradientMoments) -> GradientMoments:
                 f"moments to merge must be of one kind, but their {name} has the shapes "
                 f"{kinds[0]} and {kinds[1]}."
             )
-    count = a.count + b.count
-    whole = jnp.maximum(count, 1).astype(jnp.float32)
-    p, q = a.count.astype(jnp.float32) / whole, b.count.astype(jnp.float32) / whole
-
-    def weighted(x: jax.Array, y: jax.Array) -> jax.Array:
-        # Nothing of an empty batch, not even a NaN.
-        return jnp.where(p > 0, p * x, 0) + jnp.where(q > 0, q * y, 0)
-
-    def difference(x: jax.Array, y: jax.Array) -> jax.Array:
-        return y.astype(jnp.float32) - x.astype(jnp.float32)
-
-    def mean(x: jax.Array, y: jax.Array) -> jax.Array:
-        return weighted(x.astype(jnp.float32), y.astype(jnp.float32)).astype(x.dtype)
-
-    delta = jax.tree.map(difference, a.mean, b.mean)
+    if a.weights is None or b.weights is None:
+        weights, sizes = None, (a.count, b.count)
+        count = a.count + b.count
+    else:
+        weights, sizes = _merged_weights(a.weights, b.weights), (a.weights.total, b.weights.total)
+        count = effective_size(weights.total, weights.squares)
+    p, q = _shares(*sizes)
+    mean = _weighted(p, q, a.mean, b.mean)
     return GradientMoments(
-        value=weighted(a.value, b.value),
-        mean=jax.tree.map(mean, a.mean, b.mean),
-        variance=jax.tree.map(
-            lambda x, y, squares: weighted(x, y) + jnp.where((p > 0) & (q > 0), p * q * squares, 0),
-            a.variance,
-            b.variance,
-            _squares_like(a.variance, delta),
-        ),
+        value=_weighted(p, q, a.value, b.value),
+        mean=jax.tree.map(lambda x, like: x.astype(like.dtype), mean, a.mean),
+        variance=_merged_variance(a, b, p, q),
         count=count,
-        averaged_value=(
-            None
-            if a.averaged_value is None or b.averaged_value is None
-            else weighted(a.averaged_value, b.averaged_value)
-        ),
+        averaged_value=_weighted(p, q, a.averaged_value, b.averaged_value),
+        weights=weights,
     )
 
 
-def _squares_like(variance: PyTree, delta: PyTree) -> PyTree:
-    """Returns the squares of the entries of δ, summed as the variance is."""
-    if jax.tree.structure(variance) != jax.tree.structure(delta):  # type: ignore[operator]
-        return tree_squared_norm(delta)
+def _shares(size: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The shares of two sizes in their sum; 0 and 0 where it is."""
+    whole = (size + other).astype(jnp.float32)
+    whole = jnp.where(whole == 0, 1, whole)
+    return size / whole, other / whole
 
-    def squares(v: jax.Array, d: jax.Array) -> jax.Array:
-        return jnp.square(d) if v.shape == d.shape else jnp.sum(jnp.square(d))
 
-    return jax.tree.map(squares, variance, delta)
+def _weighted(p: jax.Array, q: jax.Array, a: PyTree, b: PyTree) -> PyTree:
+    """Returns p·a + q·b in float32, and nothing of an empty batch, not even a NaN."""
+
+    def weighted(x: jax.Array, y: jax.Array) -> jax.Array:
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        return jnp.where(p > 0, p * x, 0) + jnp.where(q > 0, q * y, 0)
+
+    return jax.tree.map(weighted, a, b)
+
+
+def _merged_weights(a: WeightSums, b: WeightSums) -> WeightSums:
+    if a.square_mean is None or b.square_mean is None:
+        raise ValueError(
+            "weighted moments can be merged only with weights.square_mean, which is Σw²g/Σw² and "
+            'which method="between" does not measure: use another method.'
+        )
+    square_mean = _weighted(*_shares(a.squares, b.squares), a.square_mean, b.square_mean)
+    return WeightSums(a.total + b.total, a.squares + b.squares, square_mean)
+
+
+def _merged_variance(a: GradientMoments, b: GradientMoments, p: jax.Array, q: jax.Array) -> PyTree:
+    delta = _difference(b.mean, a.mean)
+    squares, both = _products_like(a.variance, delta, delta), (p > 0) & (q > 0)
+    if a.weights is None or b.weights is None:
+        within = _weighted(p, q, a.variance, b.variance)
+        return jax.tree.map(lambda v, d: v + jnp.where(both, p * q * d, 0), within, squares)
+
+    def around(m: GradientMoments, sums: WeightSums, moved: jax.Array) -> PyTree:
+        """The weighted squares around ḡ + moved·δ, which is the mean of both batches."""
+        away = _products_like(m.variance, _difference(sums.square_mean, m.mean), delta)
+        return jax.tree.map(
+            lambda v, x, d: v + jnp.where(both, moved * (moved * d - 2 * x), 0),
+            m.variance,
+            away,
+            squares,
+        )
+
+    shares = _shares(a.weights.squares, b.weights.squares)
+    return _weighted(*shares, around(a, a.weights, q), around(b, b.weights, -p))
+
+
+def _difference(tree: PyTree, other: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: x.astype(jnp.float32) - y.astype(jnp.float32), tree, other)
+
+
+def _products_like(variance: PyTree, tree: PyTree, other: PyTree) -> PyTree:
+    """Returns the products of the entries of two trees, summed as the variance is."""
+    if jax.tree.structure(variance) != jax.tree.structure(tree):  # type: ignore[operator]
+        return tree_squared_norm(tree) if tree is other else tree_dot(tree, other)
+
+    def product(v: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+        return x * y if v.shape == x.shape else jnp.sum(x * y)
+
+    return jax.tree.map(product, variance, tree, other)

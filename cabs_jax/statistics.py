@@ -8,9 +8,24 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 PyTree = Any
-Variance = Literal["trace", "diagonal"]
+Variance = Literal["trace", "by_parameter", "diagonal"]
 LANES = 16
 ABSURD = 2.0**32  # ratio of an average to a measurement beyond which it averages no such thing
+
+
+class WeightSums(NamedTuple):
+    """What merging needs to know of the weights w_i of a batch, for real examples.
+
+    Attributes:
+      total: Σ w_i, float32 scalar.
+      squares: Σ w_i², float32 scalar.
+      square_mean: Σ w_i² g_i / Σ w_i², a float32 tree like the parameters; None where the method
+        does not measure it ("between").
+    """
+
+    total: jax.Array
+    squares: jax.Array
+    square_mean: PyTree
 
 
 class GradientMoments(NamedTuple):
@@ -20,11 +35,14 @@ class GradientMoments(NamedTuple):
       value: Mean loss of the batch, float32 scalar.
       mean: Mean gradient, a tree like the parameters, in their dtypes.
       variance: Trace of the gradient covariance (1/m) Σ_i ‖g_i‖² − ‖ḡ‖², float32 scalar ≥ 0;
-        or, where the diagonal was asked for, a float32 tree like the parameters of
-        (1/m) Σ_i g_i² − ḡ².
+        or, where it was asked for by parameter, a tree like the parameters of such scalars; or,
+        where the diagonal was asked for, a float32 tree like the parameters of (1/m) Σ_i g_i² − ḡ².
       count: Number m of real (unmasked) examples, int32 scalar.
       averaged_value: Mean loss of averaged weights on the same batch, float32 scalar; None where
         it was not asked for.
+      weights: Sums over the weights of the examples, None where there were none. With them the
+        means are weighted, count is the effective size (Σ w_i)²/Σ w_i², rounded, and the variance
+        Σ_i w_i²‖g_i − ḡ‖²/Σ w_i² that of one example of it.
 
     Example:
       >>> losses, grads = jnp.array([0.5, 1.5]), {"w": jnp.array([[3.0, 0.0], [1.0, 2.0]])}
@@ -38,6 +56,7 @@ class GradientMoments(NamedTuple):
     variance: PyTree
     count: jax.Array  # type: ignore[assignment]  # tuple.count is not missed
     averaged_value: jax.Array | None = None
+    weights: WeightSums | None = None
 
 
 class Statistics(NamedTuple):
@@ -80,6 +99,12 @@ class Statistics(NamedTuple):
 
 Rule = Callable[[Statistics], ArrayLike]
 
+_LOST = (
+    " flax's TrainState.apply_gradients passes nothing on: write updates, opt_state = state.tx."
+    "update(m.mean, state.opt_state, state.params, moments=m), and state.replace(step=state.step + "
+    "1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)."
+)
+
 
 def measured(x: jax.Array | None, name: Literal["value", "gradient_variance"]) -> jax.Array:
     """Returns what was measured.
@@ -92,13 +117,23 @@ def measured(x: jax.Array | None, name: Literal["value", "gradient_variance"]) -
     if name == "value":
         raise ValueError(
             "update got value=None: pass moments=, what gradient_moments returned, or value=, the "
-            "per-example losses or their mean."
+            "per-example losses or their mean." + _LOST
         )
     raise ValueError(
         "update got gradient_variance=None, and gradients of the shapes of the parameters, which "
         "are mean gradients: pass moments=, what gradient_moments returned, or gradient_variance="
-        "; or per-example gradients in place of their mean."
+        "; or per-example gradients in place of their mean." + _LOST
     )
+
+
+def effective_size(total: jax.Array, squares: jax.Array) -> jax.Array:
+    """Returns the effective size (Σ w_i)²/Σ w_i² of a batch, rounded, an int32 scalar.
+
+    >>> effective_size(jnp.float32(8), jnp.float32(16)).item()
+    4
+    """
+    size = total * (total / jnp.where(squares == 0, 1, squares))
+    return jnp.round(size).astype(jnp.int32)
 
 
 def is_absurd(average: jax.Array, measured: jax.Array) -> jax.Array:
@@ -143,6 +178,13 @@ def tree_sum(tree: PyTree) -> jax.Array:
     return sum(map(jnp.sum, jax.tree.leaves(tree)), start=jnp.zeros((), jnp.float32))
 
 
+def sum_entries(tree: PyTree, variance: Variance) -> PyTree:
+    """Sums squares as the kind of variance sums them: all, those of each leaf, or none."""
+    if variance == "trace":
+        return tree_sum(tree)
+    return tree if variance == "diagonal" else jax.tree.map(jnp.sum, tree)
+
+
 def noise_in_squared_norm(variance: jax.Array, count: jax.Array) -> jax.Array:
     """Returns ξ/(m − 1), by which ‖ḡ‖² overestimates ‖∇F‖²; float32 scalar.
 
@@ -173,7 +215,8 @@ def moments_from_per_example(
       losses: Per-example losses, shape (m,).
       grads: Per-example gradients: a tree like the parameters with a leading example axis.
       mask: Boolean, shape (m,); False marks padding, which has no influence, whatever it holds.
-      variance: "trace" for a scalar, "diagonal" for a tree like the parameters.
+      variance: "trace" for a scalar, "by_parameter" for a tree of scalars, "diagonal" for a tree
+        like the parameters.
       axis_name: Mapped axis or axes over which the batch is split, if any.
 
     Returns:
@@ -198,12 +241,12 @@ def moments_from_per_example(
         return jnp.square(g.astype(jnp.float32) - centre[None])
 
     squares = jax.tree.map(centred_squares, grads, mean)
-    if variance == "trace":  # entries first: a scalar for each example, wherever it lives
-        by_entry = [jnp.sum(s, axis=tuple(range(1, s.ndim))) for s in jax.tree.leaves(squares)]
-        spread = example_sum(sum(by_entry, start=jnp.zeros((size,), jnp.float32)))
-    else:
-        spread = jax.tree.map(example_sum, squares)
-    spread = jax.tree.map(lambda total: total * share, sum_over(spread, axis_name))
+    if variance != "diagonal":  # entries first: a scalar for each example, wherever it lives
+        squares = jax.tree.map(lambda s: jnp.sum(s, axis=tuple(range(1, s.ndim))), squares)
+    if variance == "trace":
+        squares = sum(jax.tree.leaves(squares), start=jnp.zeros((size,), jnp.float32))
+    spread = sum_over(jax.tree.map(example_sum, squares), axis_name)
+    spread = jax.tree.map(lambda total: total * share, spread)
     mean = jax.tree.map(lambda centre, g: centre.astype(g.dtype), mean, grads)
     return GradientMoments(value, mean, spread, count)
 

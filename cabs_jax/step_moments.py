@@ -84,7 +84,8 @@ def read_moments(
       variance: Whether the trace or the diagonal of the covariance is asked for.
       moments: What `gradient_moments` returned; in place of all that follow.
       value: Losses of the examples, or their mean.
-      gradient_variance: Trace or diagonal of the covariance, on path (b).
+      gradient_variance: Trace of the covariance, in all or by parameter, or its diagonal, on path
+        (b).
       count: Number of real examples, on path (b).
       averaged_value: Mean loss of averaged weights on the same batch; NaN: not measured.
       mask: Which examples are real, on path (a).
@@ -100,6 +101,7 @@ def read_moments(
             "update got params=None: pass the parameters as its third argument, so that "
             "per-example gradients can be told from their mean."
         )
+    params = _with_gradients(params, updates)
     check_parameters(params)
     if not same_structure(updates, params):
         raise ValueError(
@@ -117,7 +119,7 @@ def read_moments(
         )
         value, count, averaged_value = moments.value, moments.count, moments.averaged_value
         measured_mean, gradient_variance = moments.mean, moments.variance
-        if _is_like(gradient_variance, measured_mean):
+        if same_structure(gradient_variance, measured_mean):
             measured_mean = _visible(measured_mean, params)
             gradient_variance = _visible(gradient_variance, params)
     updates = jax.tree.map(jnp.asarray, updates)
@@ -187,9 +189,16 @@ def _visible(tree: PyTree, params: PyTree) -> PyTree:
     return jax.tree.map(lambda p, x: p if _is_masked(p) else x, params, tree, is_leaf=_is_masked)
 
 
-def _is_like(tree: PyTree, mean: PyTree) -> bool:
-    shapes, expected = (list(map(jnp.shape, jax.tree.leaves(x))) for x in (tree, mean))
-    return same_structure(tree, mean) and shapes == expected
+def _with_gradients(params: PyTree, updates: PyTree) -> PyTree:
+    """Returns the parameters without those that have None for a gradient."""
+    given: Any = jax.tree.structure(updates, is_leaf=_is_none)  # its stub has no ==
+    if given != jax.tree.structure(params, is_leaf=_is_none):
+        return params
+    return jax.tree.map(lambda g, p: None if g is None else p, updates, params, is_leaf=_is_none)
+
+
+def _is_none(node: Any) -> bool:
+    return node is None
 
 
 def _is_mean(grads: PyTree, params: PyTree) -> bool:
@@ -202,13 +211,14 @@ def _rescaling(seen: PyTree, measured_mean: PyTree) -> tuple[jax.Array, jax.Arra
 
     And whether it is none.
     """
+    leaves, measured_leaves = jax.tree.leaves(seen), jax.tree.leaves(measured_mean)
+    if len(leaves) == len(measured_leaves) and all(map(operator.is_, leaves, measured_leaves)):
+        return jnp.ones((), jnp.float32), jnp.zeros((), jnp.bool_)
     if not same_structure(seen, measured_mean):
         raise ValueError(
             f"moments.mean must be a tree like the gradients, {jax.tree.structure(seen)}, got "
             f"{jax.tree.structure(measured_mean)}."
         )
-    if all(map(operator.is_, jax.tree.leaves(seen), jax.tree.leaves(measured_mean))):
-        return jnp.ones((), jnp.float32), jnp.zeros((), jnp.bool_)
     norm = tree_squared_norm(measured_mean)
     scale = tree_dot(seen, measured_mean) / jnp.where(norm > 0, norm, 1)
     scale = jnp.where(norm > 0, scale, 1)
@@ -331,8 +341,9 @@ def _covariance(gradient_variance: PyTree, params: PyTree, variance: Variance) -
     if variance == "trace" and isinstance(given, jax.Array) and given.shape == ():
         return given
     shapes, expected = (list(map(jnp.shape, jax.tree.leaves(x))) for x in (given, params))
-    if shapes != expected or not same_structure(given, params):
-        the_trace = "the trace, a scalar, or " if variance == "trace" else ""
+    by_parameter = variance == "trace" and shapes == [()] * len(expected)
+    if not (shapes == expected or by_parameter) or not same_structure(given, params):
+        the_trace = "the trace, in all or by parameter, or " if variance == "trace" else ""
         raise ValueError(
             f"gradient_variance must be {the_trace}the diagonal, a tree like the "
             f"parameters, with leaves of shapes {expected}; got leaves of shapes {shapes}. It is "

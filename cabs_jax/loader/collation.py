@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 Batch: TypeAlias = Any  # a pytree of numpy arrays with a leading example axis
 
 MIN_BLOCK = 16  # examples that are read at a time, at least
+TEXT = frozenset("SU")  # kinds of dtypes that differ in the length of their text
 
 
 class Form(NamedTuple):
@@ -40,15 +41,19 @@ def plain(value: Any) -> NDArray[Any]:
             "source holds a masked array, whose mask would be lost: fill it, or pass values and "
             "mask as two arrays."
         )
-    if isinstance(value, str | bytes) and value[-1:] in ("\0", b"\0"):
-        raise TypeError(
-            f"a record holds {type(value).__name__} that ends in a NUL, which numpy's text drops: "
-            "pass np.frombuffer(value, np.uint8)."
-        )
     try:
-        return np.asarray(value)
+        array = np.asarray(value)
     except ValueError as error:
         raise ValueError(f"a list in a record is not a rectangular array: {error}.") from error
+    if array.dtype.kind in TEXT and not isinstance(value, np.ndarray):
+        for given, kept in zip(np.asarray(value, object).flat, array.flat, strict=True):
+            if given != kept:
+                raise TypeError(
+                    f"a record holds {type(given).__name__} that numpy's text would change, since "
+                    "it ends in a NUL or stands beside values of another type: pass "
+                    "np.frombuffer(value, np.uint8), or values of one type."
+                )
+    return array
 
 
 def padding(leaf: NDArray[Any], rows: int) -> NDArray[Any]:
@@ -119,7 +124,8 @@ def _stack_column(column: Sequence[Any], rows: int) -> NDArray[Any]:
 
 def _check_dtypes(what: str, arrays: Sequence[NDArray[Any]]) -> None:
     dtypes = {array.dtype for array in arrays}
-    if len(dtypes) > 1 and {dtype.kind for dtype in dtypes} - {"S", "U"}:
+    kinds = {dtype.kind for dtype in dtypes}
+    if len(dtypes) > 1 and not (len(kinds) == 1 and kinds < TEXT):
         names = sorted(dtype.name for dtype in dtypes)
         raise ValueError(f"{what} differ in dtype: {names}, and would be converted.")
 

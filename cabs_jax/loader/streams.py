@@ -133,9 +133,9 @@ class Stream:
         self._offset += length
         place = None
         if not ended:
-            if self.resumable:
+            if self.resumable and self._error is None:  # what failed may be behind it already
                 place = Place(self._epoch, self._offset, self._state())
-        elif self._epoch != self.epochs:
+        elif not self._is_over:
             if not self._offset:
                 raise ValueError(
                     f"source holds no examples: pass {self._epoch} over it gave none. What can be "
@@ -144,10 +144,15 @@ class Stream:
             self._epoch, self._offset, self._iterator = self._epoch + 1, 0, None
             place = Place(self._epoch, 0)
         examples = items[0] if self.batched and items else items
-        return Block(examples, length, place, last=self._epoch == self.epochs)
+        return Block(examples, length, place, last=self._is_over)
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether all passes were made; a state may stand after more of them."""
+        return self.epochs is not None and self._epoch >= self.epochs
 
     def _next_item(self) -> Any:
-        if self._epoch == self.epochs:
+        if self._is_over:
             raise StopIteration
         if self._iterator is None:
             self._iterator = self._begin()

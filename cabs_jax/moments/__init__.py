@@ -2,13 +2,15 @@
 
 What happens to a loss, `loss_fn(params, example) -> scalar`:
 
-1. `gradient_moments` checks the options (`split`), finds out whether the batch is split over
-   devices (`sharding`) and what they are (`target`), and goes through it block by block (`blocks`).
+1. `gradient_moments` checks the options (`split`), sets aside what is no parameter (`parameters`),
+   finds out whether the batch is split over devices (`sharding`) and what they are (`target`), and
+   goes through it block by block (`blocks`).
 2. An estimator (`estimators`) turns a block into sums of losses, gradients and squared gradients.
    The plain one holds every gradient (`per_example`); what follows is the factored one
    (`factored`), which gives the same numbers without holding them.
-3. The loss is traced to a jaxpr for one example, and its equations are sorted (`program`): where do
-   parameters meet the example? These are the sites. What do they look like there (`views`)?
+3. The loss is traced to a jaxpr for one example, products with merged weights multiplied out
+   (`distributed`), and its equations are sorted (`program`): where do parameters meet the example?
+   These are the sites. What do they look like there (`views`)?
 4. For each parameter a way to measure it is chosen (`choice`): by the rules of the primitives at
    its sites (`primitives`), by what these cost (`cost`), or as per-example gradients where no rule
    goes.
@@ -19,10 +21,10 @@ What happens to a loss, `loss_fn(params, example) -> scalar`:
    are used several times are put together at the end (`collected`), and penalties added (`shift`).
 7. Sums become moments: tr Σ̂ = (1/m) Σ_i ‖g_i‖² − ‖ḡ‖².
 
-`explain` prints what was chosen and what it costs. Two more things are done on the way:
-convolutions of two batched operands are computed from patches (`rewriting`, `convolution`), since
-XLA's partitioner gets them wrong; and all of JAX's less stable surface is kept in one file
-(`jaxprs`).
+`explain` prints what was chosen and what it costs (`price`, `flops`). Two more things are done on
+the way: convolutions of two batched operands are computed from patches (`rewriting`,
+`convolution`), since XLA's partitioner gets them wrong; and all of JAX's less stable surface is
+kept in one file (`jaxprs`).
 
 Worked example: one dense layer. In the jaxpr of this loss the parameter `w` meets the example in
 one equation, the `dot_general` of y = x·w. That is its site, and here is its number 0:
@@ -81,6 +83,13 @@ Glossary:
 
 from cabs_jax.moments.explain import Explanation, explain
 from cabs_jax.moments.gradient_moments import gradient_moments
+from cabs_jax.moments.gradient_norms import per_example_gradient_norms
 from cabs_jax.moments.per_example import per_example_value_and_grad
 
-__all__ = ["Explanation", "explain", "gradient_moments", "per_example_value_and_grad"]
+__all__ = [
+    "Explanation",
+    "explain",
+    "gradient_moments",
+    "per_example_gradient_norms",
+    "per_example_value_and_grad",
+]

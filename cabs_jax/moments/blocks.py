@@ -12,6 +12,7 @@ kept, so that padding, which stands at the end, fills the last blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,7 @@ def over_blocks(
 
     Args:
       function: Returns what is to be added up over the blocks, and what is to be kept for every
-        example, arrays with a leading example axis.
+        example, arrays with a leading example axis; or for every block, with a leading axis of 1.
       examples: Arrays with a leading axis of m examples.
       size: Examples in a block; it divides m.
       lanes: Number of devices over which the batch may be split without our knowing. Where it does
@@ -47,7 +48,7 @@ def over_blocks(
         are zero.
 
     Returns:
-      The sums, and the rows in the order of the examples.
+      The sums, and the rows in the order of the examples, or of the blocks.
     """
     leaves = jax.tree.leaves(examples)
     total = leaves[0].shape[0]
@@ -64,13 +65,17 @@ def over_blocks(
         return jnp.reshape(block, (size, *block.shape[2:]))  # (l, r, ...) to (l·r, ...)
 
     def put(x: jax.Array, rows: jax.Array, index: jax.Array) -> jax.Array:
-        block = rows.reshape(lanes, size // lanes, *rows.shape[1:])
+        block = rows.reshape(x.shape[0], *x.shape[2:])
         updated: jax.Array = lax.dynamic_update_index_in_dim(x, block, index, axis=1)
         return updated
 
     def empty(shape: tuple[int, ...], dtype: Any) -> jax.Array:
         zeros: jax.Array = sharding.vary(jnp.zeros(shape, dtype), axis_names)
         return zeros
+
+    def empty_rows(rows: jax.ShapeDtypeStruct) -> jax.Array:
+        parts = lanes if rows.shape[0] == size else 1
+        return empty((parts, count, rows.shape[0] // parts, *rows.shape[1:]), rows.dtype)
 
     blocks = jax.tree.map(cut, examples)
 
@@ -85,14 +90,14 @@ def over_blocks(
     sums, rows = jax.eval_shape(of_block, jnp.zeros((), jnp.int32))
     start = (
         jax.tree.map(lambda s: empty(s.shape, s.dtype), sums),
-        jax.tree.map(lambda r: empty((lanes, count, size // lanes, *r.shape[1:]), r.dtype), rows),
+        jax.tree.map(empty_rows, rows),
     )
     stop: int | jax.Array = count
     if keep is not None:
         occupied = jnp.any(cut(keep), axis=(0, 2))  # (l, k, r) to (k,)
         stop = jnp.max(jnp.where(occupied, jnp.arange(1, count + 1), 0))
     sums, rows = lax.fori_loop(0, stop, step, start)
-    return sums, jax.tree.map(lambda r: r.reshape(total, *r.shape[3:]), rows)
+    return sums, jax.tree.map(lambda r: r.reshape(math.prod(r.shape[:3]), *r.shape[3:]), rows)
 
 
 def sum_in_cache(

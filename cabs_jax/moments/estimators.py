@@ -1,9 +1,9 @@
 """The methods: each turns one block of the batch into sums.
 
-An estimator is a function `(task, params, share, batch, keep) -> (sums, aux)`. `share` is 1/m, the
-part that each example has in the mean: it goes in where the backward pass starts, so that what
-comes out is the mean gradient and need not be touched again. `keep`, boolean of shape (block,), is
-False for padding.
+An estimator is a function `(task, params, batch, keep, shares) -> (sums, aux)`. `shares`, shape
+(block,), are the parts s_i that the examples have in the mean, 1/m or w_i/Σw: they go in where the
+backward pass starts, so that what comes out is the mean gradient and need not be touched again.
+`keep`, boolean of shape (block,), is False for padding.
 """
 
 from __future__ import annotations
@@ -17,21 +17,25 @@ import jax.numpy as jnp
 from cabs_jax.moments import split
 from cabs_jax.moments.factored.batch_sums import batch_sums
 from cabs_jax.moments.factored.values import Sample
-from cabs_jax.moments.per_example import LossAndAux, or_zeros, per_example_value_and_grad
+from cabs_jax.moments.parameters import LossAndAux
+from cabs_jax.moments.per_example import batch_size_of, per_example_value_and_grad
 from cabs_jax.moments.target import Target
-from cabs_jax.statistics import PyTree, Variance, tree_sum
+from cabs_jax.statistics import PyTree, Variance, sum_entries
 
 
 class Sums(NamedTuple):
-    """What is added up over blocks and devices, each example with its share 1/m.
+    """What is added up over blocks and devices, each example with its share s_i.
 
     Attributes:
-      value: Σ ℓ_i/m.
-      gradient: Σ g_i/m, float32.
-      squares: Σ ‖g_i/m‖² of the measured examples, or of the entries' squares; between groups of
-        n_k examples, Σ_k ‖Σ_i g_i/m‖²/n_k.
+      value: Σ s_i ℓ_i.
+      gradient: Σ s_i g_i, float32.
+      squares: Σ ‖s_i g_i‖² of the measured examples, or of each parameter's part, or of the
+        entries' squares; between groups of n_k examples, or with weights of shares n_k,
+        Σ_k ‖Σ_i s_i g_i‖²/n_k.
       measured: Number of real examples measured, or of non-empty groups.
-      shift: Part of Σ g_i/m that is the same for every example and not in `gradient`, or ().
+      shift: Part of Σ s_i g_i that is the same for every example and not in `gradient`, or ().
+      square_shares: With weights, Σ s_i² of the measured examples, or Σ_k (Σ_i s_i²)/n_k; or ().
+      square_mean: With weights, Σ s_i² g_i, where the method needs it; or ().
     """
 
     value: jax.Array
@@ -39,6 +43,8 @@ class Sums(NamedTuple):
     squares: PyTree
     measured: jax.Array
     shift: PyTree = ()
+    square_shares: PyTree = ()
+    square_mean: PyTree = ()
 
 
 class Task(NamedTuple):
@@ -46,10 +52,12 @@ class Task(NamedTuple):
 
     Attributes:
       loss_fn: `loss_fn(params, example) -> (loss, aux)`.
-      variance: "trace" or "diagonal".
+      variance: "trace", "by_parameter" or "diagonal".
       subsample: How many examples of the whole batch are measured; None for all.
       axis_names: Mesh axes that split the batch, inside a shard_map.
       target: The machine, and how the batch lies on it.
+      weighted: Whether the shares of the examples may differ.
+      coupled: Whether `loss_fn` takes all examples of a block at once, as one group.
     """
 
     loss_fn: LossAndAux
@@ -57,25 +65,43 @@ class Task(NamedTuple):
     subsample: int | None
     axis_names: tuple[str, ...]
     target: Target
+    weighted: bool = False
+    coupled: bool = False
+
+
+def losses_of(task: Task, params: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:
+    """Losses (m,) of the examples of a block, their own or that of their group, and aux."""
+    if not task.coupled:
+        losses: tuple[jax.Array, PyTree] = task.target.vmap(task.loss_fn, (None, 0))(params, batch)
+        return losses
+    loss, aux = task.loss_fn(params, batch)
+    of_group = jax.tree.map(lambda a: jnp.asarray(a)[None], aux)
+    return jnp.broadcast_to(loss, (batch_size_of(batch),)), of_group
 
 
 def factored(
-    task: Task, params: PyTree, share: jax.Array, batch: PyTree, keep: jax.Array
+    task: Task, params: PyTree, batch: PyTree, keep: jax.Array, shares: jax.Array
 ) -> tuple[Sums, PyTree]:
     """Squares of the gradients of examples, from the inputs and cotangents of the layers."""
-    weights, size = jnp.where(keep, share, 0.0), keep.shape[0]
+    weights, size = jnp.where(keep, shares, 0.0), keep.shape[0]
     measured = split.measured(task.subsample, size, task.axis_names)
     sample = Sample(size, measured, task.axis_names, task.target)
-    result = batch_sums(task.loss_fn, params, batch, weights, task.variance, sample)
+    result = batch_sums(
+        task.loss_fn, params, batch, weights, task.variance, sample, twice=task.weighted
+    )
     real = jnp.sum(sample.rows(keep), dtype=jnp.int32)
-    squares = jnp.sum(result.squares) if task.variance == "trace" else result.squares
+    squares = result.squares
+    if task.variance != "diagonal":
+        squares = jax.tree.map(jnp.sum, squares)
     shift = jax.tree.map(lambda g: g * jnp.sum(weights), result.shift)
-    value = _kept_sum(result.losses, keep) * share
-    return Sums(value, result.gradient, squares, real, shift), result.aux
+    value = kept_sum(times(result.losses, shares), keep)
+    square_shares = jnp.sum(sample.rows(jnp.square(weights))) if task.weighted else ()
+    sums = Sums(value, result.gradient, squares, real, shift, square_shares, result.again)
+    return sums, result.aux
 
 
 def per_example(
-    task: Task, params: PyTree, share: jax.Array, batch: PyTree, keep: jax.Array
+    task: Task, params: PyTree, batch: PyTree, keep: jax.Array, shares: jax.Array
 ) -> tuple[Sums, PyTree]:
     """Squares of the gradients of examples, each of which is held."""
     gradients_of = per_example_value_and_grad(
@@ -85,39 +111,53 @@ def per_example(
         spmd_axis_name=task.target.spmd_axis_name,
     )
     (losses, aux), grads = gradients_of(params, batch)
-    grads = jax.tree.map(lambda g: g.astype(jnp.float32) * share, grads)
-    squares = jax.tree.map(lambda g: _kept_sum(jnp.square(g), keep), grads)
-    return Sums(
-        _kept_sum(losses, keep) * share,
-        jax.tree.map(lambda g: _kept_sum(g, keep), grads),
-        tree_sum(squares) if task.variance == "trace" else squares,
+    grads = jax.tree.map(lambda g: times(g, shares), grads)
+    squares = jax.tree.map(lambda g: kept_sum(jnp.square(g), keep), grads)
+    sums = Sums(
+        kept_sum(times(losses, shares), keep),
+        jax.tree.map(lambda g: kept_sum(g, keep), grads),
+        sum_entries(squares, task.variance),
         jnp.sum(keep, dtype=jnp.int32),
-    ), aux
+    )
+    if task.weighted:
+        square_mean = jax.tree.map(lambda g: kept_sum(times(g, shares), keep), grads)
+        square_shares = kept_sum(jnp.square(shares), keep)
+        sums = sums._replace(square_mean=square_mean, square_shares=square_shares)
+    return sums, aux
 
 
 def between(
-    task: Task, params: PyTree, share: jax.Array, batch: PyTree, keep: jax.Array
+    task: Task, params: PyTree, batch: PyTree, keep: jax.Array, shares: jax.Array
 ) -> tuple[Sums, PyTree]:
     """Square of the gradient of a block, which is a group."""
 
     def total(params: PyTree) -> tuple[jax.Array, PyTree]:
-        losses, aux = task.target.vmap(task.loss_fn, (None, 0))(params, batch)
-        return _kept_sum(losses, keep) * share, aux
+        losses, aux = losses_of(task, params, batch)
+        return kept_sum(times(losses, shares), keep), aux
 
-    (value, aux), gradient = jax.value_and_grad(total, has_aux=True, allow_int=True)(params)
-    gradient = jax.tree.map(lambda g: or_zeros(g).astype(jnp.float32), gradient)
-    size = jnp.sum(keep, dtype=jnp.float32)
-    squares = jax.tree.map(lambda g: jnp.square(g) / jnp.maximum(size, 1.0), gradient)
-    summed = tree_sum(squares) if task.variance == "trace" else squares
-    return Sums(value, gradient, summed, (size > 0).astype(jnp.int32)), aux
+    (value, aux), gradient = jax.value_and_grad(total, has_aux=True)(params)
+    gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+    filled = jnp.any(keep)
+    size = kept_sum(shares, keep) if task.weighted else jnp.sum(keep, dtype=jnp.float32)
+    size = jnp.where(filled, size, 1.0)
+    squares = jax.tree.map(lambda g: jnp.square(g) / size, gradient)
+    squares = sum_entries(squares, task.variance)
+    square_shares = kept_sum(jnp.square(shares), keep) / size if task.weighted else ()
+    measured = filled.astype(jnp.int32)
+    return Sums(value, gradient, squares, measured, square_shares=square_shares), aux
 
 
-def _kept_sum(x: jax.Array, keep: jax.Array) -> jax.Array:
+def kept_sum(x: jax.Array, keep: jax.Array) -> jax.Array:
     """Float32 sum over the examples that are kept, whatever the others hold."""
     kept = jnp.where(keep.reshape(keep.shape + (1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
     return jnp.sum(kept, axis=0, dtype=jnp.float32)
 
 
+def times(x: jax.Array, shares: jax.Array) -> jax.Array:
+    """What belongs to the examples, in float32, times their shares."""
+    return x.astype(jnp.float32) * shares.reshape(shares.shape + (1,) * (x.ndim - 1))
+
+
 ESTIMATORS: dict[
-    split.Method, Callable[[Task, PyTree, jax.Array, PyTree, jax.Array], tuple[Sums, PyTree]]
+    split.Method, Callable[[Task, PyTree, PyTree, jax.Array, jax.Array], tuple[Sums, PyTree]]
 ] = {"auto": factored, "factored": factored, "per_example": per_example, "between": between}

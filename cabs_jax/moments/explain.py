@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from cabs_jax._arguments import check_parameters
-from cabs_jax.moments import jaxprs, split
-from cabs_jax.moments.factored import cost
-from cabs_jax.moments.factored.choice import Choice, Mode, choose, copies_are_cheap
-from cabs_jax.moments.factored.program import Program, shifting, trace_program
+from cabs_jax.moments import jaxprs, parameters, split
+from cabs_jax.moments.factored import price
+from cabs_jax.moments.factored.choice import Mode, choose
+from cabs_jax.moments.factored.program import shifting, trace_program
+from cabs_jax.moments.gradient_moments import gradient_moments
 from cabs_jax.moments.per_example import loss_and_aux
-from cabs_jax.moments.target import Target, platform_named
+from cabs_jax.moments.target import Platform, Target, check_platform, platform_named
 from cabs_jax.statistics import PyTree, Variance
 
 
@@ -25,15 +25,18 @@ class Explanation(NamedTuple):
       parameter: Path of the parameter in the tree.
       shape: Its shape.
       primitives: Primitives in which it meets the example.
-      form: "one position", "Gram" or "direct" (see `cost`); "small" where its gradient, no larger
-        than what it acts on (a bias, a scale), is held for every example; "per example" where a
-        large one is; "mean only" where it only adds the same to the loss of every example, as a
-        penalty does; "unused" where the loss does not depend on it.
-      extra_flops: Operations per example on top of the plain gradient's.
+      form: "one position", "Gram" or "direct" (see `cost`); "rows" where it is looked up once;
+        "small" where its gradient, no larger than what it acts on (a bias, a scale), is held for
+        every example; "per example" where a large one is; "mean only" where it only adds the same
+        to the loss of every example, as a penalty does; "no gradient" where it is used and nothing
+        comes back to it; "unused" where it is not.
+      extra_flops: Operations per example on top of the plain gradient's, by shapes: two for a
+        product in a contraction, one for any other number.
       relative_flops: The same as a fraction of what the plain gradient spends on this parameter,
         forward and backward; NaN where that is not known.
       bytes_per_example: Memory for one example while it is measured.
-      reason: Why this form, where it is not a single use that a rule covers.
+      reason: Why this form, where it is not a single use that a rule covers, or where it adds more
+        than half of the plain gradient's operations.
     """
 
     parameter: str
@@ -53,6 +56,7 @@ def explain(
     *,
     variance: Variance = "trace",
     has_aux: bool = False,
+    platform: Platform | None = None,
 ) -> tuple[Explanation, ...]:
     """Prints, for every parameter, how `gradient_moments` measures it and what that costs.
 
@@ -63,15 +67,17 @@ def explain(
       loss_fn: `loss_fn(params, example) -> loss`, or `(loss, aux)` with `has_aux`.
       params: Parameters.
       example: One example, without a batch axis.
-      variance: "trace" or "diagonal".
+      variance: "trace", "by_parameter" or "diagonal".
       has_aux: Whether `loss_fn` returns auxiliary data.
+      platform: What is compiled for, "cpu", "gpu" or "tpu"; by default JAX's default backend.
 
     Returns:
       The rows of the table.
 
     Raises:
       TypeError: If the loss is not a scalar, or a parameter is complex.
-      ValueError: If `variance` is neither of the two.
+      ValueError: If `variance` is none of these, or the platform unknown.
+      Exception: Whatever `gradient_moments` raises, as where the loss cannot be vmapped.
 
     Example:
       >>> import cabs_jax, jax.numpy as jnp
@@ -79,68 +85,72 @@ def explain(
       ...     return jnp.sum((example @ params["w"] + params["b"]) ** 2)
       >>> params = {"w": jnp.zeros((8, 4)), "b": jnp.zeros(4)}
       >>> rows = cabs_jax.explain(loss_fn, params, jnp.zeros(8))
+          on cpu, variance='trace'
       parameter  shape  primitives   form          extra flops  of plain  bytes/example  reason
-      ['b']      4      add          small                   8         –             16
+      ['b']      4      add          small                  12         –             16
       ['w']      8×4    dot_general  one position           24      0.12             48
-      total                                                 32                       64
+      total                                                 36                       64
     """
     split.check_options("factored", variance, None, None, None)
-    check_parameters(params)
+    check_platform(platform)
+    target = Target(platform or platform_named(jax.default_backend()))
+    parts = parameters.split(params)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), example)
-    program = trace_program(loss_and_aux(loss_fn, has_aux), params, batch)
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    choices = choose(program, len(paths), variance)
-    penalised = shifting(program.body)
-    rows = tuple(
-        _row(program, choice, jax.tree_util.keystr(path), jax.numpy.shape(leaf), i in penalised)
-        for i, ((path, leaf), choice) in enumerate(zip(paths, choices, strict=True))
-    )
-    print(_table(rows))
-    return rows
 
+    def of_all(given: tuple[PyTree, list[jax.Array]], example: PyTree) -> Any:
+        arrays = jax.lax.stop_gradient(given[1])  # running averages, say
+        loss = parameters.of_parameters(loss_and_aux(loss_fn, has_aux), parts, arrays)
+        return loss(given[0], example)
 
-def _row(
-    program: Program, choice: Choice, parameter: str, shape: tuple[int, ...], penalised: bool
-) -> Explanation:
-    sites = [program.sites[number] for number in choice.sites]
-    names = {jaxprs.name(site.equation) if site.equation else "loss" for site in sites}
-    unused = "mean only" if penalised else "unused"
-    known = Explanation(parameter, shape, tuple(sorted(names)), unused, 0, math.nan, 0, "")
-    if choice.mode is Mode.UNUSED:
-        return known
-    if choice.mode is Mode.PER_EXAMPLE:
-        small = all(site.rule is None and copies_are_cheap(site) for site in sites)
-        return known._replace(
-            form="small" if small else "per example",
-            extra_flops=2 * math.prod(shape),
-            bytes_per_example=4 * math.prod(shape),
-            reason="" if small else choice.reason,
+    def moments(given: tuple[PyTree, list[jax.Array]], batch: PyTree) -> Any:
+        measure = gradient_moments(loss_fn, variance=variance, has_aux=has_aux, platform=platform)
+        return measure(parts.rebuild(*given), batch)
+
+    given = parts.parameters, parts.arrays
+    jaxprs.trace(moments, given, batch)  # raises what there is to raise
+    program = trace_program(of_all, given, batch)
+    used = jaxprs.needed(program.body.jaxpr)[1]
+    leaves = jax.tree_util.tree_leaves_with_path(parts.parameters)
+    choices = choose(program, len(leaves) + len(parts.arrays), variance)[: len(leaves)]
+    held = frozenset(i for i, c in enumerate(choices) if c.mode is Mode.PER_EXAMPLE)
+    pulled, penalised = price.pulled_back(program, held), shifting(program.body)
+    rows = []
+    for i, ((path, leaf), choice) in enumerate(zip(leaves, choices, strict=True)):
+        sites = [program.sites[number] for number in choice.sites]
+        names = {jaxprs.name(site.equation) if site.equation else "loss" for site in sites}
+        unmeasured = "mean only" if i in penalised else "no gradient" if used[i] else "unused"
+        row = Explanation(
+            jax.tree_util.keystr(path),
+            leaf.shape,
+            tuple(sorted(names)),
+            unmeasured,
+            0,
+            math.nan,
+            0,
+            choice.reason if choice.mode is not Mode.UNUSED else "",
         )
-    sizes = [use.sizes() for use in choice.uses]
-    if choice.mode is Mode.COLLECTED:
-        groups, _, p, q = sizes[0]
-        sizes = [(groups, sum(positions for _, positions, _, _ in sizes), p, q)]
-    forms, flops, memory = zip(*map(_cost, sizes), strict=True)
-    plain = sum(6 * math.prod(size) for size in sizes)
-    return known._replace(
-        form="/".join(dict.fromkeys(forms)),
-        extra_flops=sum(flops),
-        relative_flops=sum(flops) / plain,
-        bytes_per_example=max(memory),
-        reason=choice.reason,
+        if choice.mode is Mode.PER_EXAMPLE:
+            row = _priced(row, price.of_held(sites, math.prod(leaf.shape), pulled.get(i, 0)))
+        elif choice.mode is not Mode.UNUSED:
+            row = _priced(row, price.of_uses(i, choice, variance, target))
+        rows.append(row)
+    print(f"on {target.platform}, variance={variance!r}\n{_table(tuple(rows))}")
+    return tuple(rows)
+
+
+def _priced(row: Explanation, priced: price.Price) -> Explanation:
+    relative = priced.extra / priced.plain if priced.plain else math.nan
+    reason = "" if "small" in priced.forms else row.reason or priced.reason
+    if relative > 0.5 and not reason:
+        sizes = (f"{t} of {p}×{q}" for _, t, p, q in priced.sizes)
+        reason = f"little work: positions {', '.join(dict.fromkeys(sizes))}"
+    return row._replace(
+        form="/".join(priced.forms),
+        extra_flops=priced.extra,
+        relative_flops=relative,
+        bytes_per_example=priced.bytes,
+        reason=reason,
     )
-
-
-def _cost(sizes: cost.Sizes) -> tuple[str, int, int]:
-    """The form, the extra operations and the bytes for one example."""
-    groups, positions, p, q = sizes
-    direct = cost.prefers_direct(sizes, Target(platform_named(jax.default_backend())))
-    memory = cost.norm_bytes(sizes, direct=direct)
-    if positions == 1:
-        return "one position", 2 * groups * (p + q), 4 * groups * (p + q)
-    if direct:
-        return "direct", 3 * groups * p * q, memory
-    return "Gram", 2 * groups * positions**2 * (p + q), memory
 
 
 def _table(rows: tuple[Explanation, ...]) -> str:

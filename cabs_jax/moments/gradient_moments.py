@@ -8,20 +8,22 @@ from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import keystr
 from jax.typing import ArrayLike
 
-from cabs_jax._arguments import check_parameters
-from cabs_jax.moments import sharding, split
+from cabs_jax.moments import parameters, sharding, split
 from cabs_jax.moments.blocks import over_blocks
-from cabs_jax.moments.estimators import ESTIMATORS, Sums, Task
+from cabs_jax.moments.estimators import ESTIMATORS, Sums, Task, kept_sum, losses_of, times
+from cabs_jax.moments.parameters import LossAndAux
 from cabs_jax.moments.per_example import (
-    LossAndAux,
     batch_size_of,
     loss_and_aux,
     per_example_value_and_grad,
 )
+from cabs_jax.moments.randomness import check_rng, keys_of_examples, with_key
 from cabs_jax.moments.split import Method
 from cabs_jax.moments.target import AxisNames, Platform, Target, check_platform
+from cabs_jax.moments.weighting import check_weights, usable, weighted_moments
 from cabs_jax.statistics import (
     GradientMoments,
     PyTree,
@@ -35,7 +37,7 @@ Moments_co = TypeVar("Moments_co", covariant=True)
 
 
 class MomentsFunction(Protocol[Moments_co]):
-    """`(params, batch, mask=None) -> GradientMoments`, or `(moments, aux)` where there is aux."""
+    """`(params, batch, mask=None, ...) -> GradientMoments`, or `(moments, aux)` with aux."""
 
     def __call__(
         self,
@@ -43,6 +45,8 @@ class MomentsFunction(Protocol[Moments_co]):
         batch: PyTree,
         mask: ArrayLike | None = None,
         *,
+        rng: jax.Array | None = None,
+        weights: ArrayLike | None = None,
         averaged_params: PyTree = None,
     ) -> Moments_co:
         """Measures a batch."""
@@ -57,6 +61,7 @@ class Options(TypedDict, total=False):
     subsample: int | None
     microbatch_size: int | None
     groups: int | None
+    examples_per_loss: int | None
     axis_name: AxisNames | None
     mesh: jax.sharding.Mesh | None
     spmd_axis_name: AxisNames | None
@@ -85,6 +90,7 @@ def gradient_moments(
     subsample: int | None = None,
     microbatch_size: int | None = None,
     groups: int | None = None,
+    examples_per_loss: int | None = None,
     axis_name: AxisNames | None = None,
     mesh: jax.sharding.Mesh | None = None,
     spmd_axis_name: AxisNames | None = None,
@@ -108,14 +114,18 @@ def gradient_moments(
 
     Args:
       loss_fn: `loss_fn(params, example) -> scalar loss` of one example, or `(loss, aux)` with
-        `has_aux`. Pass keys for random numbers inside the example. A loss in which examples see
-        one another (batch normalisation in training mode) has no per-example gradients.
+        `has_aux`; `loss_fn(params, example, rng)` where the call is given `rng`. A loss in which
+        examples see one another (batch normalisation in training mode) has no per-example
+        gradients, but see `examples_per_loss`. The parameters are the floating-point arrays of
+        `params`, which may be a whole module of flax nnx (with variables of other kinds than
+        `nnx.Param`, which are no parameters) or Equinox.
       method: "factored" (and, today, "auto"): exact, at nearly the price of the mean gradient.
         "per_example": exact, holds every gradient; the reference. "between": an estimate of the
         trace from the means ḡ_k of G groups of n_k examples, nearly free,
         (m−1)/m · (Σ_k n_k‖ḡ_k‖² − m‖ḡ‖²)/(G−1), with relative standard deviation
         √(2 tr(Σ²)/((G−1)(tr Σ)²)).
-      variance: "trace" for a scalar, "diagonal" for a tree like the parameters.
+      variance: "trace" for a scalar, "by_parameter" for a tree like the parameters with a scalar
+        for each, of which the trace is the sum, "diagonal" for one with a number for each entry.
       has_aux: Whether `loss_fn` returns auxiliary data, which is returned per example.
       keep_batch_dim: Whether `loss_fn` expects its example as a batch of one.
       subsample: Measure only n examples, the first of the batch, or as many of each of its shards:
@@ -130,6 +140,12 @@ def gradient_moments(
         and fewer blocks are all padding.
       groups: Number of groups for "between": on one device, of the batch; on a mesh, of each shard
         (1 by default, so that the shards are the groups).
+      examples_per_loss: For examples that see one another, as in batch normalisation or contrastive
+        losses: `loss_fn(params, group)` is then the mean loss of a group of this many, and
+        method="between" takes one group after another. What is estimated is the gradient of this
+        loss, which changes with the size of the group, and not that of the whole batch as one
+        group; ξ is n times the variance of the groups' gradients, so that ξ/m is that of their
+        mean. The size must divide the batch (or shard), there is no mask, and `aux` is per group.
       axis_name: Mesh axis or axes that split the batch: inside your own `shard_map`, or together
         with `mesh`.
       mesh: Wrap a `shard_map` over this mesh. Not needed where the sharding is visible (Explicit
@@ -144,16 +160,33 @@ def gradient_moments(
         equal result; to be given where a process compiles for one device that it does not have.
 
     Returns:
-      A function `(params, batch, mask=None, *, averaged_params=None) -> GradientMoments`, or
-      `(moments, aux)`. The leaves of `batch` have shape (m, ...); `mask`, boolean (m,), is False
-      for padding, which has no influence whatever it holds. With nothing but padding, everything is
-      0; where `subsample` or `groups` leaves nothing to measure, the variance is NaN. With
-      `averaged_params`, a running average of the parameters such as `optax.ema` keeps,
-      `averaged_value` is their mean loss on the same batch, for one more forward pass: what
-      `cabs(optimal_value="estimated")` tells noise by.
+      A function `(params, batch, mask=None, *, rng=None, weights=None, averaged_params=None)` that
+      returns `GradientMoments`, or `(moments, aux)`. The leaves of `batch` have shape (m, ...);
+      `mask`, boolean (m,), is False for padding, which has no influence whatever it holds. With
+      nothing but padding, everything is 0; where `subsample` or `groups` leaves nothing to measure,
+      the variance is NaN. What is no parameter (an integer, a Python number, a key, a function) has
+      None in the mean and in a diagonal variance; `nnx.Optimizer` and `eqx.apply_updates` leave it
+      alone, where `optax.apply_updates` wants the parameters without it, as from `eqx.filter`.
+
+      With `rng`, one key, which should be another at every step, the loss of the i-th real example
+      is given `jax.random.fold_in(rng, i)`: the same however the batch is padded or split.
+
+      With `weights`, w_i ≥ 0 of shape (m,), such as the numbers of tokens of sequences whose ℓ_i
+      are means over tokens, the value is Σ w_i ℓ_i / Σ w_i and the mean its gradient. The count is
+      the effective size n = (Σ w_i)²/Σ w_i², rounded, and the variance that of one of so many
+      examples, ξ = Σ_i w_i²‖g_i − ḡ‖²/Σ w_i²: to first order, ξ/n estimates E‖ḡ − ∇F‖². Weights
+      of 0 are padding; a negative one makes all results NaN. The exact methods take one more
+      backward pass: the operations of 1.6 to 1.7 plain gradients in all.
+
+      With `averaged_params`, a running average of the parameters such as `optax.ema` keeps,
+      `averaged_value` is their mean loss on the same batch, keys and weights included, for one more
+      forward pass: what `cabs(optimal_value="estimated")` tells noise by.
 
     Raises:
-      TypeError: If the loss is not a scalar, the mask not boolean, or a parameter complex.
+      TypeError: If the loss is not a scalar, the mask not boolean, a parameter complex or not an
+        array; if `rng` is no key, or only one of the loss and the call has it; if weights are no
+        numbers; if the loss draws random numbers by a key that is among the parameters (a module's
+        own, in dropout), the same for all examples, or changes a running average of its module.
       ValueError: If options contradict each other or the batch, with the values.
 
     Example:
@@ -167,47 +200,71 @@ def gradient_moments(
       ([0.5, 1.0], 1.25, 2)
     """
     split.check_options(method, variance, subsample, microbatch_size, groups)
+    split.check_coupling(examples_per_loss, method, groups, keep_batch_dim)
     check_platform(platform)
     sharding.check_spmd(spmd_axis_name, mesh, axis_name)
-    of_example = loss_and_aux(_of_one(loss_fn, has_aux) if keep_batch_dim else loss_fn, has_aux)
+    of_tree = loss_and_aux(_of_one(loss_fn, has_aux) if keep_batch_dim else loss_fn, has_aux)
 
     def on_shard(
         axis_names: tuple[str, ...],
         target: Target,
-        params_and_averaged: tuple[PyTree, PyTree],
+        parts: parameters.Split,
+        given: tuple[PyTree, PyTree, jax.Array | None, list[jax.Array]],
         batch: PyTree,
         mask: jax.Array | None,
+        weights: jax.Array | None,
     ) -> tuple[GradientMoments, PyTree]:
-        params, averaged_params = sharding.vary(params_and_averaged, axis_names)
-        if method == "per_example" and microbatch_size is None and averaged_params is None:
-            return _reference(of_example, params, batch, mask, variance, axis_names, target)
+        params, averaged_params, rng = sharding.vary(given[:3], axis_names)
         size = batch_size_of(batch)
+        if weights is not None:
+            weights = usable(weights, mask)
+            mask = weights != 0
         keep = sharding.vary(jnp.ones(size, jnp.bool_), axis_names) if mask is None else mask
+        loss_of_tree = of_tree
+        if rng is not None:
+            loss_of_tree = with_key(of_tree)
+            batch = batch, keys_of_examples(rng, keep, axis_names)
+        if examples_per_loss is None:
+            parameters.check_randomness(loss_of_tree, parts, given[3], batch)
+        loss = parameters.of_parameters(loss_of_tree, parts, given[3])
+        plain = averaged_params is None and weights is None
+        if method == "per_example" and microbatch_size is None and plain:
+            return _reference(loss, params, batch, mask, variance, axis_names, target)
         real = jnp.sum(keep, dtype=jnp.int32)
         count = sum_over(real, axis_names or None)
-        share = sharding.vary(1.0 / jnp.maximum(count, 1).astype(jnp.float32), axis_names)
-        task = Task(of_example, variance, subsample, axis_names, target)
-        estimate = functools.partial(ESTIMATORS[method], task, params, share)
+        if weights is None:
+            shares = jnp.broadcast_to(1.0 / jnp.maximum(count, 1).astype(jnp.float32), (size,))
+            shares = sharding.vary(shares, axis_names)
+        else:
+            both = jnp.sum(weights), jnp.sum(jnp.square(weights))
+            weight_sums = sum_over(both, axis_names or None)
+            shares = weights / jnp.where(weight_sums[0] == 0, 1.0, weight_sums[0])
+        coupled = examples_per_loss is not None
+        task = Task(loss, variance, subsample, axis_names, target, weights is not None, coupled)
+        estimate = functools.partial(ESTIMATORS[method], task, params)
 
-        def of_block(examples: tuple[PyTree, jax.Array]) -> tuple[PyTree, PyTree]:
+        def of_block(examples: tuple[PyTree, jax.Array, jax.Array]) -> tuple[PyTree, PyTree]:
             of_params, rows = estimate(*examples)
             if averaged_params is None:
                 return (of_params, None), rows
-            losses, _ = target.vmap(functools.partial(of_example, averaged_params))(examples[0])
-            kept = jnp.where(examples[1], losses.astype(jnp.float32), 0)
-            return (of_params, jnp.sum(kept) * share), rows
+            batch, keep, shares = examples
+            losses, _ = losses_of(task, averaged_params, batch)
+            return (of_params, kept_sum(times(losses, shares), keep)), rows
 
         sums, aux = over_blocks(
             of_block,
-            (batch if mask is None else _fill(batch, keep), keep),
-            split.block_size(size, method, microbatch_size, groups, axis_names),
+            (batch if mask is None else _fill(batch, keep), keep, shares),
+            split.block_size(size, method, microbatch_size, groups, axis_names, examples_per_loss),
             lanes=target.lanes,
             keep=None if mask is None or method == "between" else keep,
         )
         if mask is not None:
             sums = jax.tree.map(lambda s: jnp.where(real > 0, s, jnp.zeros_like(s)), sums)
         total, averaged_value = sum_over(sums, axis_names or None)
-        moments = _moments(total, count, params, method, variance)
+        if weights is None:
+            moments = _moments(total, count, params, method, variance)
+        else:
+            moments = weighted_moments(total, weight_sums, params, variance)
         return moments._replace(averaged_value=averaged_value), aux
 
     def compute(
@@ -215,26 +272,36 @@ def gradient_moments(
         batch: PyTree,
         mask: ArrayLike | None = None,
         *,
+        rng: jax.Array | None = None,
+        weights: ArrayLike | None = None,
         averaged_params: PyTree = None,
     ) -> Any:
-        check_parameters(params)
+        parts = parameters.split(params)
+        check_rng(rng, loss_fn)
         if averaged_params is not None:
-            _check_like_parameters(averaged_params, params)
+            averaged_params = parameters.split(averaged_params).parameters
+            _check_like_parameters(averaged_params, parts.parameters)
         split.check_mask(mask, batch_size_of(batch))
+        check_weights(weights, batch_size_of(batch))
+        split.check_coupled(examples_per_loss, mask=mask, weights=weights, rng=rng)
+        given = parts.parameters, averaged_params, rng, parts.arrays
         mesh_used, axis_names = sharding.resolve(mesh, axis_name, batch)
-        target = sharding.target(platform, mesh_used, axis_names, spmd_axis_name, (batch, params))
-        measure: Callable[..., Any] = functools.partial(on_shard, axis_names, target)
+        target = sharding.target(platform, mesh_used, axis_names, spmd_axis_name, (batch, given))
+        measure: Callable[..., Any] = functools.partial(on_shard, axis_names, target, parts)
         if mesh_used is not None:
             out_specs = sharding.WHOLE, sharding.SPLIT
             measure = sharding.per_shard(measure, mesh_used, axis_names, out_specs)
-        moments, aux = measure((params, averaged_params), batch, mask)
+        moments, aux = measure(given, batch, mask, weights)
         return (moments, aux) if has_aux else moments
 
     return compute
 
 
 def _check_like_parameters(averaged_params: PyTree, params: PyTree) -> None:
-    shapes, wanted = (jax.tree.map(jnp.shape, tree) for tree in (averaged_params, params))
+    shapes, wanted = (
+        [(keystr(path), x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+        for tree in (averaged_params, params)
+    )
     if shapes != wanted:
         raise ValueError(
             f"averaged_params must be a tree like the parameters, of shapes {wanted}, got shapes "
@@ -282,9 +349,11 @@ def _moments(
         return jnp.where(count > 0, jnp.maximum(estimate, 0.0), 0.0)
 
     if variance == "trace":
-        spreads: PyTree = spread(total.squares, tree_squared_norm(mean))
+        squared_mean: PyTree = tree_squared_norm(mean)
     else:
-        spreads = jax.tree.map(spread, total.squares, jax.tree.map(jnp.square, mean))
+        by_parameter = variance == "by_parameter"
+        squared_mean = jax.tree.map(tree_squared_norm if by_parameter else jnp.square, mean)
+    spreads = jax.tree.map(spread, total.squares, squared_mean)
     if jax.tree.leaves(total.shift):
         mean = jax.tree.map(jnp.add, mean, total.shift)
     mean = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), mean, params)
@@ -310,8 +379,8 @@ def _fill(batch: PyTree, keep: jax.Array) -> PyTree:
 def _of_one(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
     """Turns a loss of a batch into a loss of one example, given to it as a batch of one."""
 
-    def of_one(params: PyTree, example: PyTree) -> Any:
-        result = loss_fn(params, jax.tree.map(lambda x: x[None], example))
+    def of_one(params: PyTree, example: PyTree, *rng: jax.Array) -> Any:
+        result = loss_fn(params, jax.tree.map(lambda x: x[None], example), *rng)
         loss, aux = result if has_aux else (result, ())
         loss = loss.reshape(()) if loss.size == 1 else loss
         return (loss, aux) if has_aux else loss

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from cabs_jax.statistics import PyTree
 
@@ -45,6 +46,20 @@ def trace(function: Callable[..., PyTree], *args: PyTree) -> tuple[Any, Any]:
     return closed, jax.tree.structure(shape)
 
 
+def first(batch: PyTree) -> PyTree:
+    """The first example of a batch, or of `ShapeDtypeStruct`s that describe one.
+
+    Not by `eval_shape`, whose result is no valid argument where some mesh axes are manual.
+    """
+
+    def row(x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        return jax.lax.index_in_dim(x, 0, keepdims=False)
+
+    return jax.tree.map(row, batch)
+
+
 def is_literal(atom: Atom) -> bool:
     """Whether an operand is a constant written into the jaxpr."""
     return isinstance(atom, core.Literal)
@@ -58,6 +73,12 @@ def carries_gradient(atom: Atom) -> bool:
 def name(equation: Equation) -> str:
     """The name of an equation's primitive."""
     return str(equation.primitive.name)
+
+
+def needed(jaxpr: Jaxpr) -> tuple[Jaxpr, list[bool]]:
+    """Returns the jaxpr without what its outputs do not need, and which inputs they need."""
+    without, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return without, list(used)
 
 
 def inner_jaxpr(equation: Equation) -> tuple[Jaxpr, Sequence[Any]]:
@@ -188,6 +209,42 @@ def counted_slices(scan: Equation) -> list[Equation]:
             if start is not None and start + length <= shape[part[0]]:
                 slices.append(equation)
     return slices
+
+
+def any_of_inputs_alone(
+    closed: Any, given: Sequence[bool], chosen: Callable[[Equation], bool]
+) -> bool:
+    """Whether there is an equation whose operands depend on some inputs and on no others.
+
+    Args:
+      closed: A closed jaxpr.
+      given: Whether an input is one of these. What is made of constants alone does not count.
+      chosen: Which equations are meant.
+    """
+    found = False
+
+    def go(jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[int]) -> list[int]:
+        return walk(jaxpr, consts, inputs, jaxpr.eqns, visit, lambda _: 0)
+
+    def visit(equation: Equation, origins: list[int]) -> Sequence[int]:
+        nonlocal found
+        origin = max(origins, default=0)
+        found |= origin == 1 and chosen(equation)
+        if name(equation) in INLINED:
+            return go(*inner_jaxpr(equation), origins)
+        if name(equation) == "cond":
+            for branch in equation.params["branches"]:
+                go(*open_jaxpr(branch), origins[1:])
+        elif name(equation) == "scan":
+            inside, (consts, carry, xs) = equation.params["jaxpr"], split_scan(equation, origins)
+            before: list[int] = []
+            while carry != before:
+                before = carry
+                carry = list(map(max, carry, go(*open_jaxpr(inside), [*consts, *carry, *xs])))
+        return [origin] * len(equation.outvars)
+
+    go(*open_jaxpr(closed), [1 if one else 2 for one in given])
+    return found
 
 
 def varying_axes(x: Any) -> frozenset[str]:

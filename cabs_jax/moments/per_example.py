@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 
-from cabs_jax._arguments import check_parameters
-from cabs_jax.moments import sharding
+from cabs_jax.moments import parameters, sharding
+from cabs_jax.moments.parameters import LossAndAux
+from cabs_jax.moments.randomness import check_rng, keys_of_examples, with_key
 from cabs_jax.moments.rewriting import without_batched_convolutions
 from cabs_jax.moments.target import AxisNames, Target
 from cabs_jax.statistics import PyTree
 
-LossAndAux: TypeAlias = Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
 Values_co = TypeVar("Values_co", covariant=True)
 
 
 class PerExampleFunction(Protocol[Values_co]):
     """`(params, batch) -> (losses, grads)`, with (losses, aux) for losses where there is aux."""
 
-    def __call__(self, params: PyTree, batch: PyTree) -> tuple[Values_co, PyTree]:
+    def __call__(
+        self, params: PyTree, batch: PyTree, *, rng: jax.Array | None = None
+    ) -> tuple[Values_co, PyTree]:
         """Differentiates the loss of every example of a batch."""
 
 
@@ -76,20 +79,24 @@ def per_example_value_and_grad(
     * inside your own `shard_map`: pass `axis_name=`.
 
     Args:
-      loss_fn: `loss_fn(params, example) -> scalar loss`, or `(loss, aux)` with `has_aux`.
+      loss_fn: `loss_fn(params, example) -> scalar loss`, or `(loss, aux)` with `has_aux`;
+        `loss_fn(params, example, rng)` where the call is given `rng`.
       has_aux: Whether `loss_fn` returns auxiliary data.
       axis_name: Mesh axis or axes that split the batch.
       mesh: Mesh to work on, one shard of the batch per device.
       spmd_axis_name: Auto mesh axis or axes that split the batch, as in `jax.vmap`.
 
     Returns:
-      A function `(params, batch) -> (losses, grads)`, or `((losses, aux), grads)`. Every leaf of
-      `batch` has shape (m, ...); `losses` has shape (m,); `grads` is a tree like `params` with a
-      leading example axis, float32 zeros for integer parameters. Call it under `jax.jit`: on a
-      mesh, each uncompiled call compiles.
+      A function `(params, batch, *, rng=None) -> (losses, grads)`, or `((losses, aux), grads)`.
+      Every leaf of `batch` has shape (m, ...); `losses` has shape (m,); `grads` is a tree like
+      `params` with a leading example axis, and None for what is no floating-point array. Of `rng`,
+      one key, example i is given `jax.random.fold_in(rng, i)`. Call it under `jax.jit`: on a mesh,
+      each uncompiled call compiles.
 
     Raises:
-      TypeError: If the loss is not a scalar, or a parameter complex.
+      TypeError: If the loss is not a scalar, a parameter complex or not an array, or `rng` no key;
+        if only one of the loss and the call has it; or if the loss draws random numbers by a key
+        that is among the parameters.
       ValueError: If the leaves of the batch disagree on m, the mesh is ambiguous, or
         `spmd_axis_name` names an Explicit axis or comes with one of the others.
 
@@ -106,17 +113,31 @@ def per_example_value_and_grad(
     sharding.check_spmd(spmd_axis_name, mesh, axis_name)
     function = loss_and_aux(loss_fn, has_aux)
 
-    def compute(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
-        check_parameters(params)
+    def compute(
+        params: PyTree, batch: PyTree, *, rng: jax.Array | None = None
+    ) -> tuple[Any, PyTree]:
+        parts = parameters.split(params)
+        check_rng(rng, loss_fn)
+        given = parts.parameters, parts.arrays, rng
         mesh_used, axis_names = sharding.resolve(mesh, axis_name, batch)
-        target = sharding.target(None, mesh_used, axis_names, spmd_axis_name, (batch, params))
+        target = sharding.target(None, mesh_used, axis_names, spmd_axis_name, (batch, given))
 
-        def on_shard(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
-            return _value_and_grad(function, sharding.vary(params, axis_names), batch, target)
+        def on_shard(
+            given: tuple[PyTree, list[jax.Array], jax.Array | None], batch: PyTree
+        ) -> tuple[Any, PyTree]:
+            params, rng = sharding.vary((given[0], given[2]), axis_names)
+            loss_of_tree = function
+            if rng is not None:
+                loss_of_tree = with_key(function)
+                keep = sharding.vary(jnp.ones(batch_size_of(batch), jnp.bool_), axis_names)
+                batch = batch, keys_of_examples(rng, keep, axis_names)
+            parameters.check_randomness(loss_of_tree, parts, given[1], batch)
+            loss = parameters.of_parameters(loss_of_tree, parts, given[1])
+            return _value_and_grad(loss, params, batch, target)
 
         if mesh_used is not None:
             on_shard = sharding.per_shard(on_shard, mesh_used, axis_names, sharding.SPLIT)
-        (losses, aux), grads = on_shard(params, batch)
+        (losses, aux), grads = on_shard(given, batch)
         return (losses, aux) if has_aux else losses, grads
 
     return compute
@@ -148,14 +169,37 @@ def loss_and_aux(loss_fn: Callable[..., Any], has_aux: bool) -> LossAndAux:
 
     Without auxiliary data, `aux` is (). It raises TypeError if it returns something else.
     """
+    loss_fn = _explaining_mutation(loss_fn)
 
-    def checked(params: PyTree, example: PyTree) -> tuple[jax.Array, PyTree]:
-        result = loss_fn(params, example)
+    def checked(params: PyTree, example: PyTree, *rng: jax.Array) -> tuple[jax.Array, PyTree]:
+        result = loss_fn(params, example, *rng)
         _check_result(result, has_aux)
         loss, aux = result if has_aux else (result, ())
         return loss, aux
 
     return checked
+
+
+def _explaining_mutation(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same loss, which says what to do where flax nnx refuses to change a module."""
+
+    @functools.wraps(loss_fn)
+    def explaining(*args: Any) -> Any:
+        try:
+            return loss_fn(*args)
+        except Exception as error:
+            if type(error).__name__ != "TraceContextError":
+                raise
+            refused = str(error).split(" (")[0]
+            raise TypeError(
+                f"the loss changes a module that was made outside of it ({refused}). A BatchStat is"
+                " of batch normalisation: let it run in evaluation mode, after model.eval(). An"
+                " RngCount is of dropout: give it a key of the example's, model(x,"
+                " rngs=nnx.Rngs(key)). Anything else: make the module inside the loss,"
+                " nnx.merge(graphdef, params, rest)."
+            ) from error
+
+    return explaining
 
 
 def _check_result(result: Any, has_aux: bool) -> None:
@@ -178,24 +222,10 @@ def _check_result(result: Any, has_aux: bool) -> None:
         )
 
 
-def or_zeros(gradient: Any) -> jax.Array:
-    """The gradient; float32 zeros where the parameter has none, being an integer."""
-    if gradient.dtype == jax.dtypes.float0:
-        return jnp.zeros(gradient.shape, jnp.float32)
-    result: jax.Array = gradient
-    return result
-
-
 def _value_and_grad(
     loss_fn: LossAndAux, params: PyTree, batch: PyTree, target: Target
 ) -> tuple[Any, PyTree]:
     batch_size_of(batch)
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True, allow_int=True)
-
-    def derivative(params: PyTree, example: PyTree) -> tuple[Any, PyTree]:
-        values, gradient = value_and_grad(params, example)
-        return values, jax.tree.map(or_zeros, gradient)
-
-    function = without_batched_convolutions(derivative)
+    function = without_batched_convolutions(jax.value_and_grad(loss_fn, has_aux=True))
     result: tuple[Any, PyTree] = target.vmap(function, (None, 0))(params, batch)
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from jax import lax
@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from cabs_jax.statistics import Variance
 
 Method = Literal["auto", "factored", "per_example", "between"]
+_ONE_BATCH = "Inputs and targets are one batch: pass (params, (x, y)), not (params, x, y)."
 
 
 def measured(subsample: int | None, size: int, axis_names: tuple[str, ...]) -> int:
@@ -33,6 +34,7 @@ def block_size(
     microbatch_size: int | None,
     groups: int | None,
     axis_names: tuple[str, ...],
+    examples_per_loss: int | None = None,
 ) -> int:
     """Returns how many examples are worked on at a time.
 
@@ -40,12 +42,20 @@ def block_size(
       ValueError: If the batch does not split so.
     """
     if method == "between":
+        if examples_per_loss is not None:
+            if size % examples_per_loss:
+                raise ValueError(
+                    f"examples_per_loss={examples_per_loss} does not divide the batch (or shard) of"
+                    f" {size}: keep to its multiples, as round_to={examples_per_loss} does."
+                )
+            groups = size // examples_per_loss
         shards = math.prod(lax.axis_size(axis) for axis in axis_names)
         parts = groups or 1
         if parts * shards < 2:
             raise ValueError(
                 f'method="between" compares groups, and here there is {parts * shards}: pass'
-                " groups=2 or more, or split the batch over a mesh (mesh= or axis_name=)."
+                " groups=2 or more (with examples_per_loss=, a batch of as many), or split the"
+                " batch over a mesh (mesh= or axis_name=)."
             )
         if size % parts:
             raise ValueError(f"groups={parts} does not divide the batch (or shard) of {size}.")
@@ -90,12 +100,42 @@ def check_options(
         )
 
 
+def check_coupling(
+    examples_per_loss: int | None, method: Method, groups: int | None, keep_batch_dim: bool
+) -> None:
+    """Raises ValueError if options do not go with a loss that takes several examples."""
+    if examples_per_loss is None:
+        return
+    if not (isinstance(examples_per_loss, int) and examples_per_loss >= 1):
+        raise ValueError(
+            f"examples_per_loss must be a positive int or None, got {examples_per_loss!r}."
+        )
+    if method != "between" or groups is not None or keep_batch_dim:
+        raise ValueError(
+            f'examples_per_loss={examples_per_loss} makes the groups of method="between", and'
+            f" goes with neither method={method!r}, groups={groups} nor"
+            f" keep_batch_dim={keep_batch_dim}."
+        )
+
+
+def check_coupled(examples_per_loss: int | None, **given: Any) -> None:
+    """Raises ValueError if a call gives the single examples of a coupled loss something."""
+    found = [name for name, value in given.items() if value is not None]
+    if examples_per_loss is not None and found:
+        raise ValueError(
+            f"a loss of examples_per_loss={examples_per_loss} examples takes no {found[0]}, which"
+            " is for single ones: pass batches of whole groups, and keys inside the batch."
+        )
+
+
 def check_mask(mask: ArrayLike | None, size: int) -> None:
     """Raises unless a mask is None or a boolean array of shape (size,)."""
     if mask is None:
         return
     found = getattr(mask, "dtype", type(mask).__name__)
     if found != jnp.bool_:
-        raise TypeError(f"mask must be a boolean array, got {found}.")
+        raise TypeError(f"mask must be a boolean array, got {found}. {_ONE_BATCH}")
     if jnp.shape(mask) != (size,):
-        raise ValueError(f"mask must have shape ({size},) like the batch, got {jnp.shape(mask)}.")
+        raise ValueError(
+            f"mask must have shape ({size},) like the batch, got {jnp.shape(mask)}. {_ONE_BATCH}"
+        )

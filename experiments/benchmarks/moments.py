@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import track
 
 import cabs_jax
+from cabs_jax.moments.flops import flops
 from cabs_jax.statistics import PyTree
-from experiments.benchmarks import _exact, _flops, _nets, _report, _timing
+from experiments.benchmarks import _exact, _nets, _report, _timing
 from experiments.training.step import mean_loss
 
 SUBSAMPLE = 32
@@ -140,7 +141,7 @@ def compiled(function: Callable[..., Any], operands: tuple[PyTree, PyTree]) -> E
     run = jax.jit(function).lower(*operands).compile()
     seconds = time.perf_counter() - started
     memory: Any = run.memory_analysis()
-    return Executable(run, memory.temp_size_in_bytes, _flops.flops(function, *operands), seconds)
+    return Executable(run, memory.temp_size_in_bytes, flops(function, *operands), seconds)
 
 
 def on(program: Executable, operands: tuple[PyTree, PyTree]) -> Callable[[], Any]:

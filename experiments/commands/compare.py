@@ -50,7 +50,8 @@ def main(
 
     Args:
       seeds: of the initial parameters and of the order of the examples
-      all_methods: also other constant sizes, decaying learning rates, and the rules of others
+      all_methods: also other constant sizes, decaying learning rates, the rules of others, momentum
+        (at a tenth of the learning rates) and Adam (at a hundredth)
       out: a new or empty folder for the results (default: a new one under ./runs)
     """
     started = time.perf_counter()

@@ -74,8 +74,9 @@ def main(
         SIGTERM
       keep_checkpoints: how many, the newest, to keep
       distributed: one of several processes, over whose devices batches are split; process 0
-        writes, and if one fails or dies all end and say why. Cloud TPU and SLURM say which it is;
-        elsewhere the next three options do
+        writes, and if one fails or dies all end and say why (if process 0 is killed, by JAX's
+        abort, status 134: "another task died"). Cloud TPU and SLURM say which it is; elsewhere the
+        next three options do
       coordinator: HOST:PORT, where process 0 listens
       num_processes: how many there are
       process_id: this one, from 0
@@ -223,7 +224,7 @@ def train_and_plot(
         for label, experiment in experiments.items():
             observe = display.observer(bars, label, experiment.config)
             summaries[label] = train(experiment, folders[label], observe, mesh, checkpoints, resume)
-    with user_errors(OSError):
+    with user_errors(ValueError, OSError):
         draw(folders, figure_path, title)
     console.print(display.summary_table(summaries))
     console.print(for_terminal(f"figure: {figure_path}"), soft_wrap=True)
@@ -233,7 +234,8 @@ def draw(folders: Mapping[str, Path], figure_path: Path, title: str) -> None:
     """Draws the runs that have begun, by their labels, if there are any."""
     begun = {label: out for label, out in folders.items() if (out / run_folder.METRICS).exists()}
     records = {label: run_folder.read(out) for label, out in begun.items()}
-    if shown := {label: record for label, record in records.items() if record.metrics}:
+    shown = {k: record for k, record in records.items() if record.metrics and record.evaluations}
+    if shown:
         figure.plot(shown, figure_path, title)
 
 

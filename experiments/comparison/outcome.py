@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.comparison.runs import Grid, Stretch
+from experiments.comparison.runs import METHODS, Grid, Stretch
 
 # Methods that are also shown at the averages of their weights, which cost no examples.
 AVERAGED = ("constant 16", "CABS, estimated")
@@ -102,11 +102,16 @@ def summaries(outcome: Outcome) -> dict[tuple[str, bool], Summary]:
     return {
         key: Summary(
             best=float(np.exp(log.mean(axis=1).min())),
-            best_rate=outcome.grid.learning_rates[int(log.mean(axis=1).argmin())],
+            best_rate=rate_of(key[0], outcome.grid.learning_rates[int(log.mean(axis=1).argmin())]),
             excess=float(np.exp(log.mean() - lowest)),
         )
         for key, log in logs.items()
     }
+
+
+def rate_of(method: str, rate: float) -> float:
+    """The learning rate of a method's run, for one of the grid."""
+    return float(f"{rate * METHODS[method].factor:.6g}")
 
 
 def records(outcome: Outcome) -> Iterable[Mapping[str, Any]]:
@@ -118,7 +123,7 @@ def records(outcome: Outcome) -> Iterable[Mapping[str, Any]]:
                 yield {
                     "problem": outcome.title,
                     "method": method,
-                    "learning_rate": rate,
+                    "learning_rate": rate_of(method, rate),
                     "seed": seed,
                     "steps": len(sizes),
                     "examples": int(sizes.sum()),

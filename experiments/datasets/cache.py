@@ -70,7 +70,7 @@ def _read(entry: Path, name: str) -> Dataset | None:
         dataset = make_dataset(name, train, test, tuple(manifest["class_names"]))
         if fingerprint(dataset) != manifest["fingerprint"]:
             raise ValueError("its content is not what was written")
-    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever the readers of damaged files raise
         warnings.warn(f"{entry}: damaged cache, decoded again: {error!r}.", stacklevel=3)
         shutil.rmtree(entry, ignore_errors=True)
         return None
@@ -101,12 +101,13 @@ def _write(entry: Path, dataset: Dataset) -> None:
 
 def _bound(newest: Path) -> None:
     """Removes what dead writers left and, above `MAX_CACHE_BYTES`, the entries longest unused."""
-    with contextlib.suppress(FileNotFoundError):  # another process is removing them as well
+    with contextlib.suppress(OSError):  # others may remove them as well, or alone be allowed to
         for temporary in newest.parent.glob(_TEMPORARY):
             if time.time() - temporary.stat().st_mtime > _ABANDONED_SECONDS:
                 shutil.rmtree(temporary, ignore_errors=True)
         total = 0
-        entries = sorted(newest.parent.glob(_ENTRY), key=os.path.getmtime, reverse=True)
+        found = (path for path in newest.parent.glob(_ENTRY) if path.is_dir())
+        entries = sorted(found, key=os.path.getmtime, reverse=True)
         for entry in (newest, *(entry for entry in entries if entry != newest)):
             total += sum(file.stat().st_size for file in entry.iterdir())
             if total > MAX_CACHE_BYTES and entry != newest:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, PpmImagePlugin
 
 from experiments.datasets import cache
 from experiments.datasets.archives import MAX_FILE_BYTES, read_tar
@@ -56,6 +56,8 @@ def load_images(path: Path, cache_dir: Path) -> Dataset:
         class has no training images, the archive is damaged or holds a file twice, there are more
         than 8 GiB of pixels, or the files change meanwhile.
     """
+    if not (path.is_dir() or path.is_file()):
+        raise ValueError(f"{path}: a device or pipe, which may be endless: {_LAYOUT}.")
     name = Path(os.path.abspath(path)).name.lstrip(".").split(".")[0] or "images"
     key = _content_key(path)
 
@@ -188,9 +190,11 @@ def _open_image(example: _Example) -> Iterator[Image.Image]:
 
 
 def _has_16_bits(image: Image.Image) -> bool:
-    """Whether Pillow would keep only the upper half of 16-bit colours, as it does of PNG's."""
-    return isinstance(image, PngImagePlugin.PngImageFile) and any(
-        str(raw_mode).endswith(";16B") for _, _, _, raw_mode in image.tile
+    """Whether Pillow would keep only the upper half of 16-bit colours, as of PNG's and PPM's."""
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        return any(str(raw_mode).endswith(";16B") for _, _, _, raw_mode in image.tile)
+    return isinstance(image, PpmImagePlugin.PpmImageFile) and any(
+        isinstance(arguments, tuple) and arguments[-1] > 255 for _, _, _, arguments in image.tile
     )
 
 

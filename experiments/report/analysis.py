@@ -1,249 +1,398 @@
-"""The runs of each method on each data set, and their numbers over seeds."""
+"""The runs of each method on each data set, and what they measured."""
 
-import functools
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.report import statistics, study
+from experiments.report.devices import StepCost, fit_step_cost
 from experiments.report.results import Result, Results
-from experiments.report.statistics import INFINITY, Spread, crossing, decades_within, spread
+from experiments.report.statistics import Choice
+from experiments.sweeps.plan import Run
+from experiments.training import averages
+from experiments.training.config import RunConfig
 from experiments.training.shared_programs import measured_variance
 
-FEWEST_RATES = 3
+FEWEST_RATES = 3  # that make a grid
+LAST = "last"
+# Answers at averaged weights take, for each method, the average that suits it better.
+WEIGHTS = {"w": (LAST,), "w̄": averages.NAMES}
+UNITS = ("examples", "seconds", "steps")
+_SMALLEST = float(np.finfo(np.float32).tiny)  # so that a loss of 0 has a logarithm
+_FAMILIES = {"_momentum": "momentum", "_adam": "Adam"}
 
 
-class Method:
-    """All runs of one method on one data set.
-
-    Args:
-      label: Its label in the plan.
-      title: Its name in reports.
-      runs: Its finished runs.
-      costs: Seconds of a step by the batch size, for steps of this kind on this data set.
-    """
-
-    def __init__(self, label: str, title: str, runs: Sequence[Result], costs: "Costs"):
-        self.label, self.title, self.costs = label, title, costs
-        self.config = runs[0].run.config
-        self.by_rate: dict[float, list[Result]] = {}
-        for result in sorted(runs, key=lambda result: result.run.learning_rate):
-            self.by_rate.setdefault(result.run.learning_rate, []).append(result)
-
-    @property
-    def rates(self) -> list[float]:
-        """The learning rates of the data set's grid that have finished runs, increasing."""
-        return list(self.by_rate)
-
-    def final_loss(self, rate: float) -> Spread:
-        """Training loss at the end; infinite where runs diverged."""
-        return spread(result.final_loss for result in self.by_rate[rate])
-
-    def final_accuracy(self, rate: float) -> Spread:
-        """Test accuracy at the end; that of a diverged run is what it was when it stopped."""
-        return spread(float(result.test_accuracy[-1]) for result in self.by_rate[rate])
-
-    @functools.cached_property
-    def best_rate(self) -> float:
-        """The learning rate of the smallest median of the final loss."""
-        return min(self.rates, key=lambda rate: self.final_loss(rate).median)
-
-    def to_target(self, rate: float, target: float) -> Spread:
-        """Examples until the training loss is at the target; infinite where it never is."""
-        return spread(crossing(r.examples, r.train_loss, target) for r in self.by_rate[rate])
-
-    def fastest_rate(self, target: float) -> float:
-        """The learning rate of the fewest examples to the target; the best if none gets there."""
-        fastest = min(self.rates, key=lambda rate: self.to_target(rate, target).median)
-        reached = np.isfinite(self.to_target(fastest, target).median)
-        return fastest if reached else self.best_rate
-
-    def seconds_to_target(self, rate: float, target: float) -> Spread:
-        """Seconds of steps until then, by what a step of each size costs."""
-        return spread(
-            crossing(self.seconds(result), result.train_loss, target)
-            for result in self.by_rate[rate]
-        )
-
-    def seconds(self, result: Result) -> np.ndarray:
-        """Seconds of steps before each evaluation, (e,)."""
-        return np.cumsum([self.costs.of(interval) for interval in result.sizes])
-
-    def mean_batch_size(self, rate: float) -> Spread:
-        """Examples over steps."""
-        return spread(r.summary["examples"] / r.summary["steps"] for r in self.by_rate[rate])
-
-    def sizes(self, rate: float) -> set[int]:
-        """All batch sizes that the runs used."""
-        return {size for result in self.by_rate[rate] for steps in result.sizes for size in steps}
-
-
-class Costs:
-    """Seconds of a step by its batch size, from the steps of many runs under varying load.
+class Clock:
+    """Seconds of a step by its kind and batch size, on a machine with nothing else to do.
 
     Args:
-      runs: All runs whose steps compute the same.
+      runs: Runs that had the machine for themselves. Of several of a kind the quickest counts:
+        other load only adds.
     """
 
     def __init__(self, runs: Iterable[Result]):
-        samples: dict[int, list[float]] = {}
+        self._seconds: dict[Any, dict[int, float]] = {}
         for result in runs:
+            steps = self._seconds.setdefault(_kind(result.run, result.run.config), {})
             for size, seconds in result.step_seconds.items():
-                samples.setdefault(size, []).append(seconds)
-        self.sizes = np.array(sorted(samples), float)
-        self.seconds = np.array([float(np.median(samples[size])) for size in sorted(samples)])
+                steps[size] = min(seconds, steps.get(size, np.inf))
 
-    def of(self, steps: dict[int, int]) -> float:
-        """Seconds of so many steps of each size; linear between sizes that were measured."""
-        return sum(count * self.step(size) for size, count in steps.items())
+    def of(self, run: Run) -> dict[int, float]:
+        """Of the steps of this run, ξ being measured only where the method needs it; or empty."""
+        kind = _kind(run, dataclasses.replace(run.config, record_variance=False))
+        return dict(sorted(self._seconds.get(kind, {}).items()))
 
-    def step(self, size: int) -> float:
-        """Seconds of one step; beyond the largest size measured, in proportion to it."""
-        if not len(self.sizes):
-            return float("nan")
-        cost = float(np.interp(size, self.sizes, self.seconds))
-        return cost * max(1.0, size / float(self.sizes[-1]))
+    def step_cost(self, run: Run) -> StepCost | None:
+        """The line a + b·m through them, or None where there are less than two sizes."""
+        steps = self.of(run)
+        if len(steps) < 2:
+            return None
+        return fit_step_cost(list(steps), np.array(list(steps.values())))
+
+    def seconds(self, result: Result) -> np.ndarray | None:
+        """Seconds before each evaluation, (e,); linear in m between the sizes measured."""
+        if not (steps := self.of(result.run)):
+            return None
+        sizes, seconds = np.array(list(steps), float), np.array(list(steps.values()))
+
+        def cost(size: int) -> float:  # beyond the largest size, in proportion to it
+            return float(np.interp(size, sizes, seconds) * max(1.0, size / sizes[-1]))
+
+        made = [sum(count * cost(size) for size, count in i.items()) for i in result.sizes]
+        return np.cumsum(made)
 
 
-class DataSet(NamedTuple):
-    """All that was measured on one data set, with the same seeds for every method.
+def _kind(run: Run, config: RunConfig) -> tuple[Any, ...]:
+    net = run.dataset, config.model, config.width
+    return *net, measured_variance(config), config.gated
+
+
+def positions(result: Result, unit: str, clock: Clock) -> np.ndarray | None:
+    """Examples, seconds or steps before each evaluation, (e,); None where no clock tells."""
+    if unit == "seconds":
+        return clock.seconds(result)
+    if unit == "examples":
+        return result.examples
+    return np.cumsum([float(sum(interval.values())) for interval in result.sizes])
+
+
+def losses(result: Result, weights: str) -> np.ndarray:
+    """Training losses at the last weights, or at an average of them, (e,)."""
+    return result.train_loss if weights == LAST else result.averaged[weights][0]
+
+
+def accuracy(result: Result, weights: str) -> float:
+    """Test accuracy, the last three evaluations averaged; NaN where none measured it."""
+    if weights == LAST:
+        return statistics.late_accuracy(result.test_accuracy)
+    return statistics.late_accuracy(result.averaged[weights][1])
+
+
+def untrained(result: Result) -> float:
+    """The loss before the first step."""
+    return max(float(np.nan_to_num(result.train_loss[0], nan=1.0)), _SMALLEST)
+
+
+def log_final(result: Result, weights: str) -> float:
+    """The logarithm of the median of the last three losses; diverged, of the untrained net's."""
+    last = float(statistics.running_median(losses(result, weights))[-1])
+    lost = result.summary["diverged"] or not np.isfinite(last)
+    return float(np.log(untrained(result) if lost else max(last, _SMALLEST)))
+
+
+def mean_size(result: Result) -> float:
+    """Examples over steps."""
+    return float(result.summary["examples"] / result.summary["steps"])
+
+
+class Method(NamedTuple):
+    """The runs of one method on one data set.
 
     Attributes:
       label: Its label in the plan.
       title: Its name in reports.
-      methods: By label, in the order of the plan; those with finished runs.
-      target: The training loss that the methods race to: the (higher) median, over CABS and the
-        constant sizes, of the final loss at the best learning rate. Half of them get there.
-      shared_rate: The learning rate that suits the methods of plain SGD best together.
-      seeds: How many seeds the runs have.
+      planned: All runs that plans ask for.
+      runs: The finished ones: {learning rate: {seed: result}}, increasing.
     """
 
     label: str
     title: str
-    methods: dict[str, Method]
-    target: float
-    shared_rate: float
-    seeds: int
+    planned: tuple[Run, ...]
+    runs: dict[float, dict[int, Result]]
 
     @property
-    def is_grid(self) -> bool:
-        """Whether there are learning rates enough to speak of sensitivity to them."""
-        return max(len(method.rates) for method in self.methods.values()) >= FEWEST_RATES
+    def config(self) -> RunConfig:
+        """That of one of its runs."""
+        return self.planned[0].config
+
+    @property
+    def rates(self) -> list[float]:
+        """The learning rates that have finished runs, increasing."""
+        return list(self.runs)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of its runs have finished."""
+        return len(self.planned) == sum(map(len, self.runs.values()))
+
+    @property
+    def weights(self) -> list[str]:
+        """The answers that its runs can give: at w, and at w̄ where averages were kept."""
+        kept = all(result.averaged.keys() >= set(averages.NAMES) for result in self.all_runs())
+        return [name for name in WEIGHTS if name == "w" or kept]
+
+    def all_runs(self) -> list[Result]:
+        """The finished runs."""
+        return [result for seeds in self.runs.values() for result in seeds.values()]
+
+    def at(self, rate: float, weights: str, measure: Callable[[Result, str], float]) -> np.ndarray:
+        """What each seed measured, (seeds,), at the weights that make the mean the lowest."""
+        runs = self.runs[rate].values()
+        values = [np.array([measure(r, name) for r in runs]) for name in WEIGHTS[weights]]
+        return min(values, key=lambda each: float(np.nan_to_num(np.mean(each), nan=np.inf)))
+
+    def accuracies(self, rate: float, weights: str) -> np.ndarray:
+        """Test accuracies, (seeds,); NaN where they were not measured."""
+        return -self.at(rate, weights, lambda result, name: -accuracy(result, name))
+
+    def choice(self) -> Choice:
+        """The learning rate of the lowest mean of ln final loss at w."""
+        means = [float(np.mean(self.at(rate, "w", log_final))) for rate in self.rates]
+        if len(self.rates) < 2:
+            return Choice(self.rates[0], None)
+        found = statistics.choose_rate(self.rates, np.exp(means)[:, None])
+        return found if self.is_complete else found._replace(extend=None)
+
+    def size(self, rate: float) -> float:
+        """The mean over seeds of the mean batch size."""
+        return float(np.mean([mean_size(result) for result in self.runs[rate].values()]))
+
+    def missing(self, seed: int) -> list[Run]:
+        """The planned runs of this seed that have not finished."""
+        made = {(rate, seed) for rate, seeds in self.runs.items() for seed in seeds}
+        return [
+            run
+            for run in self.planned
+            if run.config.seed == seed and (run.learning_rate, seed) not in made
+        ]
 
 
-def data_sets(results: Results) -> list[DataSet]:
-    """The data sets that have finished runs, in the order of the plan."""
-    return [
-        _data_set(results, label, title, runs)
-        for label, title in results.plan.datasets.items()
-        if (runs := _comparable(results, label))
-    ]
+class DataSet(NamedTuple):
+    """All that was measured on one data set with one kind of descent.
 
-
-def _comparable(results: Results, label: str) -> list[Result]:
-    """The finished runs of a data set, of whole seeds only as soon as one is whole.
-
-    Medians over other seeds for one method than for another would compare the seeds.
+    Attributes:
+      label: Its label in the plans.
+      title: Its name in reports.
+      is_plain: Whether the runs are of gradient descent without momentum.
+      asked: What the study's plan asks, or None.
+      grid: Methods by label, over the grid of learning rates, as it was planned first.
+      tuning: The same, with the runs that extend the grid: α is chosen on these.
+      finals: Methods by label, on fresh seeds.
+      clock: Of its steps.
     """
-    finished = [result for result in results.runs.values() if result.run.dataset == label]
-    unfinished = {run.config.seed for run in results.missing if run.dataset == label}
-    whole = [result for result in finished if result.run.config.seed not in unfinished]
-    return whole or finished
+
+    label: str
+    title: str
+    is_plain: bool
+    asked: study.Asked | None
+    grid: dict[str, Method]
+    tuning: dict[str, Method]
+    finals: dict[str, Method]
+    clock: Clock
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return self.label if self.is_plain else f"{self.label}-{_family(self._config)}".lower()
+
+    @property
+    def _config(self) -> RunConfig:
+        return next(iter((self.grid or self.finals).values())).config
+
+    @property
+    def setting(self) -> str:
+        """The net, in words."""
+        return f"{self._config.model}, width {self._config.width:g}"
 
 
-def _data_set(results: Results, label: str, title: str, runs: list[Result]) -> DataSet:
-    by_kind: dict[str, list[Result]] = {}
-    for result in runs:
-        by_kind.setdefault(measured_variance(result.run.config), []).append(result)
-    costs = {kind: Costs(alike) for kind, alike in by_kind.items()}
-    methods = {}
-    for name, method_title in results.plan.methods.items():
-        if own := [result for result in runs if result.run.method == name]:
-            kind = measured_variance(own[0].run.config)
-            methods[name] = Method(name, method_title, own, costs[kind])
-    racing = [m for m in methods.values() if is_cabs(m) or is_constant(m)] or methods.values()
-    finals = sorted(m.final_loss(m.best_rate).median for m in racing)
+def progress(methods: Iterable[Method]) -> tuple[int, int]:
+    """How many runs of these methods have finished, and of how many."""
+    counts = [(len(method.all_runs()), len(method.planned)) for method in methods]
+    return sum(done for done, _ in counts), sum(planned for _, planned in counts)
+
+
+def data_sets(parts: Sequence[Results], clock: Clock) -> list[DataSet]:
+    """The data sets that have finished runs, in the order of the plans.
+
+    Args:
+      parts: Sweeps of different plans. The first to have three learning rates on a data set is its
+        grid; runs of other plans with the grid's seeds extend it, those with fresh seeds are
+        finals.
+      clock: Of the steps.
+    """
+    keys = dict.fromkeys(_key(run) for part in parts for run in part.plan.runs)
+    found = [_data_set(key, parts, clock) for key in keys]
+    return [d for d in found if any(m.runs for m in (*d.grid.values(), *d.finals.values()))]
+
+
+def _key(run: Run) -> tuple[str, str, float, str]:
+    return run.dataset, run.config.model, run.config.width, _family(run.config)
+
+
+def _family(config: RunConfig) -> str:
+    return next((name for end, name in _FAMILIES.items() if config.method.endswith(end)), "")
+
+
+def _data_set(key: Any, parts: Sequence[Results], clock: Clock) -> DataSet:
+    label, *_, family = key
+    own = [
+        (part, [run for run in part.plan.runs if _key(run) == key])
+        for part in parts
+        if label in part.plan.datasets
+    ]
+    on_grid = next((each for each in own if _is_grid(each[1])), None)
+    grid_runs = on_grid[1] if on_grid else []
+    seeds = {run.config.seed for run in grid_runs}
+    # By what they are: two plans may ask for the same run.
+    everything = {(run.name, run.config): (part, run) for part, runs in own for run in runs}
+
+    def chosen(belongs: Callable[[Run], bool]) -> dict[str, Method]:
+        return _methods([each for each in everything.values() if belongs(each[1])])
+
+    planned = {(run.name, run.config) for run in grid_runs}
+    title = next(part.plan.datasets[label] for part, _ in own)
     return DataSet(
         label,
-        title,
-        methods,
-        target=finals[len(finals) // 2],
-        shared_rate=_shared_rate(plain(methods.values())),
-        seeds=len({result.run.config.seed for result in runs}),
+        f"{title}, {family}" if family else title,
+        not family,
+        study.BY_DATA_SET.get(label),
+        _comparable(chosen(lambda run: (run.name, run.config) in planned), seeds),
+        _comparable(chosen(lambda run: run.config.seed in seeds), seeds),
+        chosen(lambda run: run.config.seed not in seeds),
+        clock,
     )
 
 
-def _shared_rate(methods: Sequence[Method]) -> float:
-    """The rate of the smallest geometric mean, over methods, of the loss over the method's best."""
-    rates = sorted({rate for method in methods for rate in method.rates})
-
-    def excess(rate: float) -> float:
-        ratios = []
-        for method in methods:
-            best = method.final_loss(method.best_rate).median
-            loss = method.final_loss(rate).median if rate in method.by_rate else INFINITY
-            # Ten times the best stands for a run that diverged, or was not made.
-            ratios.append(min(loss / best, 10.0) if np.isfinite(best) else 1.0)
-        return float(np.mean(np.log(ratios)))
-
-    return min(rates, key=excess)
+def _is_grid(runs: Sequence[Run]) -> bool:
+    rates: dict[str, set[float]] = {}
+    for run in runs:
+        if not is_scheduled(run.config):
+            rates.setdefault(run.method, set()).add(run.learning_rate)
+    return max(map(len, rates.values()), default=0) >= FEWEST_RATES
 
 
-def is_constant(method: Method) -> bool:
-    """Whether it is plain SGD with a constant batch size and learning rate."""
-    return method.config.method == "constant" and method.config.schedule == "constant"
+def _methods(planned: Sequence[tuple[Results, Run]]) -> dict[str, Method]:
+    """The methods by label, those without finished runs, too."""
+    methods: dict[str, Method] = {}
+    for part, run in sorted(planned, key=lambda each: (each[1].learning_rate, each[1].config.seed)):
+        title = part.plan.methods[run.method]
+        before = methods.get(run.method, Method(run.method, title, (), {}))
+        if run.name in part.runs:
+            before.runs.setdefault(run.learning_rate, {})[run.config.seed] = part.runs[run.name]
+        methods[run.method] = before._replace(planned=(*before.planned, run))
+    order = dict.fromkeys(label for part, _ in planned for label in part.plan.methods)
+    return {label: methods[label] for label in order if label in methods}
 
 
-def is_scheduled(method: Method) -> bool:
-    """Whether it is plain SGD with a constant batch size and a decreasing learning rate."""
-    return method.config.method == "constant" and method.config.schedule != "constant"
+def _comparable(methods: dict[str, Method], seeds: Iterable[int]) -> dict[str, Method]:
+    """With the runs of whole seeds only, as soon as one is whole.
+
+    Means over other seeds for one method than for another would compare the seeds.
+    """
+    whole = {seed for seed in seeds if not any(m.missing(seed) for m in methods.values())}
+    if not whole:
+        return methods
+    return {
+        label: method._replace(
+            runs={
+                rate: {seed: result for seed, result in runs.items() if seed in whole}
+                for rate, runs in method.runs.items()
+                if runs.keys() & whole
+            }
+        )
+        for label, method in methods.items()
+    }
 
 
-def is_variant(method: Method) -> bool:
-    """Whether its learning rate decreases by plan, or it is not plain SGD."""
-    name = method.config.method
-    return is_scheduled(method) or name.endswith(("_momentum", "_adam"))
+def is_scheduled(config: RunConfig) -> bool:
+    """Whether its learning rate decreases by plan."""
+    return config.schedule != "constant"
 
 
-def plain(methods: Iterable[Method]) -> list[Method]:
-    """Those of plain SGD at a constant learning rate, or all where there is none."""
-    everyone = list(methods)
-    return [method for method in everyone if not is_variant(method)] or everyone
+def is_constant(config: RunConfig) -> bool:
+    """Whether batch size and learning rate are constant."""
+    return config.fixed_size and not is_scheduled(config)
 
 
-def is_cabs(method: Method) -> bool:
-    """Whether it is plain CABS."""
-    return method.config.method == "cabs"
+def is_cabs(config: RunConfig) -> bool:
+    """Whether it is CABS, as published or estimated, in front of whatever descent."""
+    return config.method.startswith("cabs")
 
 
-def is_rival(method: Method) -> bool:
-    """Whether it adapts the batch size of plain SGD in another way."""
-    return not (is_constant(method) or is_variant(method) or is_cabs(method))
+def of(methods: dict[str, Method], belongs: Callable[[RunConfig], bool]) -> list[Method]:
+    """Those methods of a kind that have finished runs."""
+    return [method for method in methods.values() if method.runs and belongs(method.config)]
 
 
-def decades(method: Method, factor: float = 2.0) -> float:
-    """Decades of the learning rate within `factor` of the method's own best final loss."""
-    return _decades(method, factor * method.final_loss(method.best_rate).median)
+def constants(methods: dict[str, Method]) -> list[Method]:
+    """The constant sizes, increasing."""
+    return sorted(of(methods, is_constant), key=lambda method: method.config.batch_size)
 
 
-def decades_of_best(method: Method, methods: Iterable[Method], factor: float = 2.0) -> float:
-    """Decades of the learning rate within `factor` of the best final loss of all `methods`."""
-    return _decades(method, factor * min(m.final_loss(m.best_rate).median for m in methods))
+def best_constant(methods: dict[str, Method]) -> Method | None:
+    """The constant size of the lowest mean of ln final loss at w, each at its best α."""
+
+    def lowest(method: Method) -> float:
+        return float(np.mean(method.at(method.choice().rate, "w", log_final)))
+
+    return min(constants(methods), key=lowest, default=None)
 
 
-def _decades(method: Method, limit: float) -> float:
-    if not np.isfinite(limit):
-        return 0.0
-    losses = [method.final_loss(rate).median for rate in method.rates]
-    return decades_within(method.rates, losses, limit)
+class Sensitivity(NamedTuple):
+    """How much a method loses by a bad α.
+
+    Attributes:
+      excess: The mean over the grid of ln(final loss / best of all), no loss above the untrained
+        net's, (seeds,).
+      decades: Of the learning rate whose loss is good, by the plan; NaN where it asks for none.
+    """
+
+    excess: np.ndarray
+    decades: float
 
 
-def median_curve(
-    runs: Sequence[Result], position: Callable[[Result], np.ndarray], value: str, points: int = 100
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Positions, median, lowest and highest value over runs, up to where the shortest run ends."""
-    curves = [(position(result), getattr(result, value)) for result in runs]
-    end = min(where[-1] for where, _ in curves)
-    grid = np.linspace(0, end, points)
-    values = np.array([np.interp(grid, where, what) for where, what in curves])
-    return grid, np.median(values, axis=0), values.min(axis=0), values.max(axis=0)
+def sensitivity(data: DataSet, weights: str) -> tuple[list[int], dict[str, Sensitivity]]:
+    """That of each method at a constant learning rate, over the grid as it was planned first.
+
+    Returns:
+      The seeds that every method has at every rate, and the methods by label; nothing where there
+      is no such seed, or no grid.
+    """
+    methods = [m for m in data.grid.values() if not is_scheduled(m.config)]
+    planned = [{run.learning_rate for run in method.planned} for method in methods]
+    rates = sorted(set.intersection(*planned)) if planned else []
+    made = [set(method.runs.get(rate, {})) for method in methods for rate in rates]
+    seeds = sorted(set.intersection(*made)) if made else []
+    if len(rates) < FEWEST_RATES or not seeds:
+        return [], {}
+    logs = {  # of each method: (averages, seeds, rates)
+        method.label: np.array(
+            [
+                [[log_final(method.runs[rate][seed], name) for rate in rates] for seed in seeds]
+                for name in WEIGHTS[weights]
+            ]
+        )
+        for method in methods
+    }
+    best = np.min([log.min(axis=(0, 2)) for log in logs.values()], axis=0)  # (seeds,)
+    start = np.array([untrained(methods[0].runs[rates[0]][seed]) for seed in seeds])
+    found = {}
+    for label, log in logs.items():
+        excess = statistics.log_excess(np.exp(log), np.exp(best), start)
+        which = int(np.argmin(excess.mean(axis=1)))
+        over_seeds = np.exp(log[which].mean(axis=0))
+        good = statistics.decades_within(rates, over_seeds, data.asked.good) if data.asked else None
+        found[label] = Sensitivity(excess[which], float("nan") if good is None else good)
+    return seeds, found

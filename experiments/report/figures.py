@@ -1,7 +1,7 @@
 """The figures of one data set, as PNG."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,145 +9,186 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from experiments.escape import for_figure
-from experiments.report import analysis
-from experiments.report.analysis import DataSet, Method
-from experiments.report.statistics import Spread
+from experiments.report import analysis, devices, tables
+from experiments.report.analysis import UNITS, WEIGHTS, DataSet, Method
 from experiments.training.figure import COLOURS, blank, doubling, finish, logarithmic, percent
 
 # With the colour, each method has a marker and a dash of its own: grey print keeps them apart.
 _MARKERS = "osD^vPX*<>hp"
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
-_PREFERRED = {16: 0, 128: 1, 512: 2}  # of the constant sizes, where there is no room for all
+_UNIT_LABELS = {"examples": "examples seen", "seconds": "seconds of steps", "steps": "steps"}
 _Style = dict[str, Any]
 
 
 def curves(data: DataSet) -> bytes:
-    """Loss and accuracy against examples and seconds, and batch sizes, each method at its best."""
-    shown = _compared(data)
-    figure = blank(13, 7.2)
-    loss, loss_time, sizes, accuracy, accuracy_time, final = figure.subplots(2, 3).flat
+    """Loss against examples, seconds and steps; batch sizes, and accuracies at the end."""
+    shown = tables.finalists(data)
+    figure = blank(15, 7.4)
+    rows = figure.subplots(2, len(UNITS) + 1)
+    for weights, row in zip(WEIGHTS, rows, strict=True):
+        for unit, ax in zip(UNITS, row[:-1], strict=True):
+            for index, method in enumerate(shown):
+                _curve(ax, data, method, weights, unit, _style(index, method.title))
+            _log_losses(ax, data.asked.targets if data.asked else ())
+            ax.set(xlabel=_UNIT_LABELS[unit], ylabel=f"training loss at {weights}")
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+            if not ax.lines:
+                _say(ax, "not measured:\ngive --clock" if unit == "seconds" else "no averages kept")
+    sizes, accuracies = rows[0][-1], rows[1][-1]
     for index, method in enumerate(shown):
-        style, runs = _style(index, method), method.by_rate[method.best_rate]
-        for ax, position, value in (
-            (loss, _examples, "train_loss"),
-            (loss_time, method.seconds, "train_loss"),
-            (accuracy, _examples, "test_accuracy"),
-            (accuracy_time, method.seconds, "test_accuracy"),
-        ):
-            grid, median, low, high = analysis.median_curve(runs, position, value)
-            ax.plot(grid, median, markevery=(5 + 2 * index, 25), **style)
-            if len(runs) > 1:
-                ax.fill_between(grid, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        runs = list(method.runs[tables.best_rate(method, "w")].values())
         size = np.median([result.batch_sizes for result in runs], axis=0)
         seen = np.linspace(0, min(r.examples[-1] for r in runs), len(size) + 1)[1:]
-        sizes.plot(seen, size, markevery=(2 + index, 10), **style)
-        _point(final, method, index)
-    for ax in (loss, loss_time):
-        logarithmic(ax, "y")
-        ax.axhline(data.target, color="0.6", linewidth=0.8)
-        ax.set_ylabel("training loss")
-    for ax in (accuracy, accuracy_time):
-        percent(ax)
-        ax.set_ylabel("test accuracy")
+        sizes.plot(seen, size, markevery=(2 + index, 10), **_style(index, method.title))
+        for offset, weights in zip((-0.12, 0.12), method.weights, strict=False):
+            values = method.accuracies(tables.best_rate(method, weights), weights)
+            style = _style(index, method.title) | {"linestyle": "none", "label": None}
+            face = style["color"] if weights == "w" else "white"
+            places = np.full(len(values), index + offset)
+            accuracies.plot(places, values, markerfacecolor=face, **style)
     doubling(sizes, "y")
-    sizes.set_ylabel("batch size")
-    for ax in (loss, accuracy, sizes):
-        ax.set_xlabel("examples seen")
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    for ax in (loss_time, accuracy_time):
-        ax.set_xlabel("seconds of training steps")
-    doubling(final, "x")
-    logarithmic(final, "y")
-    final.set(xlabel="mean batch size", ylabel="training loss at the end")
-    handles, labels = loss.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=_columns(labels), frameon=False
-    )
-    rates = {rate for method in data.methods.values() for rate in method.rates}
-    where = "its best learning rate" if len(rates) > 1 else f"learning rate {rates.pop():g}"
-    return _png(figure, f"{data.title}: every method at {where}")
-
-
-def _columns(labels: list[str]) -> int:
-    """Columns of a legend that is as wide as the figure and no wider."""
-    letters = 170
-    return max(1, min(7, letters // (8 + max(map(len, labels)))))
+    sizes.set(xlabel="examples seen", ylabel="batch size")
+    sizes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    percent(accuracies)
+    accuracies.set(ylabel="test accuracy at the end, each seed", xlabel="filled: w, open: w̄")
+    accuracies.set_xticks([])
+    accuracies.margins(0.1)
+    _legend(figure, rows[0][0])
+    return _png(figure, f"{data.title}: each method at its best learning rate")
 
 
 def sensitivity(data: DataSet) -> bytes:
-    """Final loss and accuracy against the learning rate, CABS beside three groups of methods."""
-    groups = {
-        "constant batch sizes": analysis.is_constant,
-        "other adaptive batch sizes": analysis.is_rival,
-        "decreasing rates, momentum, Adam": analysis.is_variant,
-    }
-    cabs = [method for method in data.methods.values() if analysis.is_cabs(method)]
-    columns = {
-        title: [*cabs, *members]
-        for title, belongs in groups.items()
-        if (members := [m for m in data.methods.values() if belongs(m)])
-    } or {"CABS": cabs}
-    figure = blank(max(7.0, 4.4 * len(columns)), 7.2)
-    axes = figure.subplots(2, len(columns), squeeze=False, sharex=True, sharey="row")
-    for (title, members), (loss, accuracy) in zip(columns.items(), axes.T, strict=True):
-        for index, method in enumerate(members):
-            style = _style(index, method)
-            _with_bars(loss, method, method.final_loss, style)
-            _with_bars(accuracy, method, method.final_accuracy, style)
-        loss.set_title(title, fontsize=11)
-        loss.legend(frameon=False, fontsize=8)
-        logarithmic(loss, "y")
+    """Final loss and test accuracy against the learning rate, at w and at w̄."""
+    figure = blank(13, 8)
+    rows = figure.subplots(2, 2, sharex=True, sharey="row")
+    methods = [method for method in data.tuning.values() if method.runs]
+    for index, method in enumerate(methods):
+        for (loss, accuracy), weights in zip(rows.T, method.weights, strict=False):
+            style = _style(index, method.title)
+            finals = [np.exp(method.at(rate, weights, analysis.log_final)) for rate in method.rates]
+            middles = [float(np.exp(np.mean(np.log(values)))) for values in finals]
+            _with_bars(loss, method.rates, finals, middles, style)
+            shares = [method.accuracies(rate, weights) for rate in method.rates]
+            _with_bars(accuracy, method.rates, shares, [np.mean(s) for s in shares], style)
+    for (loss, accuracy), weights in zip(rows.T, WEIGHTS, strict=True):
+        _log_losses(loss, [data.asked.good] if data.asked else [])
         percent(accuracy)
-        accuracy.set_xlabel("learning rate")
-    axes[0, 0].set_ylabel("training loss at the end")
-    axes[1, 0].set_ylabel("test accuracy at the end")
-    for ax in axes.flat:
-        logarithmic(ax, "x")
+        loss.set(title=f"at {weights}", ylabel="training loss at the end")
+        accuracy.set(xlabel="learning rate α", ylabel="test accuracy at the end")
+        for ax in (loss, accuracy):
+            logarithmic(ax, "x")
+            if not ax.lines:
+                _say(ax, "no averages kept")
+    _legend(figure, rows[0][0])
     return _png(figure, f"{data.title}: sensitivity to the learning rate")
 
 
-def _compared(data: DataSet) -> list[Method]:
-    """At most seven methods of plain SGD at a constant rate: CABS, its rivals, constant sizes."""
-    methods = list(data.methods.values())
-    cabs = [m for m in methods if analysis.is_cabs(m)]
-    constants = [m for m in methods if analysis.is_constant(m)]
-    rivals = {m.config.method: m for m in reversed(methods) if analysis.is_rival(m)}
-    constants.sort(key=lambda m: _PREFERRED.get(m.config.batch_size, len(_PREFERRED)))
-    room = max(1, 7 - len(cabs) - len(rivals))
-    return [*cabs, *constants[:room], *reversed(rivals.values())][:7] or methods[:7]
+def by_devices(data: DataSet, goals: Sequence[tables.Goal]) -> bytes:
+    """Seconds to each target against the number of devices, the quickest drawn broad."""
+    columns = min(3, len(goals))
+    figure = blank(4.8 * columns, 4.2 * -(-len(goals) // columns))
+    axes = figure.subplots(-(-len(goals) // columns), columns, squeeze=False).flat
+    counts = np.logspace(0, 4, 200)
+    one = devices.StepCost(1.0, 1.0)  # works are in seconds
+    names = list(dict.fromkeys(name for goal in goals for name in goal.works))
+    for ax, goal in zip(axes, goals, strict=False):
+        for name, work in goal.works.items():
+            style = _style(names.index(name), name) | {"marker": None}
+            ax.plot(counts, devices.seconds(work, one, counts), **style)
+        for name, (first, last) in devices.quickest(goal.works, one).items():
+            within = counts[(counts >= first) & (counts <= last)]
+            colour = _style(names.index(name), name)["color"]
+            best = devices.seconds(goal.works[name], one, within)
+            ax.plot(within, best, color=colour, linewidth=8, alpha=0.3)
+        logarithmic(ax, "y")
+        ax.set_xscale("log")
+        ax.set(title=f"to {goal.target:g} at {goal.weights}", xlabel="devices", ylabel="seconds")
+        ax.legend(frameon=False, fontsize=7)
+    for ax in list(axes)[len(goals) :]:
+        ax.remove()
+    return _png(figure, f"{data.title}: who is the quickest on how many devices (broad)")
 
 
-def _examples(result: Any) -> np.ndarray:
-    examples: np.ndarray = result.examples
-    return examples
+def floors(data: DataSet) -> bytes:
+    """The loss that constant sizes reach, and the floor that their noise predicts."""
+    figure = blank(8, 5)
+    ax = figure.subplots()
+    for index, method in enumerate(analysis.constants(data.tuning)):
+        style = _style(index, method.title)
+        for weights, width in zip(method.weights, (2.0, 1.0), strict=False):
+            logs = [np.mean(method.at(rate, weights, analysis.log_final)) for rate in method.rates]
+            label = f"{style['label']}, loss at {weights}"
+            line = style | {"linewidth": width, "label": label, "linestyle": "-"}
+            ax.plot(method.rates, np.exp(logs), **line)
+        floor = [tables.floor(method, rate)[1] for rate in method.rates]
+        label = f"{style['label']}, floor"
+        ax.plot(method.rates, floor, **style | {"linestyle": ":", "label": label})
+    logarithmic(ax, "x")
+    logarithmic(ax, "y")
+    ax.set(xlabel="learning rate α", ylabel="training loss")
+    _legend(figure, ax)
+    return _png(figure, f"{data.title}: loss reached, and the noise floor α·ξ/(4m)")
 
 
-def _with_bars(ax: Any, method: Method, value: Callable[[float], Spread], style: _Style) -> None:
-    spreads = [value(rate) for rate in method.rates]
-    median = np.array([s.median for s in spreads])
-    extremes = np.array([[s.low for s in spreads], [s.high for s in spreads]])
-    shown = np.isfinite(median)
-    ax.plot(np.array(method.rates)[shown], median[shown], **style)
-    both = shown & np.isfinite(extremes).all(axis=0)
-    ax.vlines(np.array(method.rates)[both], *extremes[:, both], color=style["color"], linewidth=0.8)
+def _curve(ax: Any, data: DataSet, method: Method, weights: str, unit: str, style: _Style) -> None:
+    """The median over seeds and a band of all of them, up to where the shortest run ends."""
+    if weights not in method.weights:
+        return
+    runs = list(method.runs[tables.best_rate(method, weights)].values())
+    found = (analysis.positions(result, unit, data.clock) for result in runs)
+    where = [position for position in found if position is not None]
+    if len(where) < len(runs):
+        return
+    grid = np.linspace(0, min(position[-1] for position in where), 100)
+
+    def of(name: str) -> np.ndarray:
+        losses = [analysis.losses(result, name) for result in runs]
+        return np.array([np.interp(grid, x, y) for x, y in zip(where, losses, strict=True)])
+
+    values = min(map(of, WEIGHTS[weights]), key=lambda each: np.nan_to_num(each[:, -1]).sum())
+    ax.plot(grid, np.median(values, axis=0), markevery=(5, 25), **style)
+    if len(runs) > 1:
+        low, high = values.min(axis=0), values.max(axis=0)
+        ax.fill_between(grid, low, high, color=style["color"], alpha=0.12, linewidth=0)
 
 
-def _point(ax: Any, method: Method, index: int) -> None:
-    style = _style(index, method)
-    best = method.best_rate
-    size, loss = method.mean_batch_size(best), method.final_loss(best)
-    if np.isfinite(loss.median):
-        ax.plot(size.median, loss.median, **(style | {"linestyle": "none", "markersize": 8}))
+def _with_bars(
+    ax: Any, rates: Sequence[float], values: Sequence[np.ndarray], middles: Any, style: _Style
+) -> None:
+    ax.plot(rates, middles, **style)
+    ends = [each.min() for each in values], [each.max() for each in values]
+    ax.vlines(rates, *ends, color=style["color"], linewidth=0.8)
 
 
-def _style(index: int, method: Method) -> _Style:
+def _log_losses(ax: Any, marked: Iterable[float]) -> None:
+    """A logarithmic loss axis with lines at losses, where they lie in what is drawn."""
+    low, high = ax.get_ylim()
+    for loss in marked:
+        if ax.lines and low <= loss <= high:
+            ax.axhline(loss, color="0.6", linewidth=0.8)
+    logarithmic(ax, "y")
+
+
+def _say(ax: Any, words: str) -> None:
+    ax.text(0.5, 0.5, words, ha="center", va="center", transform=ax.transAxes, color="0.4")
+
+
+def _legend(figure: Figure, ax: Any) -> None:
+    """Below all axes, as wide as the figure and no wider."""
+    handles, labels = ax.get_legend_handles_labels()
+    letters = 12 * figure.get_figwidth()
+    columns = max(1, min(7, int(letters / (8 + max(map(len, labels), default=0)))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _style(index: int, title: str) -> _Style:
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": _DASHES[index % len(_DASHES)],
         "marker": _MARKERS[index % len(_MARKERS)],
         "markersize": 4.5,
-        "linewidth": 2.0 if analysis.is_cabs(method) else 1.3,
-        "label": for_figure(method.title),
+        "linewidth": 1.5,
+        "label": for_figure(title),
     }
 
 

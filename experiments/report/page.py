@@ -1,134 +1,191 @@
-"""What is on the page: the verdicts, each data set's figures and table, how it was measured."""
+"""What is on the page: what was run, the verdicts, each data set, how it was measured."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-import numpy as np
-
-from experiments.report import analysis, figures, verdicts
-from experiments.report.analysis import DataSet, Method
+from experiments.report import analysis, figures, study, tables, verdicts
+from experiments.report.analysis import DataSet
 from experiments.report.render import Figure, Section, Table
 from experiments.report.results import Results
-from experiments.report.statistics import Spread
-from experiments.report.verdicts import Verdict
+from experiments.report.verdicts import NOT_RUN, Answer, Question
 from experiments.sweeps.plan import Run
 
 _MEASURED = (
-    "Seconds are not the wall-clock of a run, which other load on the machine would blur: they are "
-    "the sum over its steps of what a step of that batch size takes, the lower quartile over the "
-    "steps of a run, the median over the runs of a data set whose steps compute the same (the "
-    "plain gradient where the method needs no variance). Data, gradient, variance, update and "
-    "metrics are in it; compilation and evaluation are not.",
-    "Loss and accuracy are measured on the same examples of either split in every run. Runs of one "
-    "seed start from the same parameters and see the examples in the same order. The best α of a "
-    "method is that of the lowest median of the final training loss; an asterisk marks an end of "
-    "the grid, beyond which a better one may lie. A diverged run counts as an infinite loss.",
-    "Seeds of which runs are missing are left out of a data set, once one is whole.",
-    "Examples to the target: where the loss first reaches it, its logarithm linear between "
-    "evaluations.",
+    "Losses are on the same training examples in every run. The final loss is the median of the "
+    "last three evaluations, that of a diverged run the untrained net's; a run that was ended "
+    "half way for want of progress counts with the loss that it had. Means of losses and of "
+    "costs over seeds are geometric.",
+    "At w̄ each method counts with the better of two averages of its weights: exponential (0.99 a "
+    "step) and polynomial-decay (power 3). Intervals are 95 % t-intervals over seeds, paired.",
+    "Examples, seconds or steps to a target: where the running median of three evaluations "
+    "reaches it, its logarithm linear between evaluations; ≥ marks bounds, where a run did not.",
+    "Seconds: the steps made times t(m), the time of a step of m examples on a machine with "
+    "nothing else to do (the runs of --clock; without them, the quickest of these runs), ξ being "
+    "measured only where the method needs it. For n devices t(m) = a + b·m/n, fitted.",
+    "Over all α: the geometric mean over the grid of the final loss relative to the best of all "
+    "methods, no loss above the untrained net's. Decades: of α at which the loss is good enough.",
+    "The constant size of CABS is that equal to its own mean size, interpolated in ln m between "
+    "the constant sizes that were run: what is left to CABS is what adapting is worth.",
+    "Seeds of which runs of a grid are missing are left out of it, once one is whole.",
 )
 
 
-def sections(results: Results) -> list[Section]:
+def sections(parts: Sequence[Results], data_sets: Sequence[DataSet]) -> list[Section]:
     """The sections of the report, in the order of the page."""
-    found = analysis.data_sets(results)
-    parts = [Section(paragraphs=(_status(results),), points=results.plan.notes)]
-    if found:
-        parts.append(Section(heading="Verdicts"))
-        parts += map(_verdict, verdicts.verdicts(found))
-        parts += map(_data_set, found)
-        parts.append(Section(heading="How the verdicts follow", points=_criteria()))
-    machines = dict.fromkeys(_machine(result.environment) for result in results.runs.values())
-    parts.append(Section(heading="How it was measured", points=(*machines, *_MEASURED)))
-    parts.append(_runs(results))
-    return parts
+    notes = tuple(dict.fromkeys(note for part in parts for note in part.plan.notes))
+    found = [Section(paragraphs=(_status(parts),), points=notes)]
+    if data_sets:
+        found.append(_what_was_run(data_sets))
+        given = {question: verdicts.answers(question, data_sets) for question in verdicts.QUESTIONS}
+        found.append(_summary(given))
+        found += [_question(question, answers) for question, answers in given.items()]
+        found += [section for data in data_sets for section in _data_set(data)]
+        criteria = tuple(f"{q.name}: {q.criteria}." for q in verdicts.QUESTIONS)
+        found.append(Section(heading="How the verdicts follow", points=criteria))
+    machines = dict.fromkeys(_machine(r.environment) for p in parts for r in p.runs.values())
+    clocks = tuple(line for data in data_sets for line in _clock(data))
+    measured = (*machines, *dict.fromkeys(clocks), *_MEASURED)
+    found.append(Section(heading="How it was measured", points=measured))
+    found.append(_runs(parts))
+    return found
 
 
-def _status(results: Results) -> str:
-    diverged = sum(bool(result.summary["diverged"]) for result in results.runs.values())
-    status = f"{len(results.runs)} of {len(results.plan.runs)} runs, {diverged} of which diverged."
-    if results.missing:
-        status += " The sweep is unfinished: the missing runs are named at the end."
+def _status(parts: Sequence[Results]) -> str:
+    done = sum(len(part.runs) for part in parts)
+    planned = sum(len(part.plan.runs) for part in parts)
+    diverged = sum(bool(r.summary["diverged"]) for part in parts for r in part.runs.values())
+    status = f"{done} of {planned} runs, {diverged} of which diverged."
+    if done < planned:
+        status += " Runs are missing, which are named at the end; what rests on a part says so."
     return status
 
 
-def _verdict(verdict: Verdict) -> Section:
-    question = verdict.question
-    rows = [(title, answer.verdict, answer.numbers) for title, answer in verdict.answers.items()]
+def _what_was_run(data_sets: Sequence[DataSet]) -> Section:
+    """The parts of the study's plan, and how far they went."""
+    by_label = {data.label: data for data in data_sets if data.is_plain}
+    rows = []
+    for label, asked in study.BY_DATA_SET.items():
+        data = by_label.get(label)
+        stages = {"grid": data.grid, "finals": _finals(data, False)} if data else {}
+        if asked.schedules:
+            stages["decreasing learning rates (A2)"] = _finals(data, True) if data else {}
+        for stage in ("grid", "finals", "decreasing learning rates (A2)"):
+            if stage in ("grid", "finals") or asked.schedules:
+                done, planned = analysis.progress(stages.get(stage, {}).values())
+                state = f"{done} of {planned} runs" if done else NOT_RUN
+                rows.append((f"{asked.part}, {label}", stage, state))
+    others = [data.title for data in data_sets if not data.is_plain]
+    rows.append(("E, cifar10", "momentum and Adam", "; ".join(others) or NOT_RUN))
+    rows.append(("D, digits", "all methods", "by `compare --all-methods`, not in this report"))
+    table = Table(("part of the plan", "runs", "state"), rows)
+    return Section(heading="What was run", table=table)
+
+
+def _finals(data: DataSet | None, scheduled: bool) -> dict[str, analysis.Method]:
+    methods = data.finals if data else {}
+    return {k: m for k, m in methods.items() if analysis.is_scheduled(m.config) == scheduled}
+
+
+def _summary(given: dict[Question, list[Answer]]) -> Section:
+    """One line for each claim: at w, at w̄, and together."""
+    rows = []
+    for question, answers in given.items():
+        claims: dict[tuple[str, str], list[Answer]] = {}
+        for answer in answers:
+            claims.setdefault((answer.data, answer.method), []).append(answer)
+        rows += [
+            (question.name, data, method, *(_verdict(a) for a in both), verdicts.overall(both))
+            for (data, method), both in claims.items()
+        ]
+    header = ("question", "data set", "method", "at w", "at w̄", "so the claim is")
+    return Section(heading="Verdicts", table=Table(header, rows) if rows else None)
+
+
+def _question(question: Question, answers: Sequence[Answer]) -> Section:
+    rows = list(
+        dict.fromkeys(  # what was not run is the same at w and w̄
+            (
+                a.data,
+                a.method,
+                "" if a.found.verdict == NOT_RUN else a.weights,
+                _verdict(a),
+                a.found.numbers,
+            )
+            for a in answers
+        )
+    )
+    nothing = "" if rows else " No data: add CABS and constant sizes to the plan, over three α."
     return Section(
         lead=question.name,
-        paragraphs=(f"{question.question} {verdict.overall.capitalize()}{verdict.advice}.",),
-        table=Table(("data set", "verdict", "numbers"), rows) if rows else None,
+        paragraphs=(question.question + nothing,),
+        table=Table(("data set", "method", "at", "verdict", "numbers"), rows) if rows else None,
     )
 
 
-def _criteria() -> tuple[str, ...]:
-    return (
-        *(f"{question.name}: {question.criteria}." for question in verdicts.QUESTIONS),
-        f"Of several data sets that disagree the verdict is {verdicts.PARTLY}.",
-    )
+def _verdict(answer: Answer) -> str:
+    remarks = "; ".join(answer.found.remarks)
+    return f"{answer.found.verdict} ({remarks})" if remarks else answer.found.verdict
 
 
-def _data_set(data: DataSet) -> Section:
-    config = next(iter(data.methods.values())).config
-    unit, limit = config.limit
-    growth = verdicts.growth(data)
-    setting = (
-        f"{config.model}, width {config.width:g}, {limit:,} {unit} a run, {data.seeds} "
-        f"seed{'s' if data.seeds > 1 else ''} (median; lines and bands from the lowest to the "
-        f"highest). The target is a training loss of {data.target:.4g}, the median of where CABS "
-        f"and the constant sizes end, each at its best α; the shared α is {data.shared_rate:g}."
-    )
-    curves = Figure(
-        f"figures/{data.label}-curves.png",
-        f"{data.title}: training loss and test accuracy against examples and seconds, batch sizes",
-        figures.curves(data),
-    )
-    shown = [curves]
-    if data.is_grid:
-        caption = f"{data.title}: final loss and accuracy against the learning rate"
-        path = f"figures/{data.label}-sensitivity.png"
-        shown.append(Figure(path, caption, figures.sensitivity(data)))
-    return Section(
-        heading=data.title,
-        paragraphs=(setting, *([f"CABS's batch size: {growth}."] if growth else [])),
-        figures=tuple(shown),
-        table=_methods(data),
-    )
+def _data_set(data: DataSet) -> list[Section]:
+    def figure(name: str, caption: str, png: bytes) -> Figure:
+        return Figure(f"figures/{data.name}-{name}.png", f"{data.title}: {caption}", png)
 
-
-def _methods(data: DataSet) -> Table:
-    """One row for each method: at its best α, at its fastest, at the shared one, and decades."""
-    plain = analysis.plain(data.methods.values())
-    header = (
-        *("method", "best α", "loss", "test accuracy", "mean batch"),
-        *("fastest α", "examples to target", "seconds"),
-        *(f"at α = {data.shared_rate:g}: loss", "examples to target", "seconds"),
-        *(("decades, 2× best of all", "2× own best", "1.25× own best") if data.is_grid else ()),
-    )
-    rows = [
-        (
-            method.title,
-            _rate(method.best_rate, method),
-            _loss(method.final_loss(method.best_rate)),
-            _accuracy(method.final_accuracy(method.best_rate)),
-            f"{method.mean_batch_size(method.best_rate).median:.0f}",
-            _rate(method.fastest_rate(data.target), method),
-            *_times(method, method.fastest_rate(data.target), data.target),
-            *_at_shared(method, data),
-            *(_decades(method, plain) if data.is_grid else ()),
+    goals = tables.goals(data)
+    which = "Finals" if any(m.runs for m in data.finals.values()) else "Grid, at the best α of each"
+    against = "training loss against examples, seconds and steps; batch sizes, test accuracy"
+    drawn = [figure("curves", against, figures.curves(data))]
+    if goals:
+        who = "who is the quickest on how many devices"
+        drawn.append(figure("devices", who, figures.by_devices(data, goals)))
+    ragged = data.grid and not analysis.sensitivity(data, "w")[0]
+    beware = " No seed of the grid is whole: methods are shown over different α." if ragged else ""
+    parts = [
+        Section(
+            heading=data.title,
+            paragraphs=(f"{data.setting}. {which}; lines are medians, bands all seeds.{beware}",),
+            figures=tuple(drawn),
+            table=tables.finals(data),
         )
-        for method in data.methods.values()
     ]
-    return Table(header, rows)
+    if goals:
+        parts.append(Section(table=tables.by_devices(goals)))
+    if any(method.runs for method in data.grid.values()):
+        caption = "final loss and accuracy against the learning rate"
+        drawn = [figure("sensitivity", caption, figures.sensitivity(data))]
+        parts.append(Section(figures=tuple(drawn), table=tables.grid(data)))
+        if analysis.constants(data.tuning):
+            floors = figure("floors", "loss reached, and the noise floor", figures.floors(data))
+            parts.append(Section(figures=(floors,), table=tables.floors(data)))
+    return parts
+
+
+def _clock(data: DataSet) -> Iterable[str]:
+    """What a step of each method costs, by the line through it."""
+    for method in (*data.tuning.values(), *data.finals.values()):
+        run = method.planned[0]
+        if cost := data.clock.step_cost(run):
+            steps = data.clock.of(run).items()
+            worst = max(abs((cost.step + cost.example * m) / t - 1) for m, t in steps)
+            yield (
+                f"{data.title}, {method.title}: t(m) = {1000 * cost.step:.3g} ms + "
+                f"{1000 * cost.example:.3g} ms · m, within {worst:.0%} of what was measured at m = "
+                f"{', '.join(str(m) for m, _ in steps)}."
+            )
 
 
 def _machine(environment: dict[str, object]) -> str:
     return f"Machine: {', '.join(f'{key} {value}' for key, value in environment.items())}."
 
 
-def _runs(results: Results) -> Section:
-    diverged = [r.run for r in results.runs.values() if r.summary["diverged"]]
-    lines = (*_named("missing", results.missing), *_named("diverged", diverged))
+def _runs(parts: Sequence[Results]) -> Section:
+    diverged = [r.run for part in parts for r in part.runs.values() if r.summary["diverged"]]
+    missing = [run for part in parts for run in part.missing]
+    ended = [r.run for p in parts for r in p.runs.values() if r.summary.get("without_progress")]
+    lines = (
+        *_named("missing", missing),
+        *_named("diverged", diverged),
+        *_named("ended without progress", ended),
+    )
     none = () if lines else ("None is missing and none diverged.",)
     return Section(heading="Runs", paragraphs=none, points=lines)
 
@@ -147,49 +204,3 @@ def _named(what: str, runs: Iterable[Run]) -> list[str]:
         f"{what}, {dataset}, {', '.join(names)}: {where}"
         for (dataset, where), names in methods.items()
     ]
-
-
-def _at_shared(method: Method, data: DataSet) -> tuple[str, str, str]:
-    rate = data.shared_rate
-    if rate not in method.by_rate:
-        return "", "", ""
-    return _loss(method.final_loss(rate)), *_times(method, rate, data.target)
-
-
-def _times(method: Method, rate: float, target: float) -> tuple[str, str]:
-    return (
-        _ranged(method.to_target(rate, target), lambda x: f"{round(x, -2):,.0f}"),
-        _ranged(method.seconds_to_target(rate, target), lambda x: f"{x:.2f}"),
-    )
-
-
-def _rate(rate: float, method: Method) -> str:
-    """The rate, marked where a better one may lie beyond the grid."""
-    ends = method.rates[0], method.rates[-1]
-    return f"{rate:g}" + ("*" if rate in ends and len(method.rates) > 1 else "")
-
-
-def _decades(method: Method, plain: Sequence[Method]) -> tuple[str, ...]:
-    numbers = (
-        analysis.decades_of_best(method, plain),
-        analysis.decades(method),
-        analysis.decades(method, 1.25),
-    )
-    return tuple(f"{number:.2f}" for number in numbers)
-
-
-def _loss(spread: Spread) -> str:
-    return _ranged(spread, lambda x: f"{x:.3g}")
-
-
-def _accuracy(spread: Spread) -> str:
-    return _ranged(spread, lambda x: f"{x:.1%}")
-
-
-def _ranged(spread: Spread, form: Callable[[float], str]) -> str:
-    def show(value: float) -> str:
-        return form(value) if np.isfinite(value) else "–"
-
-    if spread.low == spread.high:
-        return show(spread.median)
-    return f"{show(spread.median)} ({show(spread.low)} to {show(spread.high)})"

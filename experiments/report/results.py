@@ -86,6 +86,24 @@ class Results(NamedTuple):
         return [run for run in self.plan.runs if run.name not in self.runs]
 
 
+def merged(first: Results, *others: Results) -> Results:
+    """The runs that the plan of the first asks for, whoever made them: the first, then the others.
+
+    A run is the same where its name and its whole configuration are.
+    """
+    found = {
+        (result.run.name, result.run.config): result
+        for results in (*reversed(others), first)
+        for result in results.runs.values()
+    }
+    runs = {
+        run.name: found[run.name, run.config]._replace(run=run)
+        for run in first.plan.runs
+        if (run.name, run.config) in found
+    }
+    return first._replace(runs=runs)
+
+
 def load(source: Path) -> Results:
     """Reads a sweep's folder or a compact file.
 

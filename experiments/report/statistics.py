@@ -1,28 +1,12 @@
 """Numbers of curves and of seeds, from arrays alone."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 INFINITY = float("inf")
-
-
-class Spread(NamedTuple):
-    """The median over seeds and the extremes."""
-
-    median: float
-    low: float
-    high: float
-
-
-def spread(values: Iterable[float]) -> Spread:
-    """Median and extremes; NaN counts as infinite."""
-    array = np.array([INFINITY if np.isnan(value) else value for value in values])
-    ordered = np.sort(array)
-    middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]
-    return Spread(float(np.mean(middle)), float(ordered[0]), float(ordered[-1]))
 
 
 def crossing(position: np.ndarray, loss: np.ndarray, target: float) -> float:
@@ -112,30 +96,26 @@ def time_to_target(position: np.ndarray, loss: np.ndarray, target: float) -> Rea
     return Reached(cost if reached else float(position[-1]), reached)
 
 
-def late_accuracy(accuracy: np.ndarray, examples: int) -> tuple[float, float]:
-    """The mean of the last three test accuracies and its standard error.
+def late_accuracy(accuracy: np.ndarray) -> float:
+    """The mean of the test accuracies measured in the last three evaluations; NaN of none.
 
-    The three are of the same test examples, so that averaging them makes the error no smaller.
-
-    Args:
-      accuracy: At the evaluations, (e,).
-      examples: How many test examples each of them is over.
-
-    >>> mean, error = late_accuracy(np.array([0.1, 0.4, 0.5, 0.6]), 10_000)
-    >>> (round(mean, 6), round(error, 6))
-    (0.5, 0.005)
+    >>> late_accuracy(np.array([0.1, 0.4, 0.5, 0.6])).__round__(6)
+    0.5
     """
-    mean = float(np.mean(accuracy[-3:]))
-    return mean, (mean * (1 - mean) / examples) ** 0.5
+    last = accuracy[-3:]
+    measured = last[~np.isnan(last)]
+    return float(np.mean(measured)) if len(measured) else float("nan")
 
 
-def log_excess(losses: np.ndarray, best: np.ndarray | float, untrained: float) -> np.ndarray:
+def log_excess(
+    losses: np.ndarray, best: np.ndarray | float, untrained: np.ndarray | float
+) -> np.ndarray:
     """How much a method loses by a bad α: the mean over the grid of ln(final loss / best of all).
 
     Args:
       losses: Final losses, (..., rates); what diverged is NaN or infinite.
       best: The lowest final loss of all methods at any α, for each row, (...), or for all.
-      untrained: The loss of the untrained net, above which no loss counts.
+      untrained: The loss of the untrained net, above which no loss counts, for each row or for all.
 
     Returns:
       (...), 0 for a method that is best at every α.
@@ -143,7 +123,7 @@ def log_excess(losses: np.ndarray, best: np.ndarray | float, untrained: float) -
     >>> float(np.exp(log_excess(np.array([1.0, 4.0, np.inf]), 1.0, untrained=2.0))).__round__(3)
     1.587
     """
-    capped = np.fmin(losses, untrained)  # which takes NaN for the larger
+    capped = np.fmin(losses, np.asarray(untrained)[..., None])  # which takes NaN for the larger
     excess: np.ndarray = np.mean(np.log(capped / np.asarray(best)[..., None]), axis=-1)
     return excess
 

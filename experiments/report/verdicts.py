@@ -1,323 +1,375 @@
-"""The paper's claims as questions, each answered by stated criteria from the numbers."""
+"""The questions of the study's plan, each answered by its rule from the numbers."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from experiments.report import analysis
-from experiments.report.analysis import DataSet, Method
-from experiments.report.intervals import CONFIRMED, UNDECIDED
-from experiments.report.statistics import Spread
+from experiments.report import analysis, intervals, statistics
+from experiments.report.analysis import UNITS, WEIGHTS, Clock, DataSet, Method
+from experiments.report.intervals import CONFIRMED, CONTRADICTED, UNDECIDED, Interval
+from experiments.report.results import Result
+from experiments.report.statistics import Reached
 
-PARTLY, NOT, NO_DATA = "partly", "not confirmed", "no data"
-MARGIN = 1.05  # ratios within it count as equal
-POINTS = 0.01  # so do accuracies within it
+NOT_RUN = "not run"
+MARGIN = 1.05  # losses within it of the best schedule's count as good
+POINTS = 0.01  # so do accuracies within it of the best constant size's
 
 
-class Answer(NamedTuple):
-    """Of one data set: a verdict and the numbers that it follows from."""
+class Found(NamedTuple):
+    """What the runs say.
+
+    Attributes:
+      verdict: `CONFIRMED`, `CONTRADICTED`, `UNDECIDED` or `NOT_RUN`.
+      numbers: What it follows from; where it was not run, what is missing.
+      remarks: On which part of the runs it rests, and how many seeds would decide.
+    """
 
     verdict: str
     numbers: str
+    remarks: tuple[str, ...] = ()
 
 
-class Need(NamedTuple):
-    """What a data set must have for a question: a test of it, and what a plan asks for it with."""
+class Answer(NamedTuple):
+    """Of one method on one data set at one kind of weights, "w" or "w̄"."""
 
-    is_met: Callable[[DataSet], bool]
-    plan: str
+    data: str
+    method: str
+    weights: str
+    found: Found
 
 
 class Question(NamedTuple):
-    """A research question: what it needs, what decides it, and how."""
+    """A question, the rule that decides it, and what the runs say; None where it is not asked."""
 
     name: str
     question: str
     criteria: str
-    needs: tuple[Need, ...]
-    answer: Callable[[DataSet], Answer]
+    find: Callable[[DataSet, Method, str], Found | None]
 
 
-class Verdict(NamedTuple):
-    """The answers to a question, by the title of the data set, and what they amount to.
+class Pairs(NamedTuple):
+    """Runs of the finals that are compared.
 
     Attributes:
-      question: The question.
-      overall: What all answers amount to, the undecided left out.
-      advice: Goes on after `overall`: where there is no data, what would give some.
-      answers: Those of the data sets that have what it needs.
+      own: The method that the question is about.
+      rivals: Those that it is compared with, each at the learning rates that count for it.
+      seeds: Those that all of them have.
+      remarks: Says so where more are planned.
     """
 
-    question: Question
-    overall: str
-    advice: str
-    answers: dict[str, Answer]
+    own: Method
+    rivals: list[Method]
+    seeds: list[int]
+    remarks: tuple[str, ...]
 
 
-def verdicts(data_sets: Sequence[DataSet]) -> list[Verdict]:
-    """Answers every question on every data set whose methods can answer it."""
-    return [_verdict(question, data_sets) for question in QUESTIONS]
+class Best(NamedTuple):
+    """The method, learning rate and weights whose values have the lowest mean over seeds."""
+
+    title: str
+    runs: list[Result]
+    weights: str
+    values: np.ndarray
 
 
-def _verdict(question: Question, data_sets: Sequence[DataSet]) -> Verdict:
-    unmet = {d.title: [n.plan for n in question.needs if not n.is_met(d)] for d in data_sets}
-    answers = {d.title: question.answer(d) for d in data_sets if not unmet[d.title]}
-    if not answers:
-        fewest: list[str] = min(unmet.values(), key=len)
-        advice = (
-            f": it takes finished runs of {', and '.join(fewest)}; add to the plan what it lacks"
-        )
-        return Verdict(question, NO_DATA, advice, answers)
-    given = {answer.verdict for answer in answers.values()}
-    decided = given - {UNDECIDED} or given
-    return Verdict(question, decided.pop() if len(decided) == 1 else PARTLY, "", answers)
-
-
-def _speed(data: DataSet) -> Answer:
-    """CABS's examples and seconds to the target beside the fewest that any constant size takes."""
-    cabs, constants = _cabs(data), _members(data, analysis.is_constant)
-    own, *others = (_best_times(m, data.target) for m in (cabs, *constants))
-    quickest = tuple(min((times[i] for times in others), key=_median) for i in (0, 1))
-    quicker = list(map(_less, own, quickest))
-    large = [m.config.batch_size >= 128 for m in constants]
-    beaten = [
-        method.title
-        for method, times, is_large in zip(constants, others, large, strict=True)
-        if is_large and all(map(_less, own, times))
+def answers(question: Question, data_sets: Sequence[DataSet]) -> list[Answer]:
+    """Of each CABS on each data set, at w and at w̄."""
+    return [
+        Answer(data.title, own.title, weights, found)
+        for data in data_sets
+        for own in analysis.of({**data.finals, **data.grid}, analysis.is_cabs)
+        for weights in WEIGHTS
+        if (found := question.find(data, own, weights)) is not None
     ]
-    rate = cabs.fastest_rate(data.target)
-    same = [m.title for m in constants if cabs.sizes(rate) == {m.config.batch_size}]
-    if same:
-        verdict = UNDECIDED
-    elif all(quicker):
-        verdict = CONFIRMED
-    else:
-        verdict = PARTLY if any(quicker) or 0 < sum(large) == len(beaten) else NOT
-    examples, seconds = (_times(_ratio(own[i].median, quickest[i].median)) for i in (0, 1))
-    kept = f"at α = {rate:g} its batches are those of {same[0]} throughout; " if same else ""
-    return Answer(
-        verdict,
-        f"{kept}examples {examples} and seconds {seconds} those of the quickest constant size, "
-        f"each at its fastest α; at the shared α examples {_times(_ratio_at_shared(data))}; "
-        f"quicker than {' and '.join(beaten) or 'no constant size of 128 or more'}, at a mean "
-        f"batch of {cabs.mean_batch_size(rate).median:.0f}",
+
+
+def overall(given: Sequence[Answer]) -> str:
+    """What w and w̄ amount to together: no claim holds that holds for one of them alone."""
+    verdicts = {answer.found.verdict for answer in given}
+    if len(verdicts) == 1:
+        return verdicts.pop()
+    alone = [answer.weights for answer in given if answer.found.verdict == CONFIRMED]
+    if alone:
+        return f"does not hold: confirmed at {alone[0]} alone"
+    return CONTRADICTED if CONTRADICTED in verdicts else UNDECIDED
+
+
+def _speed(data: DataSet, own: Method, weights: str) -> Found | None:
+    """Costs to the targets, relative to those of the best tuned constant size."""
+    if not data.is_plain or data.asked is None:
+        return None
+    pairs = _pairs(data, own, _best_constants(data), weights)
+    if isinstance(pairs, Found):
+        return pairs
+    first = min(analysis.untrained(r) for m in (pairs.own, *pairs.rivals) for r in m.all_runs())
+    targets = [target for target in data.asked.targets if target < first]
+    told, decided = [], None
+    for unit in UNITS:
+        raced = _race(pairs, targets, unit, data.clock, weights)
+        if raced is None:
+            told.append(f"{unit} not measured: give --clock")
+            continue
+        found, rival = raced
+        if found is None:
+            return Found(UNDECIDED, "neither side reaches a target", pairs.remarks)
+        told.append(f"{unit} {_times(found.log_ratio)} those of {rival}")
+        if decided is None:
+            decided = intervals.decide(found.log_ratio, 0.0)
+            times = len(found.targets) * len(pairs.seeds)
+            bounds = (
+                f"targets {', '.join(f'{target:g}' for target in found.targets)}; of {times} "
+                f"times {found.ours_unreached} of ours and {found.theirs_unreached} of theirs are "
+                "bounds, the whole budget"
+            )
+    assert decided is not None  # examples need no clock
+    return Found(decided.verdict, "; ".join((*told, bounds)), (*pairs.remarks, *_seeds(decided)))
+
+
+def _race(
+    pairs: Pairs, targets: Sequence[float], unit: str, clock: Clock, weights: str
+) -> tuple[intervals.Comparison | None, str] | None:
+    """The comparison and whom with, or None where no clock tells the costs."""
+
+    def reached(run: Result, name: str) -> list[Reached]:
+        where = analysis.positions(run, unit, clock)
+        assert where is not None
+        losses = analysis.losses(run, name)
+        return [statistics.time_to_target(where, losses, target) for target in targets]
+
+    def mean_log(run: Result, name: str) -> float:
+        return float(np.sum([np.log(time.cost) for time in reached(run, name)]))
+
+    runs = [run for method in (pairs.own, *pairs.rivals) for run in method.all_runs()]
+    if any(analysis.positions(run, unit, clock) is None for run in runs):
+        return None
+    sides = [_best(ms, pairs.seeds, weights, mean_log) for ms in ([pairs.own], pairs.rivals)]
+    ours, theirs = (
+        list(zip(*(reached(run, side.weights) for run in side.runs), strict=True)) for side in sides
     )
+    return intervals.compare(ours, theirs, targets), sides[1].title
 
 
-def _ratio_at_shared(data: DataSet) -> float:
-    """CABS's examples over those of the quickest constant size, all at the shared rate, or NaN."""
-    cabs, constants = _cabs(data), _members(data, analysis.is_constant)
-    rate = data.shared_rate
-    if any(rate not in method.by_rate for method in (cabs, *constants)):
-        return float("nan")
-    fewest = min(m.to_target(rate, data.target).median for m in constants)
-    return _ratio(cabs.to_target(rate, data.target).median, fewest)
-
-
-def _schedules(data: DataSet) -> Answer:
-    cabs = _cabs(data)
-    decayed = _members(data, analysis.is_scheduled)
-    sizes = {m.config.batch_size for m in decayed}
-    plain = [m for m in _members(data, analysis.is_constant) if m.config.batch_size in sizes]
-    own = cabs.final_loss(cabs.best_rate).median
-    best_decayed = min(m.final_loss(m.best_rate).median for m in decayed)
-    best_plain = min((m.final_loss(m.best_rate).median for m in plain), default=float("inf"))
-    as_good = own <= best_decayed * MARGIN
-    better = own < best_plain / MARGIN
-    needed = best_decayed < best_plain / MARGIN
-    if as_good and (better or not needed):
-        verdict = CONFIRMED if better else PARTLY
-    else:
-        verdict = PARTLY if as_good or better else NOT
-    note = "" if needed else "; here a decreasing rate does not help the constant size either"
-    return Answer(
-        verdict,
-        f"final training loss {own:.3g} with CABS at constant α; "
-        + "; ".join(f"{m.title} {m.final_loss(m.best_rate).median:.3g}" for m in (*decayed, *plain))
-        + note,
+def _schedules(data: DataSet, own: Method, weights: str) -> Found | None:
+    """The final loss, relative to that of the best decreasing learning rate."""
+    scheduled = [m for m in data.finals.values() if analysis.is_scheduled(m.config)]
+    if not data.is_plain or not (scheduled or (data.asked and data.asked.schedules)):
+        return None
+    pairs = _pairs(data, own, scheduled, weights)
+    if isinstance(pairs, Found):
+        return pairs
+    ours, theirs = (
+        _best(methods, pairs.seeds, weights, analysis.log_final)
+        for methods in ([pairs.own], pairs.rivals)
     )
-
-
-def _sensitivity(data: DataSet) -> Answer:
-    cabs = _cabs(data)
-    others = _members(data, _is_other)
-    everyone = [cabs, *others]
-    if hardly := _hardly_trained(data):
-        narrow = {m.title: analysis.decades_of_best(m, everyone, 1.25) for m in everyone}
-        return Answer(
-            UNDECIDED,
-            f"{hardly}; decades within 1.25× of the best: "
-            + ", ".join(f"{title} {value:.2f}" for title, value in narrow.items()),
-        )
-    own = analysis.decades_of_best(cabs, everyone)
-    theirs = {m.title: analysis.decades_of_best(m, everyone) for m in others}
-    beaten = [title for title, value in theirs.items() if value < own - 0.05]
-    matched = [title for title, value in theirs.items() if abs(value - own) <= 0.05]
-    if len(beaten) == len(others):
-        verdict = CONFIRMED
-    else:
-        verdict = PARTLY if len(beaten) * 2 >= len(others) else NOT
-    widest = max(theirs, key=lambda title: theirs[title])
-    return Answer(
-        verdict,
-        f"{own:.2f} decades of α within 2× of the best loss of all; less sensitive than "
-        f"{len(beaten)} of {len(others)} others and equal to {len(matched)}; "
-        f"the widest of them is {widest} with {theirs[widest]:.2f}; "
-        f"within 2× of its own best {analysis.decades(cabs):.2f}, "
-        f"{others[0].title} {analysis.decades(others[0]):.2f}",
+    interval = intervals.t_interval(ours.values - theirs.values)
+    decided = intervals.decide(interval, float(np.log(MARGIN)))
+    numbers = (
+        f"final loss {np.exp(ours.values.mean()):.3g}, {_times(interval)} the "
+        f"{np.exp(theirs.values.mean()):.3g} of {theirs.title}"
     )
+    return Found(decided.verdict, numbers, (*pairs.remarks, *_seeds(decided)))
 
 
-def _against_rivals(data: DataSet) -> Answer:
-    cabs = _cabs(data)
-    constants, rivals = (_members(data, kind) for kind in (analysis.is_constant, analysis.is_rival))
-    accuracy = cabs.final_accuracy(cabs.best_rate).median
-    groups = {"constant": constants, "adaptive": rivals}
-    leads = {
-        name: max(members, key=lambda m: m.final_accuracy(m.best_rate).median)
-        for name, members in groups.items()
+def _sensitivity(data: DataSet, own: Method, weights: str) -> Found | None:
+    """The mean over the grid of ln(final loss / best of all), beside that of every other method."""
+    methods = {m.label: m for m in data.grid.values() if not analysis.is_scheduled(m.config)}
+    others = [m for m in methods.values() if not analysis.is_cabs(m.config)]
+    if not others or own.label not in methods:
+        return None
+    if any(weights not in method.weights for method in methods.values()):
+        return Found(NOT_RUN, "averaged weights were not kept; set averages = true")
+    seeds, found = analysis.sensitivity(data, weights)
+    planned = sorted({run.config.seed for m in methods.values() for run in m.planned})
+    if not found:
+        done, all_runs = analysis.progress(methods.values())
+        return Found(NOT_RUN, f"{done} of the {all_runs} runs of the grid; no seed has all of its")
+    differences = {
+        other.title: intervals.t_interval(found[own.label].excess - found[other.label].excess)
+        for other in others
     }
-    gaps = {name: accuracy - m.final_accuracy(m.best_rate).median for name, m in leads.items()}
-    examples = {m.label: _best_times(m, data.target)[0].median for m in (cabs, *rivals)}
-    quickest = min(rivals, key=lambda m: examples[m.label])
-    ratio = _ratio(examples[cabs.label], examples[quickest.label])
-    on_par = min(gaps.values()) >= -POINTS
-    quick = ratio <= MARGIN
-    verdict = CONFIRMED if on_par and quick else PARTLY if on_par or quick else NOT
-    hardly = _hardly_trained(data)
-    return Answer(
-        UNDECIDED if hardly else verdict,
-        f"{hardly}; " * bool(hardly)
-        + f"test accuracy {accuracy:.1%}, "
-        + ", ".join(
-            f"{100 * gap:+.1f} points on the best {name} ({leads[name].title})"
-            for name, gap in gaps.items()
+    each = {title: intervals.decide(interval, 0.0) for title, interval in differences.items()}
+    verdicts = {decided.verdict for decided in each.values()}
+    if CONTRADICTED in verdicts:
+        verdict = CONTRADICTED
+    else:
+        verdict = CONFIRMED if verdicts == {CONFIRMED} else UNDECIDED
+    needed = [_seeds(decided) for decided in each.values() if decided.verdict == UNDECIDED]
+    numbers = (
+        f"{np.exp(found[own.label].excess.mean()):.3g}× the best loss of all over the grid; "
+        + "relative to "
+        + "; ".join(
+            f"{title} {_times(interval)}, {each[title].verdict}"
+            for title, interval in differences.items()
         )
-        + f"; examples {_times(ratio)} those of the quickest adaptive rival ({quickest.title})",
     )
+    if data.asked is not None:
+        numbers += f"; decades of α with a loss of at most {data.asked.good:g}: " + ", ".join(
+            f"{method.title} {found[label].decades:.2f}" for label, method in methods.items()
+        )
+    asks = max(needed, key=_asked_for, default=()) if verdict == UNDECIDED else ()
+    return Found(verdict, numbers, (*_partial(seeds, planned), *asks))
 
 
-def _cabs(data: DataSet) -> Method:
-    return _members(data, analysis.is_cabs)[0]
+def _accuracy(data: DataSet, own: Method, weights: str) -> Found | None:
+    """The difference in test accuracy to the best tuned constant size."""
+    if not data.is_plain:
+        return None
+    pairs = _pairs(data, own, _best_constants(data), weights)
+    if isinstance(pairs, Found):
+        return pairs
+
+    def missed(run: Result, name: str) -> float:
+        return 1 - analysis.accuracy(run, name)
+
+    ours, theirs = (
+        _best(methods, pairs.seeds, weights, missed) for methods in ([pairs.own], pairs.rivals)
+    )
+    gain = theirs.values - ours.values
+    measured = gain[~np.isnan(gain)]
+    if not len(measured):
+        return Found(NOT_RUN, "no test accuracy was measured in the last three evaluations")
+    if len(measured) < len(gain):
+        ended = (f"{len(gain) - len(measured)} seeds left out, whose runs ended early",)
+        pairs = pairs._replace(remarks=(*pairs.remarks, *ended))
+    interval = intervals.t_interval(measured)
+    decided = intervals.decide(interval, -POINTS, "above")
+    points = [f"{100 * x:+.1f}" for x in (interval.mean, interval.low, interval.high)]
+    numbers = (
+        f"{1 - np.nanmean(ours.values):.1%}, {points[0]} points ({points[1]} to {points[2]}) on "
+        f"the {1 - np.nanmean(theirs.values):.1%} of {theirs.title}"
+    )
+    return Found(decided.verdict, numbers, (*pairs.remarks, *_seeds(decided)))
 
 
-def _members(data: DataSet, belongs: Callable[[Method], bool]) -> list[Method]:
-    return [method for method in data.methods.values() if belongs(method)]
+def _best_constants(data: DataSet) -> list[Method]:
+    """The constant size that the grid found best, as the finals ran it; without a grid, all."""
+    best = analysis.best_constant(data.tuning)
+    return [
+        method
+        for method in data.finals.values()
+        if analysis.is_constant(method.config) and (best is None or method.label == best.label)
+    ]
 
 
-def _is_other(method: Method) -> bool:
-    return analysis.is_constant(method) or analysis.is_rival(method)
+def _pairs(data: DataSet, own: Method, rivals: list[Method], weights: str) -> Pairs | Found:
+    """The finals of both sides, or what is missing."""
+    mine = data.finals.get(own.label)
+    if mine is None or not rivals:
+        lacking = own.title if mine is None else "what it is compared with"
+        return Found(NOT_RUN, f"no finals of {lacking} in the plans given; --next writes them")
+    sides = [mine, *map(settled, rivals)]
+    if any(weights not in method.weights for method in sides):
+        return Found(NOT_RUN, "averaged weights were not kept; set averages = true")
+    wanted = [
+        (method, rate, {run.config.seed for run in method.planned if run.learning_rate == rate})
+        for method in sides
+        for rate in {run.learning_rate for run in method.planned}
+    ]
+    planned = set.intersection(*(seeds for *_, seeds in wanted))
+    made = set.intersection(*(set(method.runs.get(rate, {})) for method, rate, _ in wanted))
+    if not made & planned:
+        done, all_runs = analysis.progress(sides)
+        return Found(
+            NOT_RUN, f"{done} of the {all_runs} runs of the finals; no seed has both sides"
+        )
+    seeds = sorted(made & planned)
+    return Pairs(sides[0], sides[1:], seeds, _partial(seeds, sorted(planned)))
 
 
-def _need(belongs: Callable[[Method], bool], plan: str) -> Need:
-    return Need(lambda data: bool(_members(data, belongs)), plan)
+def settled(method: Method) -> Method:
+    """A decreasing learning rate at that start which its first seed found best; else the same."""
+    if not analysis.is_scheduled(method.config) or not method.runs:
+        return method
+    first = min(run.config.seed for run in method.planned)
+    losses = {
+        rate: analysis.log_final(seeds[first], analysis.LAST)
+        for rate, seeds in method.runs.items()
+        if first in seeds
+    }
+    if not losses:
+        return method
+    rate = min(losses, key=lambda rate: losses[rate])
+    planned = tuple(run for run in method.planned if run.learning_rate == rate)
+    return method._replace(planned=planned, runs={rate: method.runs[rate]})
 
 
-_CABS = _need(analysis.is_cabs, 'CABS (method = "cabs")')
-_CONSTANT = _need(analysis.is_constant, 'a constant size (method = "constant")')
-_RIVAL = _need(analysis.is_rival, 'another adaptive size (such as method = "norm_test")')
-_OTHER = _need(_is_other, 'a constant or another adaptive size (such as method = "constant")')
-_SCHEDULED = _need(
-    analysis.is_scheduled, 'a decreasing rate (method = "constant", schedule = "cosine" or "step")'
-)
-_GRID = Need(lambda data: data.is_grid, f"{analysis.FEWEST_RATES} learning_rates or more")
+def _best(
+    methods: Sequence[Method],
+    seeds: Sequence[int],
+    weights: str,
+    measure: Callable[[Result, str], float],
+) -> Best:
+    options = []
+    for method in methods:
+        for rate, by_seed in method.runs.items():
+            runs = [by_seed[seed] for seed in seeds]
+            title = f"{method.title} at α = {rate:g}"
+            for name in WEIGHTS[weights]:
+                values = np.array([measure(run, name) for run in runs])
+                options.append(Best(title, runs, name, values))
+    return min(options, key=lambda option: float(np.nan_to_num(option.values.mean(), nan=np.inf)))
 
+
+def _partial(seeds: Sequence[int], planned: Sequence[int]) -> tuple[str, ...]:
+    if list(seeds) == list(planned):
+        return ()
+    return (f"partial: seeds {_listed(seeds)} of {_listed(planned)}",)
+
+
+def _seeds(decided: intervals.Verdict) -> tuple[str, ...]:
+    if decided.verdict != UNDECIDED:
+        return ()
+    needed = decided.seeds_to_decide or f"more than {intervals.MOST_SEEDS}"
+    return (f"{needed} seeds would decide",)
+
+
+def _asked_for(remarks: tuple[str, ...]) -> float:
+    number = remarks[0].split()[0]
+    return float(number) if number.isdigit() else np.inf
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _times(interval: Interval) -> str:
+    """The interval of a logarithm as that of a ratio."""
+    mean, low, high = np.exp([interval.mean, interval.low, interval.high])
+    return f"{mean:.2f}× ({low:.2f} to {high:.2f})" if interval.seeds > 1 else f"{mean:.2f}×"
+
+
+_ELSE = "contradicted where the interval lies on the other side, else undecided"
 QUESTIONS = (
     Question(
         "RQ1",
-        "Does adapting the batch size speed up optimisation?",
-        "confirmed: fewer examples and less time to the target loss than every constant size, each "
-        "at the α of its fewest examples; partly: one of both, or less of both than every constant "
-        "size from 128 up; a difference counts from 5 %, if the ranges over seeds do not overlap; "
-        "undecided where CABS never left the size of a constant one: then both are the same run, "
-        "and what differs is float32's rounding or the α",
-        (_CABS, _CONSTANT),
+        "Does it reach a training loss with fewer examples than the best tuned constant size?",
+        "the geometric mean over targets of the examples relative to the best constant size, at "
+        "the better of its best α and half of it; confirmed if the interval of its logarithm lies "
+        f"below 0, {_ELSE}. A target not reached counts as the whole budget, one that neither side "
+        "reaches is dropped. Steps and seconds are reported likewise",
         _speed,
     ),
     Question(
         "RQ2",
-        "Does coupling remove the need for a decreasing learning rate?",
-        "confirmed: at constant α CABS ends within 5 % of the loss of the best decreasing schedule "
-        "and below the constant size without one; partly: one of both",
-        (_CABS, _SCHEDULED),
+        "Is its final loss as good as that of the best decreasing learning rate?",
+        "the final loss relative to that of the better of step and cosine decay on constant 16; "
+        f"confirmed if the upper bound is at most {MARGIN}, {_ELSE}",
         _schedules,
     ),
     Question(
         "RQ3",
-        "Is it less sensitive to the learning rate than constant and other adaptive sizes?",
-        "confirmed: more decades of α within 2× of the best final loss of all methods than every "
-        "other; partly: than at least half of them; a difference counts from 0.05; undecided where "
-        "an untrained net is within 2×; not asked of fewer than three α",
-        (_CABS, _OTHER, _GRID),
+        "Does its result depend less on the learning rate?",
+        "the mean over the grid of ln(final loss / best of all), no loss above the untrained "
+        "net's, per seed, less that of every constant size and of the norm test; confirmed if "
+        "every interval lies below 0, contradicted if one lies above, else undecided",
         _sensitivity,
     ),
     Question(
         "RQ4",
-        "How do speed and final accuracy compare with constant sizes and other adaptive rules?",
-        "confirmed (on par or better): test accuracy at most a point below the best constant and "
-        "the best adaptive rival, and at most 5 % more examples to the target than the quickest "
-        "adaptive rival; partly: one of both; undecided where an untrained net's loss is within "
-        "2×. Accuracies have a standard error of up to 1.6 points on 1,000 examples",
-        (_CABS, _CONSTANT, _RIVAL),
-        _against_rivals,
+        "Is its test accuracy no worse?",
+        "the difference to the best constant size, at the better of its best α and half of it; "
+        f"confirmed if the lower bound is at least −1 point, {_ELSE}",
+        _accuracy,
     ),
 )
-
-
-def growth(data: DataSet) -> str | None:
-    """How CABS's batch size moves over the run at its best learning rate, in words and numbers."""
-    if not _CABS.is_met(data):
-        return None
-    cabs = _cabs(data)
-    runs = cabs.by_rate[cabs.best_rate]
-    sizes = np.median([result.batch_sizes for result in runs], axis=0)
-    smallest = cabs.config.min_batch_size
-    share = float(np.mean(sizes <= smallest * MARGIN))
-    return (
-        f"at α = {cabs.best_rate:g} it is at its minimum of {smallest} in {share:.0%} of the run, "
-        f"{sizes[len(sizes) // 2]:.0f} half way and {sizes[-1]:.0f} at the end"
-    )
-
-
-def _hardly_trained(data: DataSet) -> str:
-    """Says so where the best loss of all is more than half of an untrained net's, else ""."""
-    plain = analysis.plain(data.methods.values())
-    best = min(m.final_loss(m.best_rate).median for m in plain)
-    start = float(plain[0].by_rate[plain[0].rates[0]][0].train_loss[0])
-    if 2 * best < start:
-        return ""
-    return f"the best loss of all, {best:.3g}, is more than half of an untrained net's, {start:.3g}"
-
-
-def _best_times(method: Method, target: float) -> tuple[Spread, Spread]:
-    """Examples and seconds to the target, both at the rate of the fewest examples."""
-    rate = method.fastest_rate(target)
-    return method.to_target(rate, target), method.seconds_to_target(rate, target)
-
-
-def _less(ours: Spread, theirs: Spread) -> bool:
-    """Whether the median is smaller by more than the margin, and every seed than every seed."""
-    return ours.median * MARGIN < theirs.median and ours.high < theirs.low
-
-
-def _median(spread: Spread) -> float:
-    return spread.median
-
-
-def _ratio(ours: float, theirs: float) -> float:
-    if np.isinf(theirs):
-        return float("nan") if np.isinf(ours) else 0.0
-    if ours == theirs:  # both 0, where the untrained net is at the target
-        return 1.0
-    return ours / theirs if theirs else float("inf")
-
-
-def _times(ratio: float) -> str:
-    if np.isnan(ratio):
-        return "(neither gets there)"
-    if np.isinf(ratio):
-        return "(never there)"
-    if ratio == 0:
-        return "0× (they never get there)"
-    return f"{ratio:.2f}×"

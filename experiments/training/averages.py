@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from cabs_jax.statistics import PyTree
+from experiments.training.config import LARGEST_COUNT
 
 DECAY = 0.99  # of the exponential average, a step
 POWER = 3.0  # of the polynomial-decay average
@@ -20,7 +21,7 @@ class AveragedState(NamedTuple):
       exponential: Exponential average of the parameters over the steps, like the parameters.
       polynomial: Polynomial-decay average over the examples (Shamir and Zhang 2013): those at the
         n'-th of n examples have a weight of about (n'/n)³.
-      examples: Number of examples seen, int32 scalar.
+      examples: Number of examples seen, int32 scalar, at most 2³¹ − 1.
       optimizer: State of the optimizer.
     """
 
@@ -52,7 +53,8 @@ def with_averages(
             updates, state.optimizer, params, moments=moments, **extra_args
         )
         new = optax.apply_updates(params, steps)
-        examples = state.examples + moments.count
+        room = LARGEST_COUNT - state.examples
+        examples = state.examples + jnp.minimum(moments.count, room)
         count, seen = moments.count.astype(jnp.float32), examples.astype(jnp.float32)
         weight = jnp.minimum(1.0, (1 + POWER) * count / (seen + POWER * count))
         return steps, AveragedState(

@@ -245,8 +245,9 @@ class Checkpoints:
             return arrays, progress
         if steps:
             raise OSError(
-                f"none of the checkpoints in {self._folder} can be read; "
-                "remove that folder to start from the first step."
+                f"none of the checkpoints in {self._folder} can be read, for they are damaged or "
+                "another version wrote them: resume with that version, or remove that folder to "
+                "start from the first step."
             )
         return None
 

@@ -1,8 +1,9 @@
 """What defines a training run: one frozen dataclass, checked when it is made."""
 
 import dataclasses
-import math
 from typing import Any
+
+from cabs_jax.loader.saved import MAX_BATCH_SIZE
 
 DEFAULT_EXAMPLES = 100_000
 
@@ -22,6 +23,9 @@ GATED_METHODS = ("cabs_estimated", "cabs_estimated_adam", "cabs_estimated_moment
 FIXED_SIZE_METHODS = ("constant", "constant_adam", "constant_momentum")
 SCHEDULES = ("constant", "step", "cosine")
 LARGEST_COUNT = 2**31 - 1  # of examples, which are counted in int32
+LARGEST_SEED = 2**32 - 1  # JAX takes the seeds beyond for smaller ones
+SMALLEST_NUMBER, LARGEST_NUMBER = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of float32
+LARGEST_MOMENTUM = 1 - 2.0**-24  # that float32 tells from 1
 
 
 def option(default: Any, text: str) -> Any:
@@ -115,8 +119,8 @@ class RunConfig:
 
         for name in ("learning_rate", "width", "theta", "lipschitz"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number, got {value}.")
+            if value is not None and not SMALLEST_NUMBER <= value <= LARGEST_NUMBER:
+                raise ValueError(f"{name} must be a positive number of float32, got {value}.")
         for name in (
             "batch_size",
             "min_batch_size",
@@ -132,7 +136,14 @@ class RunConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if self.examples is not None and self.examples > LARGEST_COUNT:
             raise ValueError(f"examples must be at most 2**31 - 1, got {self.examples}.")
-        if not 0 < self.momentum < 1:
+        for name in ("batch_size", "min_batch_size", "max_batch_size"):
+            if getattr(self, name) > MAX_BATCH_SIZE:
+                raise ValueError(
+                    f"{name} must be at most {MAX_BATCH_SIZE}, got {getattr(self, name)}."
+                )
+        if self.seed > LARGEST_SEED:
+            raise ValueError(f"seed must be at most 2**32 - 1, got {self.seed}.")
+        if not 0 < self.momentum <= LARGEST_MOMENTUM:
             raise ValueError(f"momentum must lie between 0 and 1, got {self.momentum}.")
         for name in ("seed", "lag"):
             if getattr(self, name) < 0:

@@ -23,10 +23,19 @@ from experiments.training.run_folder import Record, replacing
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
 POINTS = 200
+SHOWN = ("examples", "batch_size", "loss"), ("examples", "train_loss", "test_accuracy")
 
 
 def plot(runs: Mapping[str, Record], path: Path, title: str = "") -> None:
-    """Draws the labelled runs into a PNG at `path`, which is replaced whole."""
+    """Draws the labelled runs into a PNG at `path`, which is replaced whole.
+
+    Raises:
+      ValueError: A run lacks what is drawn.
+    """
+    for label, run in runs.items():
+        parts = zip(SHOWN, (run.metrics, run.evaluations), strict=True)
+        if missing := [key for keys, columns in parts for key in keys if key not in columns]:
+            raise ValueError(f"the lines of the run {label!r} lack {', '.join(missing)}.")
     figure = blank(12, 3.8)
     loss, batch_size, accuracy = figure.subplots(1, 3, sharex=True)
     for index, (label, run) in enumerate(runs.items()):

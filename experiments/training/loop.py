@@ -4,8 +4,8 @@ import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -13,11 +13,50 @@ import numpy as np
 import cabs_jax
 from cabs_jax.statistics import PyTree
 from experiments.training import averages, run_folder
-from experiments.training.checkpoint import Checkpoints
+from experiments.training.checkpoint import FOLDER, Checkpoints
 from experiments.training.config import RunConfig
 from experiments.training.evaluate import Evaluation
 from experiments.training.shared_programs import SharedStep
 from experiments.training.step import StepInfo
+
+
+class Progress(NamedTuple):
+    """What a checkpoint holds beside the arrays, for JSON.
+
+    Attributes:
+      identity: The run's configuration, and the fingerprint of its data.
+      written: Bytes of the metrics and of the evaluations.
+      dispatched: Number, size and examples of each step without a line, and its numbers.
+      loader: The loader's state.
+    """
+
+    identity: dict[str, Any]
+    written: list[int]
+    step: int
+    examples: int
+    seconds: float
+    compile_seconds: float
+    compilations: int
+    evaluation: dict[str, Any]
+    evaluated: int
+    first_loss: float
+    dispatched: list[list[Any]]
+    loader: dict[str, Any]
+
+    @classmethod
+    def checked(cls, saved: Mapping[str, Any]) -> Self:
+        """What was read, if it is complete.
+
+        Raises:
+          ResumeError: It lacks something, as another version of this program may have written it.
+        """
+        if missing := [name for name in cls._fields if name not in saved]:
+            raise run_folder.ResumeError(
+                f"the checkpoint to resume lacks {', '.join(missing)}, for another version wrote "
+                f"it: resume with that version, or remove {FOLDER} from the run's folder to start "
+                "from the first step."
+            )
+        return cls(**{name: saved[name] for name in cls._fields})
 
 
 @dataclasses.dataclass
@@ -148,33 +187,36 @@ class Loop:
         """Writes a checkpoint of this moment, from which `set_state` continues."""
         self.metrics_file.sync()
         self.evaluations_file.sync()
-        progress = {
-            "identity": identity,
-            "written": [self.metrics_file.size, self.evaluations_file.size],
-            "step": self.step,
-            "examples": self.examples,
-            "seconds": time.perf_counter() - self.started,
-            "compile_seconds": self.compile_seconds + self.train_step.seconds_waited,
-            "compilations": self.compilations + self.train_step.compilations,
-            "evaluation": self.evaluation,
-            "evaluated": self.evaluated,
-            "first_loss": self.first_loss,
-            "dispatched": [
-                (*counts, [_decimal(x) for x in jax.device_get(info)])
+        progress = Progress(
+            identity=identity,
+            written=[self.metrics_file.size, self.evaluations_file.size],
+            step=self.step,
+            examples=self.examples,
+            seconds=time.perf_counter() - self.started,
+            compile_seconds=self.compile_seconds + self.train_step.seconds_waited,
+            compilations=self.compilations + self.train_step.compilations,
+            evaluation=self.evaluation,
+            evaluated=self.evaluated,
+            first_loss=self.first_loss,
+            dispatched=[
+                [*counts, [_decimal(x) for x in jax.device_get(info)]]
                 for *counts, info in self.dispatched
             ],
-            "loader": self.loader.get_state(),
-        }
-        checkpoints.save(self.step, (self.params, self.opt_state), progress)
+            loader=self.loader.get_state(),
+        )
+        checkpoints.save(self.step, (self.params, self.opt_state), progress._asdict())
 
-    def set_state(self, saved: dict[str, Any]) -> None:
+    def set_state(self, saved: Progress) -> None:
         """Goes back to where `save` was called."""
-        self.step, self.examples, self.seconds = saved["step"], saved["examples"], saved["seconds"]
-        self.compile_seconds, self.compilations = saved["compile_seconds"], saved["compilations"]
-        self.evaluation, self.evaluated = saved["evaluation"], saved["evaluated"]
-        self.first_loss = saved["first_loss"]
-        self.dispatched.extend((*counts, StepInfo(*info)) for *counts, info in saved["dispatched"])
-        self.loader.set_state(saved["loader"])
+        self.step, self.examples, self.seconds = saved.step, saved.examples, saved.seconds
+        self.compile_seconds, self.compilations = saved.compile_seconds, saved.compilations
+        self.evaluation, self.evaluated = saved.evaluation, saved.evaluated
+        self.first_loss = saved.first_loss
+        self.dispatched.extend(
+            (step, size, examples, StepInfo(*info))
+            for step, size, examples, info in saved.dispatched
+        )
+        self.loader.set_state(saved.loader)
         self.started = time.perf_counter() - self.seconds
 
     def summary(self) -> dict[str, Any]:

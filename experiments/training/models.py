@@ -41,6 +41,7 @@ def build(
     num_classes: int,
     width: float = 1.0,
     seed: int = 0,
+    call_layer: Callable[[nnx.Module, Array], Array] | None = None,
 ) -> Model:
     """Builds a net and initialises it.
 
@@ -52,6 +53,8 @@ def build(
         initialisation has a fixed standard deviation σ, a layer whose fan in shrinks from n to n'
         gets σ·√(n/n'), so that signals keep the size that they have at width 1.
       seed: Seed of the initial parameters.
+      call_layer: What is called with each convolution or dense layer and its inputs in the layer's
+        place.
 
     Raises:
       ValueError: If the name is unknown, the width or number of classes is not positive, or the
@@ -77,7 +80,12 @@ def build(
     graph, state = nnx.split(net(image_shape, num_classes, scaled, nnx.Rngs(seed)))
 
     def predict(params: Params, images: Array) -> Array:
-        logits: Array = nnx.merge(graph, params)(images)
+        net = nnx.merge(graph, params)
+        if call_layer is not None:
+            for layer_name, layer in list(vars(net).items()):
+                if isinstance(layer, nnx.Conv | nnx.Linear):
+                    object.__setattr__(net, layer_name, partial(call_layer, layer))
+        logits: Array = net(images)
         return logits
 
     def apply(params: Params, image: Array) -> Array:

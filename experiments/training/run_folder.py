@@ -219,6 +219,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
+        partial.unlink(missing_ok=True)  # it may be a link to what is not ours
         yield partial
         _sync(partial)
         os.replace(partial, path)
@@ -239,20 +240,31 @@ def _sync(path: Path) -> None:
 
 
 def read(folder: Path) -> Record:
-    """Reads back what a run wrote into `folder`, or has written so far."""
+    """Reads back what a run wrote into `folder`, or has written so far.
 
-    def columns(name: str) -> dict[str, np.ndarray]:
-        lines = (folder / name).read_text("utf-8").splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        keys = rows[0] if rows else ()
-        return {key: np.array([row[key] for row in rows], float) for key in keys}
-
+    Raises:
+      OSError: A file is missing or cannot be read.
+      ResumeError: A file is damaged, or is not that of a run.
+    """
     return Record(
-        config=json.loads((folder / CONFIG).read_text("utf-8")),
-        metrics=columns(METRICS),
-        evaluations=columns(EVALUATIONS),
+        config=read_config(folder) or {},
+        metrics=_columns(folder / METRICS),
+        evaluations=_columns(folder / EVALUATIONS),
         summary=read_summary(folder) or {},
     )
+
+
+def _columns(path: Path) -> dict[str, np.ndarray]:
+    """The whole lines of a file of JSON objects; none of them gives no columns."""
+    try:
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        columns = {key: np.array([row[key] for row in rows], float) for key in rows and rows[0]}
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+        raise ResumeError(f"{path} is damaged: {error!r}.") from error
+    if any(column.ndim > 1 for column in columns.values()):
+        raise ResumeError(f"{path} is damaged: it holds lists where numbers belong.")
+    return columns
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

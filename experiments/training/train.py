@@ -20,7 +20,7 @@ from experiments.training import methods, models, run_folder
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.config import BUCKETS, RunConfig
 from experiments.training.evaluate import make_evaluate
-from experiments.training.loop import Loop
+from experiments.training.loop import Loop, Progress
 from experiments.training.shared_programs import SharedPrograms
 from experiments.training.step import make_train_step
 
@@ -98,7 +98,8 @@ def train(
 
     Raises:
       OSError: `out` is not empty, in use, removed or cannot be written; lines already written stay.
-      ResumeError: The run to resume had another configuration or other data.
+      ResumeError: The run to resume had another configuration or other data, or another version of
+        this program wrote it.
       Interrupted: A signal came; a checkpoint was written.
     """
     config = experiment.config
@@ -131,16 +132,15 @@ def train(
 
 def _beginning(
     experiment: Experiment, checkpoints: Checkpoints | None, identity: Mapping[str, Any]
-) -> tuple[tuple[PyTree, PyTree], dict[str, Any] | None]:
+) -> tuple[tuple[PyTree, PyTree], Progress | None]:
     """Parameters and optimizer state, and how far they have come if they are a checkpoint's."""
     params = experiment.model.params
     # The step donates both, so each leaf needs a buffer of its own, and the model keeps its.
     arrays = jax.tree.map(jnp.copy, (params, experiment.optimizer.init(params)))
-    restored = None if checkpoints is None else checkpoints.restore(arrays)
-    if restored is None:
+    if checkpoints is None or (restored := checkpoints.restore(arrays)) is None:
         return arrays, None
-    arrays, saved = restored
-    run_folder.check_equal("the run to resume", saved["identity"], identity)
+    arrays, saved = restored[0], Progress.checked(restored[1])
+    run_folder.check_equal("the run to resume", saved.identity, identity)
     return jax.tree.map(jnp.array, arrays), saved
 
 
@@ -148,7 +148,7 @@ def _beginning(
 def _under_way(
     experiment: Experiment,
     arrays: tuple[PyTree, PyTree],
-    saved: dict[str, Any] | None,
+    saved: Progress | None,
     out: Path | None,
     observe: Callable[[dict[str, Any]], None],
     mesh: jax.sharding.Mesh | None,
@@ -161,7 +161,7 @@ def _under_way(
         sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
     sizes, padded = _shapes(config, 1 if mesh is None else mesh.size)
-    metrics_bytes, evaluations_bytes = saved["written"] if saved else (0, 0)
+    metrics_bytes, evaluations_bytes = saved.written if saved else (0, 0)
     with (
         run_folder.Lines(out and out / run_folder.METRICS, metrics_bytes) as metrics_file,
         run_folder.Lines(

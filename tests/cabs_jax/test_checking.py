@@ -1,8 +1,12 @@
 """What is wrong with a loss is said before training, and nothing is said of a right one."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import linen, nnx
 
 from cabs_jax import check_loss
 
@@ -47,6 +51,15 @@ def test_random_numbers_of_the_examples_own_are_fine():
     )
 
 
+def test_a_loss_that_takes_a_key_is_given_one():
+    def noisy(params, example, rng):
+        return loss_fn(params, example) * jax.random.uniform(rng)
+
+    check_loss(noisy, PARAMS, BATCH, rng=jax.random.key(1))
+    with pytest.raises(TypeError, match="pass one key as rng="):
+        check_loss(noisy, PARAMS, BATCH)
+
+
 def test_batch_normalisation_is_called_by_its_name():
     def of_one(params, example):
         one = jax.tree.map(lambda x: x[None], example)
@@ -78,6 +91,50 @@ def test_gradients_that_disagree_are_seen():
 
     with pytest.raises(ValueError, match="losses agree, but their gradients do not"):
         check_loss(loss_fn, PARAMS, BATCH, stopped)
+
+
+def test_values_that_are_kept_outside_of_the_loss_are_seen():
+    kept = []
+
+    def keeping(params, example):
+        kept.append(loss_fn(params, example))
+        return kept[-1]
+
+    with pytest.raises(ValueError, match="keeps a value of its own in something outside of it"):
+        check_loss(keeping, PARAMS, BATCH)
+
+
+@pytest.mark.parametrize("kind", ["counter", "numpy"])
+def test_a_loss_that_changes_from_call_to_call_is_seen(kind):
+    count, random = itertools.count(), np.random.default_rng(0)
+
+    def changing(params, example):
+        factor = next(count) if kind == "counter" else jnp.asarray(random.uniform(size=1))[0]
+        return factor * loss_fn(params, example)
+
+    with pytest.raises(ValueError, match="another function at its second call"):
+        check_loss(changing, PARAMS, BATCH)
+
+
+def test_a_module_that_changes_is_seen():
+    model = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="changes a module that was made outside of it"):
+        check_loss(lambda w, x: jnp.sum(model(x[None]) * w), jnp.ones(()), X)
+
+
+def test_nothing_is_said_of_modules_keys_and_custom_derivatives():
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    net = linen.Dense(3)
+    variables = net.init(jax.random.key(0), X[0])
+
+    def loss(params, example):
+        key = jax.random.fold_in(jax.random.key(0), example["id"])
+        x = example["x"] + jax.random.normal(key, (4,))
+        outputs = nnx.merge(graphdef, params[0])(x), net.apply(params[1], x)
+        return sum(jnp.sum(jax.nn.relu(y)) for y in outputs)
+
+    check_loss(loss, (params, variables), {"x": X, "id": jnp.arange(8)})
 
 
 @pytest.mark.parametrize("jitted", [False, True])

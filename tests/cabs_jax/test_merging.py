@@ -15,6 +15,7 @@ PARAMS = {"b": jnp.float32(0.5), "w": jnp.array([1.0, -2.0, 0.5])}
 AVERAGED = {"b": jnp.float32(0.4), "w": jnp.array([1.1, -1.9, 0.5])}
 X = 2.0 + jax.random.normal(jax.random.key(0), (24, 3))
 MASK = jnp.arange(24) % 5 != 1
+WEIGHTS = jax.random.randint(jax.random.key(1), (24,), 0, 9).astype(jnp.float32)
 # Sizes 7, 1, 0, 16.
 CUTS = (0, 7, 8, 8, 24)
 
@@ -27,7 +28,7 @@ def assert_same(actual, expected, rtol=1e-4):
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=rtol), actual, expected)
 
 
-@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+@pytest.mark.parametrize("variance", ["trace", "by_parameter", "diagonal"])
 @pytest.mark.parametrize("order", [1, -1])
 def test_merged_moments_are_those_of_the_whole_masked_batch(variance, order):
     moments_of = jax.jit(cabs_jax.gradient_moments(loss_fn, variance=variance))
@@ -39,6 +40,57 @@ def test_merged_moments_are_those_of_the_whole_masked_batch(variance, order):
     ]
     assert_same(functools.reduce(merge_moments, parts[::order]), whole)
     assert_same(merge_moments(empty, empty), empty)
+
+
+@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_merged_weighted_moments_are_those_of_the_whole_batch(variance, order):
+    moments_of = cabs_jax.gradient_moments(loss_fn, variance=variance)
+    whole = moments_of(PARAMS, X, MASK, weights=WEIGHTS)
+    empty = moments_of(PARAMS, X, MASK & False, weights=WEIGHTS)
+    parts = [
+        moments_of(PARAMS, X[a:b], MASK[a:b], weights=WEIGHTS[a:b]) if a < b else empty
+        for a, b in itertools.pairwise(CUTS)
+    ]
+    assert_same(functools.reduce(merge_moments, parts[::order]), whole)
+    assert_same(merge_moments(empty, empty), empty)
+
+
+def test_weighted_moments_are_merged_in_a_scan():
+    moments_of = cabs_jax.gradient_moments(loss_fn, variance="diagonal")
+    batches, weights = X.reshape(4, 6, 3), WEIGHTS.reshape(4, 6).at[2].set(0)
+    empty = jax.tree.map(jnp.zeros_like, moments_of(PARAMS, batches[0], weights=weights[0]))
+
+    @jax.jit
+    def accumulate(batches, weights):
+        def add(merged, part):
+            return merge_moments(merged, moments_of(PARAMS, part[0], weights=part[1])), None
+
+        return jax.lax.scan(add, empty, (batches, weights))[0]
+
+    with jax.debug_nans(True):
+        merged = accumulate(batches, weights)
+    assert_same(merged, moments_of(PARAMS, X, weights=weights.reshape(24)))
+    assert merged.count.dtype == jnp.int32
+
+
+def test_equal_weights_merge_as_none_do():
+    moments_of = cabs_jax.gradient_moments(loss_fn)
+    parts = [(X[:7], MASK[:7]), (X[7:], MASK[7:])]
+    plain = merge_moments(*(moments_of(PARAMS, *part) for part in parts))
+    equal = merge_moments(
+        *(moments_of(PARAMS, *part, weights=jnp.full(len(part[0]), 3.0)) for part in parts)
+    )
+    assert_same(equal._replace(weights=None), plain)
+
+
+def test_weighted_moments_that_lack_what_merging_needs_are_refused():
+    moments_of = cabs_jax.gradient_moments(loss_fn, method="between", groups=2)
+    between = moments_of(PARAMS, X, weights=WEIGHTS)
+    with pytest.raises(ValueError, match=r"can be merged only with weights\.square_mean"):
+        merge_moments(between, between)
+    with pytest.raises(ValueError, match="of one kind, but their weights"):
+        merge_moments(between, moments_of(PARAMS, X))
 
 
 def test_merging_is_the_same_in_a_scan():

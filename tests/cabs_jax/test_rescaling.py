@@ -119,7 +119,7 @@ def test_the_average_of_micro_steps_is_flagged():
     assert cabs_jax.info(states[-1]).altered == 1
 
 
-@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+@pytest.mark.parametrize("variance", ["trace", "by_parameter", "diagonal"])
 def test_leaves_that_are_masked_are_not_compared(variance):
     ours = optax.chain(optax.scale(0.5), cabs_jax.cabs(0.01, **OPTIONS))
     parts = {"ours": ours, "theirs": optax.scale_by_sign()}
@@ -127,6 +127,17 @@ def test_leaves_that_are_masked_are_not_compared(variance):
     _, states = train(optimizer, 2, variance)
     info = cabs_jax.info(states[-1])
     assert (info.gradient_scale, info.altered) == (pytest.approx(0.5), 0)
+
+
+def test_a_partition_takes_the_variance_of_its_own_leaves_where_it_is_told_by_parameter():
+    parts = {"ours": cabs_jax.cabs(0.01, **OPTIONS), "theirs": optax.set_to_zero()}
+    optimizer = optax.partition(parts, {"a": "theirs", "b": "ours"})
+    measure = cabs_jax.gradient_moments(loss_fn, variance="by_parameter")
+    variance = measure(PARAMS, batch(0)).variance
+    whole = train(cabs_jax.cabs(0.01, **OPTIONS), 1, "by_parameter")[1][0]
+    part = train(optimizer, 1, "by_parameter")[1][0]
+    assert cabs_jax.info(whole).gradient_variance == pytest.approx(sum(variance.values()))
+    assert cabs_jax.info(part).gradient_variance == pytest.approx(variance["b"])
 
 
 def test_adam_in_a_partition_takes_the_diagonal_of_its_own_leaves():

@@ -90,6 +90,14 @@ def test_cabs_is_c_alpha_xi_over_the_gap(alpha, scale, eps, variance, gap):
         assert float(size) == math.inf
 
 
+@pytest.mark.parametrize(("excess", "floor"), [(0.125, 2 * 1.5 * 18 * 0.125), (9.0, 1.5 * 20 / 2)])
+def test_cabs_takes_the_smaller_of_half_the_noise_and_twice_the_excess(excess, floor):
+    rule = rules.cabs(0.5, scale=1.5, optimal_value="estimated")
+    gap = 0.75
+    seen = statistics(estimated_gap=gap, averaged_excess=excess, raw_batch_size=floor / gap)
+    assert float(rule(seen)) == pytest.approx(floor / gap, rel=1e-6)
+
+
 def test_cabs_calls_a_schedule_with_the_step():
     rule = rules.cabs(optax.piecewise_constant_schedule(1.0, {4: 0.5}))
     assert float(rule(statistics(step=3))) == 80.0

@@ -164,6 +164,8 @@ def test_steps_scale_with_a_power_of_the_batch_size(power, factor):
     moments = cabs_jax.GradientMoments(jnp.float32(1), updates, jnp.float32(1), jnp.int32(256))
     same, _ = tx.update(updates, tx.init(updates), moments=moments)
     jax.tree.map(np.testing.assert_array_equal, scaled, same)
+    one, _ = tx.update(updates, tx.init(updates), count=1)
+    np.testing.assert_allclose(one["w"], 64.0**-power, rtol=1e-6)
     empty, _ = tx.update(updates, tx.init(updates), count=jnp.int32(0))
     assert np.isfinite(empty["w"]).all()
 

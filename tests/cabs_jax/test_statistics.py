@@ -28,7 +28,9 @@ def by_definition(losses, grads, keep, variance):
     """The moments in float64."""
     grads = jax.tree.map(lambda g: np.asarray(g, np.float64)[keep], grads)
     diagonal = jax.tree.map(lambda g: g.var(0), grads)
-    spread = sum(d.sum() for d in diagonal.values()) if variance == "trace" else diagonal
+    by_parameter = jax.tree.map(np.sum, diagonal)
+    trace = sum(by_parameter.values())
+    spread = {"trace": trace, "by_parameter": by_parameter, "diagonal": diagonal}[variance]
     return losses[keep].mean(), jax.tree.map(lambda g: g.mean(0), grads), spread, keep.sum()
 
 
@@ -44,7 +46,7 @@ def assert_moments(moments, wanted, rtol=1e-5):
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12).filter(any), st.sampled_from([0.0, 1e3]))
 @settings(max_examples=15, deadline=None)
-@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+@pytest.mark.parametrize("variance", ["trace", "by_parameter", "diagonal"])
 def test_moments_are_those_of_what_the_mask_keeps(variance, keep, offset):
     keep = np.array(keep)
     losses, grads = example_gradients(len(keep), offset=offset)
@@ -71,7 +73,7 @@ def test_trace_is_the_sum_of_the_diagonal():
     np.testing.assert_allclose(tree_sum(diagonal), trace, rtol=1e-6)
 
 
-@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+@pytest.mark.parametrize("variance", ["trace", "by_parameter", "diagonal"])
 def test_an_empty_mask_gives_zeros(variance):
     losses, grads = jax.tree.map(lambda x: x * np.nan, example_gradients(4))
     moments = compute(losses, grads, jnp.zeros(4, bool), variance=variance)
@@ -91,7 +93,7 @@ def test_half_precision_gradients_have_float32_statistics(dtype):
     np.testing.assert_allclose(moments.variance, exact[2], rtol=1e-5)
 
 
-@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+@pytest.mark.parametrize("variance", ["trace", "by_parameter", "diagonal"])
 def test_a_batch_split_over_a_mapped_axis(variance):
     losses, grads = example_gradients(16)
     keep = np.arange(16) % 5 != 1

@@ -15,7 +15,7 @@ USER = """
 from typing import Any, assert_type
 
 import jax
-from cabs_jax import GradientMoments, gradient_moments, per_example_value_and_grad
+from cabs_jax import GradientMoments, WeightSums, gradient_moments, per_example_value_and_grad
 
 def loss_fn(params: Any, example: Any) -> jax.Array:
     return jax.numpy.sum(params * example)
@@ -26,6 +26,7 @@ def with_aux(params: Any, example: Any) -> tuple[jax.Array, Any]:
 params, batch = jax.numpy.ones(3), jax.numpy.ones((8, 3))
 m = gradient_moments(loss_fn)(params, batch)
 assert_type(m, GradientMoments)
+assert_type(gradient_moments(loss_fn)(params, batch, rng=jax.random.key(0)), GradientMoments)
 assert_type(m.value, jax.Array)
 assert_type(m.count, jax.Array)
 some = gradient_moments(loss_fn, variance="diagonal", subsample=4)
@@ -35,10 +36,14 @@ assert_type(both(params, batch), tuple[GradientMoments, Any])
 assert_type(per_example_value_and_grad(loss_fn)(params, batch), tuple[jax.Array, Any])
 each = per_example_value_and_grad(with_aux, has_aux=True, axis_name="data")
 assert_type(each(params, batch), tuple[tuple[jax.Array, Any], Any])
+weighted = gradient_moments(loss_fn)(params, batch, weights=jax.numpy.ones(8))
+assert_type(weighted, GradientMoments)
+assert_type(weighted.weights, WeightSums | None)
 assert_type(m, int)  # wrong
 gradient_moments(loss_fn, variance="full")  # wrong
 gradient_moments(loss_fn, microbatch=4)  # wrong
 per_example_value_and_grad(loss_fn, axes="data")  # wrong
+gradient_moments(loss_fn)(params, batch, key=jax.random.key(0))  # wrong
 m.variances  # wrong
 """
 

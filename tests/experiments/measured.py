@@ -1,41 +1,75 @@
 """Runs and sweeps as they would be read back, made up."""
 
 import dataclasses
-import itertools
 import json
 
 import numpy as np
 
-from experiments.report import analysis
-from experiments.report.results import Result, Results
+from experiments.report.results import CURVE_POINTS, Result, Results
 from experiments.sweeps import plan, sweep
 from experiments.sweeps.plan import Run
 from experiments.training import run_folder
-from experiments.training.config import RunConfig
+
+UNTRAINED = 2.3
+EVALUATIONS = 9
 
 
-def method(name, losses, sizes=16, accuracy=0.9, spread=(1.0,), **config):
-    """A method with a run for each rate and seed: its loss falls exponentially to the end."""
-    runs = []
-    for (rate, median), (seed, factor) in itertools.product(losses.items(), enumerate(spread)):
-        loss = median * factor
-        cfg = RunConfig(method=name, learning_rate=rate, examples=1600, seed=seed, **config)
-        runs.append(
-            Result(
-                run=Run("data", name, rate, cfg),
-                summary={"diverged": not np.isfinite(loss), "examples": 1600, "steps": 100},
-                examples=np.array([0.0, 800.0, 1600.0]),
-                train_loss=np.array([1.0, loss**0.5, loss]),
-                test_accuracy=np.array([0.1, 0.5, accuracy]),
-                averaged={},
-                variance=np.full(40, np.nan),
-                sizes=[{}, {sizes: 800 // sizes}, {sizes: 800 // sizes}],
-                step_seconds={sizes: 0.001 * sizes},
-                batch_sizes=np.full(40, sizes),
-                environment={},
-            )
-        )
-    return analysis.Method(name, f"{name} {sizes}", runs, analysis.Costs(runs))
+def result(
+    run: Run,
+    loss: float,
+    *,
+    averaged: tuple[float, float] | None = None,
+    accuracy: float = 0.5,
+    size: int = 16,
+    variance: float = float("nan"),
+    step_seconds: dict[int, float] | None = None,
+) -> Result:
+    """A run whose loss falls exponentially to `loss`, where its last three evaluations are.
+
+    Args:
+      run: As planned.
+      loss: At the end; infinite for a run that diverged.
+      averaged: Those of the exponential and of the polynomial-decay average.
+      accuracy: At the end, whatever the weights.
+      size: Of every batch.
+      variance: Of the gradient.
+      step_seconds: By the size.
+    """
+    examples = run.config.limit[1]
+    steps = examples // size // EVALUATIONS
+
+    def curve(last: float) -> np.ndarray:
+        falls = np.minimum(np.arange(EVALUATIONS + 1) / (EVALUATIONS - 2), 1.0)
+        return UNTRAINED * (last / UNTRAINED) ** falls
+
+    accuracies = np.full(EVALUATIONS + 1, np.nan)
+    accuracies[-1] = accuracy
+    weights = zip(("exponential", "polynomial"), averaged or (), strict=False)
+    return Result(
+        run=run,
+        summary={
+            "diverged": not np.isfinite(loss),
+            "examples": examples,
+            "steps": steps * EVALUATIONS,
+        },
+        examples=np.linspace(0, examples, EVALUATIONS + 1),
+        train_loss=curve(loss) if np.isfinite(loss) else np.r_[UNTRAINED, [np.nan] * EVALUATIONS],
+        test_accuracy=accuracies,
+        averaged={name: (curve(last), accuracies) for name, last in weights},
+        variance=np.full(CURVE_POINTS, variance),
+        sizes=[{}, *[{size: steps}] * EVALUATIONS],
+        step_seconds={size: 0.001 * size} if step_seconds is None else step_seconds,
+        batch_sizes=np.full(CURVE_POINTS, float(size)),
+        environment={},
+    )
+
+
+def measured(text: str, measure) -> Results:
+    """A sweep whose runs measured what `measure` of each says: `result`'s arguments, or None."""
+    parsed = plan.parse(text)
+    told = {run.name: (run, measure(run)) for run in parsed.runs}
+    runs = {name: result(run, **kwargs) for name, (run, kwargs) in told.items() if kwargs}
+    return Results(text, parsed, runs)
 
 
 def finished(title="Sweep", note="A note.", dataset="Data", name="CABS", environment="Linux"):
@@ -47,7 +81,7 @@ def finished(title="Sweep", note="A note.", dataset="Data", name="CABS", environ
         title = {title}
         notes = [{note}]
         learning_rates = [0.1, 0.2, 0.4]
-        examples = 1600
+        examples = 1440
         [datasets.digits]
         title = {dataset}
         [methods.cabs]
@@ -55,10 +89,9 @@ def finished(title="Sweep", note="A note.", dataset="Data", name="CABS", environ
         [methods.constant]
         title = {name}
         """
-    parsed = plan.parse(text)
-    (run,) = method("cabs", {0.1: 0.5}, 32).by_rate[0.1]
-    run = run._replace(environment={"system": environment, environment: 1})
-    return Results(text, parsed, {p.name: run._replace(run=p) for p in parsed.runs})
+    made = measured(text, lambda run: {"loss": 0.5, "averaged": (0.4, 0.5), "variance": 1.0})
+    told = {"system": environment, environment: 1}
+    return made._replace(runs={k: r._replace(environment=told) for k, r in made.runs.items()})
 
 
 def whole_folder(root):

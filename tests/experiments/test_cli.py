@@ -11,7 +11,7 @@ from experiments import cli
 from experiments.commands import bench, compare, run
 from experiments.errors import Interrupted, UserError
 
-COMMANDS = ("run", "sweep", "report", "soak", "bench", "compare")
+COMMANDS = ("run", "sweep", "report", "soak", "bench", "compare", "variances")
 BENCHMARKS = ("loader", "moments", "peers", "scaling", "step")
 FILES = {"config.json", "metrics.jsonl", "evaluations.jsonl", "summary.json", "figure.png"}
 
@@ -102,7 +102,7 @@ def test_without_arguments_methods_are_compared(tmp_path, monkeypatch, capsys):
         (["run", "--out", "o[lr=0.1]"], "could not be read again, for '[' is in its path"),
         (["run", "--process-id", "0"], "--process-id goes with --distributed"),
         (["run", "3"], "Unused Tokens: ['3']"),
-        (["report", "there"], "parameter --out requires an argument"),
+        (["report", "there"], "give a sweep, and --out, --compact or --next"),
         (["bench", "speed"], "unknown command 'speed'; known commands: gpu, idioms, loader, "),
         (["bench", "step", "--parts", "lag", "fun"], "choose from against_sgd, overhead, "),
         (["bench", "step", "--parts"], "--parts"),

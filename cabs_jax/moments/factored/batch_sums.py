@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from cabs_jax.moments.factored import interpreter
 from cabs_jax.moments.factored.choice import Choice, Mode, choose
 from cabs_jax.moments.factored.collected import empty_factors, norms_of_sums
+from cabs_jax.moments.factored.outer_products import HIGHEST
 from cabs_jax.moments.factored.primitives import Factors
 from cabs_jax.moments.factored.program import trace_program
 from cabs_jax.moments.factored.shift import shift_gradient
@@ -32,8 +33,9 @@ class BatchSums(NamedTuple):
     Attributes:
       losses: Loss of each example, float32, shape (m,).
       gradient: Σ_i w_i g_i, a float32 tree like the parameters.
-      squares: For the trace, ‖w_i g_i‖² of each measured example, shape (n,); for the diagonal,
-        Σ_i (w_i g_i)² over these, a float32 tree like the parameters.
+      again: Σ_i w_i² g_i likewise; () where it was not asked for.
+      squares: For the trace, ‖w_i g_i‖² of each measured example, shape (n,); by parameter, a tree
+        of these; for the diagonal, Σ_i (w_i g_i)² over them, a float32 tree like the parameters.
       shift: Gradient of the terms of the loss that depend on parameters alone, which is in neither
         of the two, a float32 tree like the parameters; () if there are none.
       aux: Auxiliary outputs of each example.
@@ -41,6 +43,7 @@ class BatchSums(NamedTuple):
 
     losses: jax.Array
     gradient: PyTree
+    again: PyTree
     squares: PyTree
     shift: PyTree
     aux: PyTree
@@ -50,13 +53,13 @@ class Slots(NamedTuple):
     """All slots of an evaluation; every one is float32 and holds zeros.
 
     Attributes:
-      norms: Squared norms, shape (n,).
+      norms: Squared norms, shape (n,), by parameter.
       gradients: Per-example gradients (n, *shape), by parameter.
       squares: Sums of squared gradients, by parameter.
       factors: Factors, by site.
     """
 
-    norms: jax.Array
+    norms: dict[int, jax.Array]
     gradients: dict[int, jax.Array]
     squares: dict[int, jax.Array]
     factors: dict[int, Factors]
@@ -69,16 +72,20 @@ def batch_sums(
     weights: jax.Array,
     variance: Variance,
     sample: Sample,
+    *,
+    twice: bool = False,
 ) -> BatchSums:
     """Sums losses, gradients and squared gradients over a batch.
 
     Args:
       loss_fn: `loss_fn(params, example) -> (loss, aux)`.
-      params: Parameters; those that are not floating-point get a zero gradient.
+      params: Parameters, floating-point arrays.
       batch: Examples, stacked along the leading axis.
       weights: Weight of each example's loss, float32, shape (m,).
-      variance: Whether squares are summed over entries ("trace") or over examples ("diagonal").
+      variance: Whether squares are summed over entries ("trace", "by_parameter") or over examples
+        ("diagonal").
       sample: The m examples, and the n of them whose squares are summed.
+      twice: Whether Σ_i w_i² g_i is asked for, for one more backward pass.
     """
     treedef: Any  # its stub has no methods
     leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
@@ -87,7 +94,7 @@ def batch_sums(
     batched = [Batched(jnp.asarray(x)) for x in jax.tree.leaves(batch)]
     differentiated, fixed = _split_leaves(leaves, choices, sample)
 
-    def weighted_loss(
+    def weighted_losses(
         differentiated: dict[int, jax.Array], slots: Slots
     ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         context = Context(program, choices, variance, sample, slots.norms, slots.factors)
@@ -100,26 +107,33 @@ def batch_sums(
         arrays = [to_batched(sample, output).value for output in outputs]
         losses, aux = jax.tree.unflatten(program.out_tree, arrays)
         losses = losses.astype(jnp.float32)
-        return jnp.sum(jnp.where(weights != 0, losses * weights, 0.0)), (losses, aux)
+        return jnp.where(weights != 0, losses * weights, 0.0), (losses, aux)
 
-    derivative = jax.grad(weighted_loss, argnums=(0, 1), has_aux=True)
     slots = _empty_slots(leaves, choices, variance, sample)
-    (gradients, slots), (losses, aux) = derivative(differentiated, slots)
-
+    terms, pull, (losses, aux) = jax.vjp(weighted_losses, differentiated, slots, has_aux=True)
+    gradients, slots = pull(jnp.ones_like(terms))
+    again = pull(weights)[0] if twice else {}
     if sample.is_whole:
-        gradients |= {i: jnp.sum(g, axis=0) for i, g in slots.gradients.items()}
-    if variance == "trace":
-        squares: PyTree = slots.norms + norms_of_sums(choices, slots.factors, sample.target)
-        squares = squares + sum(
-            jnp.sum(jnp.square(g), axis=range(1, g.ndim)) for g in slots.gradients.values()
-        )
+        held = slots.gradients.items()
+        gradients |= {i: jnp.sum(g, axis=0) for i, g in held}
+        again |= {i: jnp.tensordot(weights, g, 1, precision=HIGHEST) for i, g in held if twice}
+    held_squares = {i: jnp.square(g) for i, g in slots.gradients.items()}
+    if variance == "diagonal":
+        summed = {i: jnp.sum(g, axis=0) for i, g in held_squares.items()}
+        squares: PyTree = treedef.unflatten(_or_zeros(slots.squares | summed, leaves))
     else:
-        of_gradients = {i: jnp.sum(jnp.square(g), axis=0) for i, g in slots.gradients.items()}
-        squares = treedef.unflatten(_or_zeros(slots.squares | of_gradients, leaves))
+        norms = slots.norms | norms_of_sums(choices, slots.factors, sample.target)
+        norms |= {i: jnp.sum(g, axis=range(1, g.ndim)) for i, g in held_squares.items()}
+        none = sample.zeros((sample.measured,))
+        if variance == "trace":
+            squares = sum(norms.values(), start=none)
+        else:
+            squares = treedef.unflatten([norms.get(i, none) for i in range(len(leaves))])
     shifted = shift_gradient(program, leaves)
     shift = treedef.unflatten(shifted) if shifted else ()
     gradient = treedef.unflatten(_or_zeros(gradients, leaves))
-    return BatchSums(losses, gradient, squares, shift, aux)
+    again = treedef.unflatten(_or_zeros(again, leaves)) if twice else ()
+    return BatchSums(losses, gradient, again, squares, shift, aux)
 
 
 def _split_leaves(
@@ -143,11 +157,11 @@ def _empty_slots(
         return {i: leaves[i].shape for i, choice in enumerate(choices) if choice.mode is mode}
 
     n, held = sample.measured, shapes(Mode.PER_EXAMPLE)
-    squared = shapes(Mode.IN_PLACE) if variance == "diagonal" else {}
+    in_place, diagonal = shapes(Mode.IN_PLACE), variance == "diagonal"
     return Slots(
-        norms=sample.zeros((n,)),
+        norms={} if diagonal else {i: sample.zeros((n,)) for i in in_place},
         gradients={i: sample.zeros((n, *shape)) for i, shape in held.items()},
-        squares={i: sample.zeros(shape) for i, shape in squared.items()},
+        squares={i: sample.zeros(shape) for i, shape in in_place.items()} if diagonal else {},
         factors=empty_factors(choices, sample),
     )
 

@@ -101,6 +101,9 @@ def choose(program: Program, num_params: int, variance: Variance) -> tuple[Choic
                 found[leaf].append((number, parameter))
     choices = [_choose(program.sites, leaf, at, variance) for leaf, at in enumerate(found)]
     joined = [p.leaves for at in found for _, p in at if len(p.leaves) > 1]
+    if variance == "by_parameter":  # the norm at a site is that of all that it joins
+        for leaf in frozenset[int]().union(*joined):
+            choices[leaf] = Choice(Mode.PER_EXAMPLE, "joined to another", choices[leaf].sites)
     while held := _held_with_others(joined, choices):
         for leaf in held:
             reason = "joined to one that is held"
@@ -132,12 +135,13 @@ def _choose(
     once = all(view.repeats == 1 for view in seen)
     if once and views.apart(seen):
         return Choice(Mode.IN_PLACE, "", numbers, tuple(uses))
+    reason = f"{len(uses)} uses" if len(uses) > 1 else "used in every step of a scan"
     # Squares of entries need the whole gradient; so do slices that a scan takes in turn.
     if variance == "diagonal" or any(view.looped for view in seen):
-        return Choice(Mode.PER_EXAMPLE, f"{len(uses)} uses", numbers)
+        return Choice(Mode.PER_EXAMPLE, reason, numbers)
     layouts = {use.layout() for use in uses}
     if len(layouts) == 1 and None not in layouts:
-        return Choice(Mode.COLLECTED, f"{len(uses)} uses", numbers, tuple(uses))
+        return Choice(Mode.COLLECTED, reason, numbers, tuple(uses))
     return Choice(Mode.PER_EXAMPLE, "its uses overlap in different layouts", numbers)
 
 

@@ -48,10 +48,13 @@ def _empty(use: Use, sample: Sample) -> Factors:
 
 def norms_of_sums(
     choices: Sequence[Choice], factors: dict[int, Factors], target: Target
-) -> jax.Array | float:
-    """Squared norms (n,) of the gradients whose factors were collected, over all parameters."""
-    norms = (_norms(c.uses, factors, target) for c in choices if c.mode is Mode.COLLECTED)
-    return sum(norms, start=0.0)
+) -> dict[int, jax.Array]:
+    """Squared norms (n,) of the gradients whose factors were collected, by parameter."""
+    return {
+        leaf: _norms(choice.uses, factors, target)
+        for leaf, choice in enumerate(choices)
+        if choice.mode is Mode.COLLECTED
+    }
 
 
 def _norms(uses: Sequence[Use], factors: dict[int, Factors], target: Target) -> jax.Array:

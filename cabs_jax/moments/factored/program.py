@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from cabs_jax.moments import jaxprs
-from cabs_jax.moments.factored import primitives, views
+from cabs_jax.moments.factored import distributed, primitives, views
 from cabs_jax.statistics import PyTree
 
 
@@ -137,10 +137,10 @@ def trace_program(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree) ->
 
     Args:
       loss_fn: The per-example loss.
-      params: Its parameters; those that are not floating-point count as constants.
+      params: Its parameters; arrays that are not floating-point count as constants.
       batch: Examples with a leading axis, or `ShapeDtypeStruct`s of them.
     """
-    closed, out_tree = jaxprs.trace(loss_fn, params, jax.tree.map(_first, batch))
+    closed, out_tree = distributed.trace(loss_fn, params, jaxprs.first(batch))
     jaxpr, consts = jaxprs.open_jaxpr(closed)
     leaves = jax.tree.leaves(params)
     origins: list[Origin] = [
@@ -162,16 +162,6 @@ def shifting(body: SortedJaxpr) -> frozenset[int]:
         *(step.leaves for step in body.steps),
         *(shifting(step.inner) for step in body.steps if step.inner),
     )
-
-
-def _first(x: Any) -> Any:
-    """The first example of an array, or of what describes one.
-
-    Not by `eval_shape`, whose result is no valid argument where some mesh axes are manual.
-    """
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-    return jax.lax.index_in_dim(x, 0, keepdims=False)
 
 
 def _walk(

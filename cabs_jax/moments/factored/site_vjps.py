@@ -153,14 +153,15 @@ def _measure(
     """What to measure at a site with a rule, and the slot that takes it."""
     ((_, origin),) = site.parameters
     # Several leaves behind one operand are all measured in the same way.
-    mode = context.choices[min(origin.leaves)].mode
+    leaf = min(origin.leaves)
+    mode = context.choices[leaf].mode
     if mode is Mode.PER_EXAMPLE:
         return _gradients, parameter.gradient_slots
     if mode is Mode.COLLECTED:
         return _factors, context.factors.get(number)
     if context.variance == "diagonal":
         return _square_sums, parameter.square_slots
-    return _norms, context.norms
+    return _norms, context.norms.get(leaf)
 
 
 def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:

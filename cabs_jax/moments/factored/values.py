@@ -108,9 +108,9 @@ class Context(NamedTuple):
     Attributes:
       program: The sorted loss.
       choices: How each parameter is measured.
-      variance: "trace" or "diagonal".
+      variance: "trace", "by_parameter" or "diagonal".
       sample: The examples.
-      norms: Slot for squared norms, shape (n,).
+      norms: Slots for squared norms, shape (n,), by parameter.
       factors: Slots for factors, by the number of the site.
     """
 
@@ -118,7 +118,7 @@ class Context(NamedTuple):
     choices: tuple[Choice, ...]
     variance: Variance
     sample: Sample
-    norms: jax.Array
+    norms: dict[int, jax.Array]
     factors: dict[int, tuple[jax.Array, jax.Array]]
 
 

@@ -39,12 +39,19 @@ def evaluate_view(
     slots = {i: s for i in viewed if (s := values[i].square_slots) is not None}
     if slots:
         square_slots = move(slots)
-        if jaxprs.name(equation) in MULTIPLYING | ADDING:
+        if _adds_up(equation, viewed):
+            square_slots = [sum(slots.values())]
+        elif jaxprs.name(equation) in MULTIPLYING | ADDING:
             factors = move({i: _ones(arrays[i]) for i in viewed})
             square_slots = [s * c for s, c in zip(square_slots, factors, strict=True)]
     scales = _scales(equation, values, viewed)
     parts = zip(outputs, gradient_slots, square_slots, scales, strict=True)
     return [Shared(*part) for part in parts]
+
+
+def _adds_up(equation: jaxprs.Equation, viewed: tuple[int, ...]) -> bool:
+    """Whether entries of parameters meet others, in a sum or a difference."""
+    return jaxprs.name(equation) in ADDING and len(viewed) == 2
 
 
 def _move(equation: jaxprs.Equation, arrays: list[Any], moved: dict[int, jax.Array]) -> list[Any]:
@@ -69,6 +76,9 @@ def _scales(equation: jaxprs.Equation, values: list[Shared], viewed: tuple[int, 
     constants = [v.value for i, v in enumerate(values) if i not in known]
     same = all(scale is None for scale in known.values())
     uniform = len(known) == 1 and (first is None or not first.ndim)
+    if _adds_up(equation, viewed):
+        terms = [1.0 if scale is None else jnp.square(scale) for scale in known.values()]
+        return [jnp.sqrt(jnp.float32(terms[0] + terms[1]))]
     if primitive in ADDING | {"neg"}:
         return [first]
     if uniform and primitive in views.REARRANGING | {"broadcast_in_dim"}:

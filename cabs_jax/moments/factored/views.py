@@ -6,7 +6,8 @@ one parameter can be compared by the strides with which they walk through it.
 
 Where entries are scaled or masked by constants, reversed, padded, or put together from several
 parameters (`concatenate`), each entry u of the result is still one entry w of a parameter times a
-constant c, or a constant. Then ∂ℓ/∂w = c ∂ℓ/∂u, and squared norms are weighted sums of squares.
+constant c, or a constant. Then ∂ℓ/∂w = c ∂ℓ/∂u, and squared norms are weighted sums of squares. So
+they are where parameters are added up, u = Σ_k c_k w_k: then c² is Σ_k c_k².
 Such a result is a mosaic: its pieces are known, but not where each of their entries went.
 """
 
@@ -62,9 +63,11 @@ class Mosaic(NamedTuple):
 
     Attributes:
       pieces: The views that hold all of the entries; no two share one.
+      weighted: Whether the constants may differ from entry to entry.
     """
 
     pieces: tuple[View, ...]
+    weighted: bool = False
 
 
 Seen: TypeAlias = View | Mosaic
@@ -73,6 +76,11 @@ Seen: TypeAlias = View | Mosaic
 def pieces(seen: Seen) -> tuple[View, ...]:
     """The views whose entries are seen."""
     return seen.pieces if isinstance(seen, Mosaic) else (seen,)
+
+
+def is_weighted(seen: Seen | None) -> bool:
+    """Whether entries of parameters may be seen multiplied by constants that differ."""
+    return isinstance(seen, Mosaic) and seen.weighted
 
 
 def whole(leaf: int, shape: tuple[int, ...]) -> View:
@@ -95,13 +103,16 @@ def scanned(view: Seen) -> Seen:
 def repeated(view: Seen, length: int) -> Seen:
     """The view of a step of a scan to which it is constant: each step sees the same again."""
     if isinstance(view, Mosaic):
-        return Mosaic(tuple(p._replace(repeats=p.repeats * length) for p in view.pieces))
+        return view._replace(
+            pieces=tuple(p._replace(repeats=p.repeats * length) for p in view.pieces)
+        )
     return view._replace(repeats=view.repeats * length)
 
 
 def taken_in_turn(view: Seen, length: int) -> Seen:
     """The view of an entry of some axis, at each step of a scan another one."""
-    return Mosaic(tuple(p._replace(repeats=p.repeats // length) for p in pieces(view)))
+    taken = tuple(p._replace(repeats=p.repeats // length) for p in pieces(view))
+    return Mosaic(taken, is_weighted(view))
 
 
 def merge(dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
@@ -169,7 +180,8 @@ def through(operands: Sequence[Seen | None], equation: jaxprs.Equation) -> Seque
         return [operand for operand in operands if operand is not None]
     seen = [piece for operand in operands if operand is not None for piece in pieces(operand)]
     if _is_mosaic(equation, places) and apart(seen):
-        return [Mosaic(tuple(seen))] * len(equation.outvars)
+        weighted = any(map(is_weighted, operands)) or _weighs(equation, places)
+        return [Mosaic(tuple(seen), weighted)] * len(equation.outvars)
     return None
 
 
@@ -189,16 +201,20 @@ def _alike(equation: jaxprs.Equation, places: set[int]) -> bool:
 def _is_mosaic(equation: jaxprs.Equation, places: set[int]) -> bool:
     """Whether entries of the output are constants or entries at these places times a constant.
 
-    None of these entries is there twice, and none meets another.
+    None of these entries is there twice, and none meets another but in a sum.
     """
     primitive, shape = jaxprs.name(equation), equation.outvars[0].aval.shape
     alike = _alike(equation, places)
     match primitive:
         case "concatenate" | "stack":
             return True
+        case "add" | "add_any":
+            return alike
         case "select_n":
             return alike and 0 not in places
-        case "mul" | "sub":
+        case "sub":
+            return alike
+        case "mul":
             return alike and len(places) == 1
         case "div" | "neg":
             return alike and places == {0}
@@ -207,6 +223,17 @@ def _is_mosaic(equation: jaxprs.Equation, places: set[int]) -> bool:
         case "broadcast_in_dim":
             return bool(math.prod(shape) == math.prod(equation.invars[0].aval.shape))
     return places == {0} and primitive in {"pad", *REARRANGING}
+
+
+def _weighs(equation: jaxprs.Equation, places: set[int]) -> bool:
+    """Whether a mosaic multiplies entries by different constants, or has constants among them."""
+    primitive = jaxprs.name(equation)
+    constants = [v.aval.shape for i, v in enumerate(equation.invars) if i not in places]
+    if primitive in {"mul", "div"}:
+        return any(constants)
+    if primitive in {"concatenate", "stack"}:
+        return bool(constants)
+    return primitive in {"dynamic_update_slice", "pad", "select_n"}
 
 
 def _strided(view: View, equation: jaxprs.Equation) -> list[View] | None:
@@ -236,7 +263,7 @@ def _strided(view: View, equation: jaxprs.Equation) -> list[View] | None:
 def shown(seen: Seen, shape: tuple[int, ...]) -> Seen:
     """What is seen once it is reshaped."""
     strided = reshaped(seen, shape) if isinstance(seen, View) else None
-    return strided or Mosaic(pieces(seen))
+    return strided or Mosaic(pieces(seen), is_weighted(seen))
 
 
 def reshaped(view: View, shape: tuple[int, ...]) -> View | None:

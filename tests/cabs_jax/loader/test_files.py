@@ -1,5 +1,7 @@
 """Arrays in files are read slice by slice."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -59,6 +61,17 @@ def test_an_array_alone_padded():
         batch, mask = next(loader)
     np.testing.assert_array_equal(batch[mask], VALUES[:5])
     assert not batch[~mask].any()
+
+
+def test_a_memory_mapped_array_is_read_ahead_of_the_batches(tmp_path):
+    np.save(tmp_path / "values.npy", VALUES)
+    mapped = np.load(tmp_path / "values.npy", mmap_mode="r")
+    check(mapped[:, :])
+    for array, threads in ((mapped[:, :], 1), (VALUES, 0)):
+        with BatchLoader(array, 16) as loader:
+            next(loader)
+            names = [thread.name for thread in threading.enumerate()]
+        assert sum("read-ahead" in name for name in names) == threads
 
 
 @pytest.mark.parametrize("chunks", [None, (64, 3)])

@@ -165,10 +165,22 @@ def test_records_that_cannot_be_stacked_raise(records, message):
         next(loader)
 
 
-@pytest.mark.parametrize("text", [b"\xff\x00", "line\0"])
-def test_text_that_an_array_would_shorten_raises(text):
-    with in_order([text, text], 2) as loader, pytest.raises(TypeError, match="ends in a NUL"):
+@pytest.mark.parametrize(
+    "value", [np.bytes_(b"\xff\0"), "line\0", ["a", "b\0"], [1, "a"], [[b"a", "b"]]]
+)
+def test_values_that_numpys_text_would_change_raise(value):
+    with in_order([value, value], 2) as loader, pytest.raises(TypeError, match="ends in a NUL or"):
         next(loader)
+    columns = BatchLoader(iter([{"x": [value, value]}]), 2, batched=True)
+    with columns as loader, pytest.raises(TypeError, match="ends in a NUL or"):
+        next(loader)
+
+
+def test_bytes_among_text_raise():
+    with in_order([b"a", "b"], 2) as loader, pytest.raises(ValueError, match="differ in dtype"):
+        next(loader)
+    with in_order([["ab", "c"], ["a", "bcd"]], 2) as loader, pytest.warns(match="no type for"):
+        assert next(loader).tolist() == [["ab", "c"], ["a", "bcd"]]
 
 
 def test_getitems_that_loses_records_raises():

@@ -1,5 +1,6 @@
 """Any iterable, re-cut into batches of any size: nothing lost, nothing shuffled."""
 
+import contextlib
 import itertools
 import json
 import signal
@@ -297,12 +298,64 @@ def test_resuming_continues_with_the_very_next_example(kind, before, after, lag)
         assert resumed.examples_seen == loader.examples_seen
 
 
+def test_a_state_after_more_passes_than_are_asked_for_is_at_the_end():
+    with BatchLoader(Resumable(length=4), 4, epochs=5) as loader:
+        for _ in range(4):
+            next(loader)
+        state = loader.get_state()
+    with BatchLoader(Resumable(length=4), 4, epochs=2) as loader:
+        loader.set_state(state)
+        assert next(loader, None) is None
+
+
+def test_the_example_that_could_not_be_read_is_read_when_resuming():
+    class Counts:
+        """Says that it is behind an example before it has read it."""
+
+        def __init__(self, unreadable=-1):
+            self.at, self.unreadable = 0, unreadable
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            self.at += 1
+            if self.at == self.unreadable:
+                raise OSError("the network is gone")
+            return self.at
+
+        def get_state(self):
+            return self.at
+
+        def set_state(self, state):
+            self.at = state
+
+    with BatchLoader(Counts(unreadable=5), 4) as loader:
+        next(loader)
+        with pytest.raises(OSError, match="the network is gone"):
+            next(loader)
+        state = loader.get_state()
+    with BatchLoader(Counts(), 4) as loader:
+        loader.set_state(state)
+        assert next(loader).tolist() == [5, 6, 7, 8]
+
+
 @pytest.mark.parametrize("source", [lambda: iter(range(99)), Passes], ids=["generator", "class"])
 def test_what_cannot_be_resumed_says_so(source):
     with BatchLoader(source()) as loader:
         next(loader)
         with pytest.raises(TypeError, match=r"cannot be resumed: neither it nor its iterator has"):
             loader.get_state()
+
+
+def test_an_iterator_that_cannot_be_told_where_to_go_is_not_sent_back():
+    with BatchLoader(iter(range(99))) as loader:
+        beginning = loader.get_state()
+        loader.set_state(beginning)
+        next(loader)
+        with pytest.raises(TypeError, match=r"cannot be resumed: it has no set_state"):
+            loader.set_state(beginning)
+        assert next(loader)[0] == 16
 
 
 def test_a_state_of_a_stream_that_became_shorter_says_so():
@@ -339,6 +392,9 @@ def test_a_sharded_stream_that_ends_needs_padding():
     sharding = NamedSharding(jax.make_mesh((8,), ("data",)), P("data"))
     with pytest.raises(ValueError, match=r"may not split over 8 shards: pass pad_to"):
         BatchLoader(iter(range(20)), sharding=sharding)
+    for length, splits in ((12, True), (10, False)):
+        with contextlib.nullcontext() if splits else pytest.raises(ValueError, match="8 shards"):
+            BatchLoader(np.arange(length), 8, sharding=sharding, epochs=2)
     with BatchLoader(iter(range(20)), 16, sharding=sharding, pad_to=16) as loader:
         batches = [(batch, mask) for batch, mask in loader]
     assert [int(mask.sum()) for _, mask in batches] == [16, 4]

@@ -19,12 +19,12 @@ def per_example(name):
 
 
 def per_example_of(loss, params, batch):
-    """Float64 losses and gradients, each with an example axis; zeros for integer parameters."""
+    """Float64 losses and gradients, each with an example axis; None for integer parameters."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         params, batch = jax.tree.map(_in_float64, (params, batch))
         derivative = jax.value_and_grad(loss, allow_int=True)
         losses, grads = jax.jit(jax.vmap(derivative, (None, 0)))(params, batch)
-        return np.asarray(losses), jax.tree.map(_without_float0, grads)
+        return np.asarray(losses), jax.tree.map(_or_none, grads)
 
 
 def moments(losses, grads, variance="trace", keep=None):
@@ -33,7 +33,9 @@ def moments(losses, grads, variance="trace", keep=None):
     grads = jax.tree.map(lambda g: g[keep], grads)
     mean = jax.tree.map(lambda g: g.mean(0), grads)
     diagonal = jax.tree.map(lambda g: g.var(0), grads)
-    spread = sum(map(np.sum, jax.tree.leaves(diagonal))) if variance == "trace" else diagonal
+    by_parameter = jax.tree.map(np.sum, diagonal)
+    trace = sum(jax.tree.leaves(by_parameter))
+    spread = {"trace": trace, "by_parameter": by_parameter, "diagonal": diagonal}[variance]
     return GradientMoments(losses[keep].mean(), mean, spread, keep.sum())
 
 
@@ -84,5 +86,5 @@ def _in_float64(x):
     return x.astype(np.float64) if is_floating(x) else x
 
 
-def _without_float0(g):
-    return np.zeros(g.shape) if g.dtype == jax.dtypes.float0 else np.asarray(g)
+def _or_none(g):
+    return None if g.dtype == jax.dtypes.float0 else np.asarray(g)

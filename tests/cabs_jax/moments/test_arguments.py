@@ -33,6 +33,18 @@ HOSTILE = {
     ),
     "subsample and blocks": ({"subsample": 4, "microbatch_size": 2}, ValueError, "size=2"),
     "groups elsewhere": ({"groups": 3}, ValueError, "groups=3"),
+    "coupled by reference": ({"examples_per_loss": 2}, ValueError, "neither method='auto'"),
+    "coupled 0": ({"method": "between", "examples_per_loss": 0}, ValueError, "got 0"),
+    "coupled in groups": (
+        {"method": "between", "examples_per_loss": 2, "groups": 2},
+        ValueError,
+        "groups=2",
+    ),
+    "coupled one by one": (
+        {"method": "between", "examples_per_loss": 2, "keep_batch_dim": True},
+        ValueError,
+        "keep_batch_dim=True",
+    ),
     "blocks between": ({"method": "between", "microbatch_size": 3}, ValueError, "size=3"),
 }
 
@@ -55,6 +67,21 @@ HOSTILE_CALLS = {
     "no arrays": ({}, {}, None, ValueError, "none at all"),
     "blocks": ({"microbatch_size": 4}, BATCH, None, ValueError, "microbatch_size=4.*6"),
     "groups": ({"method": "between", "groups": 4}, BATCH, None, ValueError, "groups=4.*6"),
+    "coupled": ({"method": "between", "examples_per_loss": 4}, BATCH, None, ValueError, "4 .*6"),
+    "coupled mask": (
+        {"method": "between", "examples_per_loss": 2},
+        BATCH,
+        jnp.ones(6, bool),
+        ValueError,
+        "no mask",
+    ),
+    "coupled, one group": (
+        {"method": "between", "examples_per_loss": 6},
+        BATCH,
+        None,
+        ValueError,
+        "here there is 1",
+    ),
     "one group": ({"method": "between"}, BATCH, None, ValueError, "here there is 1"),
 }
 
@@ -92,7 +119,7 @@ def test_aux_that_is_missing_is_refused():
 
 OPTIONS = {
     "method": ["auto", "factored", "per_example", "between"],
-    "variance": ["trace", "diagonal"],
+    "variance": ["trace", "by_parameter", "diagonal"],
     "subsample": [None, 4],
     "microbatch_size": [None, 2],
     "groups": [None, 4],
@@ -114,4 +141,4 @@ def test_every_combination_of_options_is_computed_or_refused(values):
         return
     m = jax.eval_shape(gradient_moments(linear, **options), jnp.ones(3), jnp.ones((8, 3)))
     assert m.mean.shape == (3,)
-    assert m.variance.shape == (() if variance == "trace" else (3,))
+    assert m.variance.shape == ((3,) if variance == "diagonal" else ())

@@ -60,7 +60,7 @@ def between(examples, keep, groups):
 
 
 @pytest.mark.parametrize("groups", [2, 3, 6])
-@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+@pytest.mark.parametrize("variance", ["trace", "by_parameter", "diagonal"])
 @pytest.mark.parametrize("real", [12, 9, 7])
 def test_between_is_its_formula(groups, variance, real):
     x = np.random.default_rng(0).normal(size=(12, 3)) + 1
@@ -69,7 +69,7 @@ def test_between_is_its_formula(groups, variance, real):
     padded = np.where(keep[:, None], x, np.nan).astype(np.float32)
     m = jax.jit(function)(jnp.ones(3), padded, jnp.asarray(keep))
     diagonal = between(x, keep, groups)
-    wanted = diagonal.sum() if variance == "trace" else diagonal
+    wanted = diagonal if variance == "diagonal" else diagonal.sum()
     assert_close(m.variance, wanted, 1e-5)
     np.testing.assert_allclose(m.mean, x[keep].mean(0), rtol=1e-5)
     assert int(m.count) == real

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cabs_jax import explain
-from tests.cabs_jax.moments.oracle import matches, names
+from cabs_jax import explain, gradient_moments
+from cabs_jax.moments.flops import flops
+from tests.cabs_jax.moments.oracle import is_floating, matches, names
 from tests.cabs_jax.moments.zoo import ZOO
+from tests.cabs_jax.moments.zoo.case import convolution, squares
 
 
 def first(batch):
@@ -18,16 +20,17 @@ def test_every_parameter_is_named_and_what_falls_back_says_why(name, capsys):
     case = ZOO[name]()
     rows = explain(case.loss, case.params, first(case.batch))
     printed = capsys.readouterr().out
+    floating = jax.tree.map(lambda p: p if is_floating(p) else None, case.params)
     assert [row.parameter for row in rows] == [
-        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(case.params)
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(floating)
     ]
-    for path, row in zip(names(case.params), rows, strict=True):
+    for path, row in zip(names(floating), rows, strict=True):
         assert row.parameter in printed
         assert (row.form in {"small", "per example"}) == matches(path, case.held)
         if row.form == "per example":
             assert row.reason
             assert row.reason in printed
-        if row.form not in {"unused", "mean only"}:
+        if row.form not in {"unused", "no gradient", "mean only"}:
             assert row.extra_flops > 0
             assert row.bytes_per_example > 0
 
@@ -54,6 +57,17 @@ def test_forms_follow_the_number_of_positions():
     assert [form(1), form(2), form(100)] == ["one position", "Gram", "direct"]
 
 
+def test_a_grouped_convolution_costs_what_its_groups_do():
+    def loss(p, x):
+        return jnp.sum(
+            jnp.tanh(jax.lax.conv_general_dilated(x[None], p, (1,), "VALID", feature_group_count=2))
+        )
+
+    (row,) = explain(loss, jnp.ones((4, 2, 3)), jnp.ones((4, 50)))
+    assert row.form == "direct"
+    assert row.extra_flops == 3 * 2 * (2 * 3) * 2  # 3·groups·p·q
+
+
 def test_diagonal_of_a_parameter_used_twice_is_held(capsys):
     def loss(p, x):
         return jnp.sum(jnp.tanh(x @ p) @ p)
@@ -76,6 +90,130 @@ def test_a_parameter_of_a_penalty_alone_moves_only_the_mean():
     params = dict.fromkeys(["penalised", "unused", "used"], jnp.ones(3))
     forms = [row.form for row in explain(loss, params, jnp.ones(3))]
     assert forms == ["mean only", "unused", "small"]
+
+
+def test_what_is_used_without_a_gradient_is_not_called_unused():
+    def loss(p, x):
+        return jnp.sum(p["used"] * x) + jnp.argmax(p["chosen"]) + jnp.sum(p["whole"]) * 0.0
+
+    params = dict.fromkeys(["chosen", "unused", "used", "whole"], jnp.ones(3))
+    forms = [row.form for row in explain(loss, params, jnp.ones(3))]
+    assert forms == ["no gradient", "unused", "small", "mean only"]
+
+
+def test_a_loss_that_cannot_be_vmapped_has_no_table(capsys):
+    def loss(p, x):
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        return jnp.sum(p * x) * jax.pure_callback(lambda x: x.sum(), shape, x)
+
+    messages = []
+    for measure in (explain, lambda p_loss, p, x: gradient_moments(p_loss)(p, x[None])):
+        with pytest.raises(NotImplementedError) as error:
+            measure(loss, jnp.ones(3), jnp.ones(3))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert not capsys.readouterr().out
+
+
+def test_form_and_target_are_named(capsys):
+    def loss(p, x):
+        return jnp.sum(jnp.tanh(x @ p))
+
+    shapes = jax.ShapeDtypeStruct((1024, 1024), "f4"), jax.ShapeDtypeStruct((128, 1024), "f4")
+    forms = {name: explain(loss, *shapes, platform=name)[0].form for name in ("cpu", "tpu")}
+    assert forms == {"cpu": "direct", "tpu": "Gram"}
+    assert "on tpu, variance='trace'" in capsys.readouterr().out
+
+
+NARROW, WIDE, STEPS = 24, 32, 10
+
+
+def mlp(p, e):
+    return squares(jnp.tanh(e["x"][0] @ p["w"]) @ p["v"])
+
+
+def conv(p, e):
+    image = e["x"].reshape(STEPS, 4, -1)
+    return squares(convolution(jnp.tanh(convolution(image, p["filters"])), p["more"]))
+
+
+def attention(p, e):
+    q, k, v = jnp.split(e["x"] @ jnp.concatenate([p["q"], p["k"], p["w"]], axis=1), 3, axis=1)
+    return squares(jax.nn.softmax(q @ k.T) @ v @ p["v"])
+
+
+def gru(p, e):
+    def step(h, x):
+        r, z = jnp.split(jax.nn.sigmoid(x @ p["w2"] + h @ p["u2"]), 2)
+        n = jnp.tanh(x @ p["w"] + r * (h @ p["u"]))
+        return (1 - z) * n + z * h, None
+
+    return squares(jax.lax.scan(step, jnp.zeros(WIDE), e["x"])[0])
+
+
+def tied(p, e):
+    return squares(jnp.tanh(p["table"][e["tokens"]] @ p["v"]) @ p["table"].T)
+
+
+def computed(p, e):
+    return squares(e["x"][0] @ jnp.exp(p["a"] @ p["b"]))
+
+
+def masked(p, e):
+    padded = jnp.pad(p["q"], ((0, 0), (1, 1)))
+    return squares(e["x"] @ jnp.tril(p["w"])) + squares(e["x"][0] @ padded)
+
+
+SHAPES = {
+    "a": (NARROW, 4),
+    "b": (4, WIDE),
+    "filters": (3, 3, NARROW // 4, 16),
+    "k": (NARROW, WIDE),
+    "more": (3, 3, 16, 16),
+    "q": (NARROW, WIDE),
+    "table": (50, WIDE),
+    "u": (WIDE, WIDE),
+    "u2": (WIDE, 2 * WIDE),
+    "v": (WIDE, WIDE),
+    "w": (NARROW, WIDE),
+    "w2": (NARROW, 2 * WIDE),
+}
+
+
+@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+@pytest.mark.parametrize("loss", [mlp, conv, attention, gru, tied, computed, masked])
+def test_operations_are_those_of_the_program_within_a_factor(loss, variance):
+    params = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
+
+    def batch(m):
+        return {"x": jnp.ones((m, STEPS, NARROW)), "tokens": jnp.zeros((m, STEPS), jnp.int32)}
+
+    def per_example(function):
+        return (flops(function, params, batch(12)) - flops(function, params, batch(4))) / 8
+
+    def mean(p, batch):
+        return jnp.mean(jax.vmap(loss, (None, 0))(p, batch))
+
+    plain = per_example(jax.grad(mean))
+    counted = per_example(gradient_moments(loss, variance=variance)) - plain
+    rows = explain(loss, params, first(batch(1)), variance=variance)
+    extra = sum(row.extra_flops for row in rows)
+    assert counted / 1.6 < extra < 1.6 * counted
+    for row in rows:
+        assert row.reason or not row.relative_flops > 0.5
+
+
+@pytest.mark.parametrize("loss", [mlp, attention])
+def test_operations_are_those_that_the_compiler_counts_within_a_factor(loss):
+    params, m = {name: jnp.ones(shape) for name, shape in SHAPES.items()}, 8
+    batch = {"x": jnp.ones((m, STEPS, NARROW))}
+
+    def counted(function):
+        return jax.jit(function).lower(params, batch).compile().cost_analysis()["flops"]
+
+    plain = counted(jax.grad(lambda p, b: jnp.mean(jax.vmap(loss, (None, 0))(p, b))))
+    extra = m * sum(row.extra_flops for row in explain(loss, params, first(batch)))
+    assert (plain + extra) / 2 < counted(gradient_moments(loss)) < 2 * (plain + extra)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_per_example_moments_are_those_of_float64(name):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+@pytest.mark.parametrize("variance", ["trace", "by_parameter", "diagonal"])
 @pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize("block", [None, 4])
 def test_exact_methods_over_the_zoo(name, variance, method, block):
@@ -72,6 +72,37 @@ def test_exact_methods_over_the_zoo(name, variance, method, block):
 @pytest.mark.parametrize("name", ["scan_over_time", "odd_leaves"])
 def test_eager_is_jit(name):
     assert_close(run(name, compiled=False), expected(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("convolution_2d", {"microbatch_size": 4}),
+        ("embedding_as_output_head", {}),
+        ("merged_queries_keys_and_values", {}),
+        ("masked_layers_of_a_scan", {}),
+        ("weight_norm", {}),
+        ("odd_leaves", {"method": "per_example"}),
+    ],
+    ids=str,
+)
+def test_variances_by_parameter_are_those_of_float64(name, options):
+    case = ZOO[name]()
+    measure = gradient_moments(case.loss, variance="by_parameter", **options)
+    padded, keep = with_garbage(case.batch, EVERY_THIRD), jnp.asarray(EVERY_THIRD)
+    m = jax.jit(measure)(case.params, padded, keep)
+    assert_close(m, expected(name, "by_parameter", EVERY_THIRD), case.tolerance)
+
+
+@pytest.mark.parametrize("options", [{"subsample": 4}, {"method": "between", "groups": 4}], ids=str)
+def test_estimates_by_parameter_add_up_to_that_of_the_trace(options):
+    case = ZOO["odd_leaves"]()
+    trace, parts = (
+        jax.jit(gradient_moments(case.loss, variance=variance, **options))(case.params, case.batch)
+        for variance in ("trace", "by_parameter")
+    )
+    assert jax.tree.map(jnp.shape, parts.variance) == jax.tree.map(lambda _: (), parts.mean)
+    np.testing.assert_allclose(sum(jax.tree.leaves(parts.variance)), trace.variance, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", SOME[:4])
@@ -163,7 +194,7 @@ def test_identical_examples_have_no_variance(variance, method):
     np.testing.assert_allclose(m.variance, 0, atol=1e-5)
 
 
-@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+@pytest.mark.parametrize("variance", ["trace", "by_parameter", "diagonal"])
 @pytest.mark.parametrize("method", [*EXACT, "between"])
 def test_squares_that_overflow_are_infinite(method, variance):
     def loss(p, x):
@@ -297,7 +328,7 @@ def test_integer_parameters_have_no_gradient_by_any_method():
     for method in EXACT:
         m = gradient_moments(loss, method=method)(params, batch)
         np.testing.assert_allclose(m.mean["w"], 2 * batch.mean(0), rtol=1e-5)
-        assert m.mean["power"] == 0
+        assert m.mean["power"] is None
         np.testing.assert_allclose(m.variance, 4 * np.var(batch, 0).sum(), rtol=1e-5)
 
 

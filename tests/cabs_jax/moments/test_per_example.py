@@ -106,7 +106,7 @@ def test_batch_size_is_that_of_all_leaves():
 )
 def test_leading_axes_that_disagree_are_refused(batch, message):
     with pytest.raises(ValueError, match=message):
-        per_example_value_and_grad(lambda p, e: p)(1.0, batch)
+        per_example_value_and_grad(lambda p, e: p)(jnp.ones(()), batch)
 
 
 def test_a_loss_that_is_no_scalar_is_refused():

@@ -119,7 +119,11 @@ def test_a_mesh_with_more_axes_than_the_batchs(way):
 
 
 @pytest.mark.parametrize("way", ["Auto", "Auto, spmd_axis_name=", "Explicit"])
-@pytest.mark.parametrize("options", [{"method": "per_example"}, {"microbatch_size": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "per_example"}, {"microbatch_size": 2}, {"variance": "by_parameter"}],
+    ids=str,
+)
 def test_other_methods_on_a_mesh(way, options):
     check("convolution_2d", way, **options)
 
@@ -135,7 +139,9 @@ ONE_AXIS, TWO_AXES = ((8,), ("data",)), ((4, 2), ("data", "model"))
     ids=str,
 )
 @pytest.mark.parametrize(
-    "options", [{}, {"variance": "diagonal"}, {"method": "per_example"}], ids=str
+    "options",
+    [{}, {"variance": "by_parameter"}, {"variance": "diagonal"}, {"method": "per_example"}],
+    ids=str,
 )
 def test_the_zoo_on_every_mesh(name, way, mesh, options):
     if name in ABORTS and way in {"Auto", "Auto, spmd_axis_name="} and "method" in options:

@@ -2,13 +2,12 @@ import json
 import math
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import cli
-from experiments.benchmarks import _exact, _flops, _nets, _report, _timing
+from experiments.benchmarks import _exact, _nets, _report, _timing
 
 TINY = {
     "mlp": partial(_nets.mlp, (12, 8, 8, 10)),
@@ -84,30 +83,6 @@ def test_exact_moments_are_those_of_least_squares():
         np.testing.assert_allclose(moments.diagonal, gradients[:m].var(0), rtol=1e-6)
         np.testing.assert_allclose(moments.trace, gradients[:m].var(0).sum(), rtol=1e-6)
         assert moments.mean.dtype == np.float64
-
-
-def test_flops_count_every_turn_of_a_loop_and_no_dead_code():
-    x = jnp.ones((4, 4))
-    product = 2 * 4**3
-
-    def chain(x):
-        jnp.sin(x)
-        return jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=5)[0] + x
-
-    assert _flops.flops(chain, x) == 5 * product + 16
-    assert _flops.flops(jax.jit(jnp.sum), x) == 16
-
-
-@pytest.mark.parametrize(
-    ("padding", "dilation", "products"),
-    [("VALID", 1, 3 * 3), ([(1, 1)], 1, 3 * 5 - 2), ([(1, 1)], 2, 13)],
-)
-def test_flops_of_convolutions_leave_out_padding_and_holes(padding, dilation, products):
-    def convolve(x, w):
-        return jax.lax.conv_general_dilated(x, w, (1,), padding, lhs_dilation=(dilation,))
-
-    x, w = jnp.ones((2, 3, 5)), jnp.ones((4, 3, 3))
-    assert _flops.flops(convolve, x, w) == 2 * 2 * 4 * 3 * products
 
 
 def test_contenders_take_turns_until_time_is_up(monkeypatch):

@@ -59,7 +59,24 @@ def test_stretches_make_up_the_whole(problem, found):
     np.testing.assert_allclose(whole.loss, found.loss[..., -1], rtol=1e-3)
 
 
-def test_all_methods_share_a_program(problem):
+def test_momentum_and_adam_are_the_librarys_at_rates_of_their_own(problem):
+    methods = ("CABS, Adam", "constant 16", "CABS, momentum")
+    grid = runs.Grid(methods, (0.5,), (7,))
+    (stretch,) = runs.stretches(problem, grid, [500])
+    momentum, adam = cabs_jax.cabs(0.05, momentum=0.9), cabs_jax.cabs_adam(0.005)
+    for place, optimizer, variance in ((2, momentum, "trace"), (0, adam, "diagonal")):
+        loop = cabs_jax.on_device_loop(problem.loss, optimizer, seed=7, variance=variance)
+        start = jax.tree.map(lambda x: x[1], problem.starts)
+        state, position = optimizer.init(start), cabs_jax.Position()
+        result = jax.jit(loop)(start, state, problem.data, position, num_examples=500)
+        sizes = np.trim_zeros(np.asarray(result.metrics.batch_size))
+        np.testing.assert_array_equal(np.trim_zeros(stretch.batch_sizes[place, 0, 0]), sizes)
+        loss = problems.mean_loss(problem.loss, result.params, problem.data) - problem.optimum
+        np.testing.assert_allclose(stretch.loss[place, 0, 0], loss, rtol=1e-3)
+    assert outcome.rate_of("CABS, Adam", 0.5) == 0.005
+
+
+def test_all_methods_run_beside_each_other(problem):
     grid = runs.Grid(tuple(runs.METHODS), (0.5,), (0, 7))
     (stretch,) = runs.stretches(problem, grid, [1_000])
     assert np.isfinite(stretch.loss).all()

@@ -54,10 +54,17 @@ def rename_a_class(folder):
     (folder / "manifest.json").write_text(json.dumps(manifest | {"class_names": ["a", "c"]}))
 
 
+def cut_a_header(folder):
+    content = (folder / "test_label.npy").read_bytes()
+    (folder / "test_label.npy").write_bytes(content.replace(b"(2,)", b"(2, "))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         flip_a_pixel,
+        cut_a_header,
+        lambda folder: (folder / "manifest.json").write_text("[" * 100_000),
         flip_a_label,
         rename_a_class,
         lambda folder: os.truncate(folder / "train_image.npy", 300),
@@ -85,6 +92,14 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_only(tmp_path):
     with pytest.warns(UserWarning, match="could not cache toy"):
         dataset = cache.load_or_make("toy", KEY, tmp_path / "file", make)
     assert fingerprint(dataset) == fingerprint(make())
+
+
+def test_what_lies_in_the_cache_and_is_no_entry_is_in_no_ones_way(tmp_path):
+    (tmp_path / "decoded").mkdir()
+    (tmp_path / "decoded" / OTHER_KEY).write_text("somebody's")
+    cache.load_or_make("toy", KEY, tmp_path, make)
+    cache.load_or_make("toy", KEY, tmp_path, must_not_make)
+    assert (tmp_path / "decoded" / OTHER_KEY).read_text() == "somebody's"
 
 
 def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import struct
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,6 +228,34 @@ def test_colours_of_sixteen_bits_are_refused_as_greys_are(tmp_path, load):
         )
     path = write_folder(tmp_path / "deep", make_files(5, 4, 3) | {"train/ant/0001.png": png})
     with pytest.raises(ValueError, match="do not fit into 8 bits"):
+        load(path)
+
+
+@pytest.mark.parametrize("kind", [b"P6", b"P3"])
+def test_colours_of_a_ppm_are_refused_above_eight_bits_alone(tmp_path, load, kind):
+    def ppm(largest):
+        numbers = np.arange(60) * (largest // 64)
+        rows = numbers.astype(">u2" if largest > 255 else "u1").tobytes()
+        if kind == b"P3":
+            rows = b" ".join(b"%d" % number for number in numbers)
+        return b"%s 4 5 %d\n%s" % (kind, largest, rows)
+
+    files = dict.fromkeys(("train/a/0.ppm", "test/a/0.ppm"), ppm(255))
+    expected = 3 * np.arange(60, dtype=np.uint8).reshape(1, 5, 4, 3)
+    np.testing.assert_array_equal(
+        load(write_folder(tmp_path / "8", files)).train["image"], expected
+    )
+    path = write_folder(tmp_path / "16", files | {"test/a/1.ppm": ppm(65535)})
+    with pytest.raises(ValueError, match="do not fit into 8 bits"):
+        load(path)
+
+
+@pytest.mark.parametrize("pipe", [True, False])
+def test_what_may_be_endless_is_no_data_set(tmp_path, load, pipe):
+    path = tmp_path / "pipe" if pipe else Path(os.devnull)
+    if pipe:
+        os.mkfifo(path)
+    with pytest.raises(ValueError, match="a device or pipe, which may be endless"):
         load(path)
 
 

@@ -47,9 +47,10 @@ def test_names_reach_both_pages_letter_by_letter(name):
 @pytest.mark.slow  # draws six figures
 @pytest.mark.parametrize("name", [n for n in hostile.NAMES if n in ("", "_hidden", "$x^$")])
 def test_names_are_drawn_in_the_figures_of_a_report(name):
-    (data,) = analysis.data_sets(finished(dataset=name, name=name))
+    (data,) = analysis.data_sets([finished(dataset=name, name=name)], analysis.Clock([]))
     assert figures.curves(data).startswith(b"\x89PNG")
     assert figures.sensitivity(data).startswith(b"\x89PNG")
+    assert figures.floors(data).startswith(b"\x89PNG")
 
 
 DAMAGES = (
@@ -88,9 +89,10 @@ def told_or_read(source):
 def page_without_figures(title, loaded):
     """The page in HTML and in Markdown."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "curves", lambda data: b"png")
-        patch.setattr(figures, "sensitivity", lambda data: b"png")
-        sections = page.sections(loaded)
+        for name in ("curves", "sensitivity", "floors", "by_devices"):
+            patch.setattr(figures, name, lambda *what: b"png")
+        found = analysis.data_sets([loaded], analysis.Clock(loaded.runs.values()))
+        sections = page.sections([loaded], found)
     return render.html(title, sections), render.markdown(title, sections)
 
 
@@ -143,7 +145,7 @@ def test_a_truncated_compact_file_is_told_or_harmless(compact, data):
         ("test_accuracy", [0.1, 0.2, 1.5], "a test accuracy is missing or not in [0, 1]"),
         ("averaged", {"exponential": [[1.0], [0.5]]}, "averaged weights lack a loss"),
         ("variance", [1.0], "its gradient variances are not 40 numbers"),
-        ("sizes", [[], [[16.5, 1]], []], "its steps are not counted by batch sizes"),
+        ("sizes", [[], [[16.5, 1]], *[[]] * 8], "its steps are not counted by batch sizes"),
         ("step_seconds", [[16, None]], "TypeError"),
         ("step_seconds", [[16, 0.0]], "the seconds of its steps are not positive numbers"),
         ("batch_sizes", [16.0], "its batch sizes are not 40 positive numbers"),

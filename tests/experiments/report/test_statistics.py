@@ -54,6 +54,8 @@ def test_excess_is_over_the_best_of_all_and_no_worse_than_untrained():
     np.testing.assert_allclose(log_excess(losses, 1.0, 4.0), by_hand)
     halved = log_excess(losses, np.array([0.5, 1.0]), 4.0)
     np.testing.assert_allclose(halved, by_hand + np.array([np.log(2), 0.0]))
+    capped = log_excess(losses, 1.0, np.array([4.0, 2.0]))
+    np.testing.assert_allclose(capped, [by_hand[0], np.log(2) / 4])
 
 
 def test_decades_of_the_rate_are_counted_up_to_the_bound():

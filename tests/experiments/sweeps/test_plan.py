@@ -2,7 +2,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.sweeps import plan
+from experiments import cli
+from experiments.commands import sweep as command
+from experiments.report import results
+from experiments.sweeps import plan, sweep
+from tests.experiments.measured import finished
 
 TEXT = """
 title = "Two by two"
@@ -89,3 +93,26 @@ def test_a_mistake_in_the_plan_is_named(change, message):
     assert change[0] in TEXT
     with pytest.raises(plan.PlanError, match=message):
         plan.parse(TEXT.replace(*change))
+
+
+def test_runs_that_a_compact_file_holds_are_not_made_again(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def swept(text, runs, out, **options):
+        asked.append([run.name for run in runs])
+        return sweep.Outcome(0, len(runs), 0, {}, {})
+
+    monkeypatch.setattr(command, "sweep", swept)
+    made = finished()
+    names = list(made.runs)
+    lacking = made._replace(runs={name: made.runs[name] for name in names[1:]})
+    results.save(lacking, tmp_path / "known.jsonl")
+    (tmp_path / "plan.toml").write_text(made.plan_text)
+    given = ["sweep", str(tmp_path / "plan.toml"), "--out", str(tmp_path / "out")]
+    known = ["--known", str(tmp_path / "known.jsonl")]
+    assert cli.main([*given, *known]) == 0
+    assert f"{len(names) - 1} were there already" in " ".join(capsys.readouterr().out.split())
+    # A run of another configuration is another run, whatever its name.
+    (tmp_path / "plan.toml").write_text(made.plan_text.replace("1440", "2880"))
+    assert cli.main([*given, *known]) == 0
+    assert asked == [names[:1], names]

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import cli, report
@@ -153,20 +154,23 @@ def test_mistakes_are_told_in_one_line(arguments, message, tmp_path, monkeypatch
 
 
 def test_the_report_can_be_made_again_from_its_compact_file(folder, tmp_path):
-    markdown, html, compact = report.write(folder, tmp_path / "first")
-    again, _, compact_again = report.write(compact, tmp_path / "second")
-    assert compact_again.read_text() == compact.read_text()
+    compact, again = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    markdown, html = report.write(report.load([folder]), tmp_path / "first")
+    results.save(results.load(folder), compact)
+    results.save(results.load(compact), again)
+    assert again.read_text() == compact.read_text()
+    second, _ = report.write(report.load([compact]), tmp_path / "second")
     for path in markdown.parent.rglob("*.png"):
         assert path.read_bytes()[:4] == b"\x89PNG"
         assert path.relative_to(markdown.parent).as_posix() in markdown.read_text()
     assert 'src="data:image/png;base64,' in html.read_text()
     assert 'src="figures' not in html.read_text()
     # Five digits are kept: what is shown has three.
-    assert again.read_text().splitlines()[:12] == markdown.read_text().splitlines()[:12]
+    assert second.read_text().splitlines()[:12] == markdown.read_text().splitlines()[:12]
 
 
 def test_the_report_names_what_is_missing_and_what_diverged(folder, tmp_path):
-    text = report.write(folder, tmp_path)[0].read_text()
+    text = report.write(report.load([folder]), tmp_path)[0].read_text()
     assert "4 of 5 runs, 2 of which diverged" in text
     assert "- missing, lost, constant-16: seed 0, α 0.2" in text
     assert "- diverged, digits, cabs, constant-16: seed 0, α 3e+38" in text
@@ -184,9 +188,9 @@ def test_thinned_results_keep_what_the_runs_measured(folder):
     counted = {s: sum(i.get(s, 0) for i in result.sizes) for s in steps}
     assert counted == steps
     assert result.batch_sizes.mean() == pytest.approx((size * size).sum() / size.sum())
-    (data,) = analysis.data_sets(loaded)
-    assert data.methods["cabs"].best_rate == data.shared_rate == 0.2
-    assert data.methods["cabs"].final_loss(3e38).median == float("inf")
+    diverged = loaded.runs["digits/cabs/lr-3e+38-seed-0"]
+    start = analysis.untrained(diverged)
+    assert np.exp(analysis.log_final(diverged, analysis.LAST)) == pytest.approx(start)
 
 
 @pytest.mark.parametrize("content", ["", "{}\n", '{"plan": 3}\n', "no JSON\n"])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import cli
 from experiments.errors import Interrupted
 from experiments.soak.kills import untimed
 from experiments.training import checkpoint, run_folder
@@ -162,6 +163,27 @@ def test_lines_that_a_checkpoint_counts_on_must_be_there(tmp_path):
     (tmp_path / run_folder.METRICS).write_text("")
     with pytest.raises(run_folder.ResumeError, match=r"metrics\.jsonl was cut to 0 bytes"):
         resume(job, tmp_path)
+
+
+def test_a_checkpoint_that_another_version_wrote_is_refused_and_what_it_lacks_named(
+    tmp_path, monkeypatch, capsys
+):
+    save = Checkpoints.save
+
+    def save_less(self, step, arrays, progress):
+        del progress["first_loss"], progress["evaluated"]
+        save(self, step, arrays, progress)
+
+    job, out = experiment(), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_less)
+        with pytest.raises(CrashError), Checkpoints(out / FOLDER, EVERY_STEP) as checkpoints:
+            train(job, out, crash_at(4), checkpoints=checkpoints)
+    written = (out / run_folder.METRICS).read_bytes()
+    assert cli.main(["run", "--resume", "--out", str(out)]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "the checkpoint to resume lacks evaluated, first_loss, for another version" in told
+    assert (out / run_folder.METRICS).read_bytes() == written
 
 
 def some_arrays(seed):

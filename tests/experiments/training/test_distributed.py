@@ -208,3 +208,12 @@ def test_a_process_that_dies_or_is_cut_off_ends_the_other(tmp_path, pod):
     for first, _ in pairs.values():
         assert status(first, SOON) == 1
         assert "process 1: error: it died, or gave no sign for 15 s." in first.said.read_text()
+
+
+@pytest.mark.slow
+def test_jax_ends_the_others_where_the_first_process_is_killed(tmp_path, pod):
+    first, second = pod.pair("--steps", "100000")
+    wait_until(lambda: steps_written(tmp_path / "from-0") > 3, first)
+    first.kill()
+    assert status(second, SOON) == -signal.SIGABRT
+    assert "another task died" in second.said.read_text()

@@ -32,6 +32,13 @@ def test_plot_draws_runs_of_any_length(tmp_path, steps):
         assert len(image.getcolors(maxcolors=1 << 20)) > 50
 
 
+def test_a_run_that_lacks_what_is_drawn_is_named(tmp_path):
+    run = record(8, 16)
+    del run.metrics["loss"], run.evaluations["test_accuracy"]
+    with pytest.raises(ValueError, match="the run 'CABS' lack loss, test_accuracy"):
+        plot({"CABS": run}, tmp_path / "figure.png")
+
+
 def test_a_bin_weighs_steps_by_their_examples():
     position, mean = binned_mean(
         position=np.array([10.0, 40.0, 40_000.0]),

@@ -58,6 +58,33 @@ def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     assert done == ["summary.json.partial", "renamed", tmp_path.name]
 
 
+def test_what_a_link_points_to_is_not_written(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / f"summary.json{run_folder.PARTIAL}").symlink_to(tmp_path / "mine")
+    run_folder.write_json(tmp_path / "summary.json", {"steps": 1})
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "summary.json").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("1\n", "is damaged: TypeError"),
+        ("[1]\n", "is damaged: IndexError"),
+        ('{"examples": 1}\n{"loss": 1}\n', "is damaged: KeyError"),
+        ('{"examples": "x"}\n', "is damaged: ValueError"),
+        ('{"examples": 1%s}\n' % ("0" * 400), "is damaged: OverflowError"),
+        ("[" * 100_000 + "\n", "is damaged: RecursionError"),
+        ("\xff\n", "is damaged: UnicodeDecodeError"),
+        ('{"examples": [1]}\n', "is damaged: it holds lists where numbers belong"),
+    ],
+)
+def test_lines_that_are_not_a_runs_are_named(tmp_path, lines, message):
+    (tmp_path / run_folder.METRICS).write_text(lines, "latin-1")
+    with pytest.raises(run_folder.ResumeError, match=rf"metrics\.jsonl {message}"):
+        run_folder.read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

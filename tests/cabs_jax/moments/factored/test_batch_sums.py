@@ -38,13 +38,14 @@ def test_moments_are_those_of_float64_per_example_gradients(name):
     assert_close(trace, expected(name, keep=KEEP), case.tolerance)
     assert_close(diagonal, expected(name, "diagonal"), case.tolerance)
     assert trace.variance.dtype == jnp.float32
-    jax.tree.map(lambda g, p: np.testing.assert_equal(g.dtype, p.dtype), trace.mean, case.params)
+    assert {g.dtype for g in jax.tree.leaves(trace.mean)} == {np.dtype("float32")}
 
 
 @pytest.mark.parametrize("name", EACH)
 def test_only_parameters_named_so_have_no_gradient(name):
     case = ZOO[name]()
-    for path, g in zip(names(case.params), jax.tree.leaves(per_example(name)[1]), strict=True):
+    gradients = per_example(name)[1]
+    for path, g in zip(names(gradients), jax.tree.leaves(gradients), strict=True):
         assert np.any(g) != matches(path, case.unused), path
 
 
@@ -72,6 +73,13 @@ def test_squares_of_the_first_examples_of_every_lane_with_weights(name, measured
     assert_close(sums.losses, losses)
     assert_close(sums.gradient, jax.tree.map(lambda g: g.sum(0), weighted))
     assert_close(sums.squares, norms[list(rows)])
+
+
+def test_the_mean_of_a_whole_batch_is_that_of_the_gradients_measured():
+    moments_of = gradient_moments(lambda w, x: jnp.sum(jnp.tanh(x @ w)))
+    jaxpr = jax.make_jaxpr(moments_of)(jnp.ones((4, 3)), jnp.ones((8, 100, 4)))
+    # The layer, the gradient of its input, and those of the examples, but not their mean beside.
+    assert str(jaxpr).count("dot_general") == 3
 
 
 def test_terms_of_parameters_alone_shift_the_mean_but_not_the_squares():

@@ -49,6 +49,16 @@ def test_squares_of_entries_of_a_parameter_used_twice_need_its_gradients():
     assert not choice.uses
 
 
+def test_parameters_joined_behind_one_operand_are_told_apart_only_by_their_gradients():
+    def loss(p, x):
+        return jnp.sum(jnp.square(x @ jnp.concatenate([p["k"], p["q"]], axis=1)))
+
+    params = {"k": jnp.ones((3, 2)), "q": jnp.ones((3, 2))}
+    for variance, mode in (("trace", Mode.IN_PLACE), ("by_parameter", Mode.PER_EXAMPLE)):
+        found = choices(loss, params, jnp.ones((1, 3)), variance)
+        assert [choice.mode for choice in found] == [mode, mode]
+
+
 def test_copies_of_a_bias_are_small_and_those_of_a_table_are_not():
     def added(p, x):
         return jnp.sum(jnp.square(x + p))

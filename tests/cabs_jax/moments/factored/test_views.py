@@ -151,7 +151,7 @@ def test_what_does_more_than_look_is_no_view(function):
 )
 def test_what_scales_and_mixes_entries_with_constants_is_a_mosaic_of_them(function):
     (mosaic,) = seen_by(function, (4, 3))
-    assert mosaic == views.Mosaic((views.whole(0, (4, 3)),))
+    assert mosaic.pieces == (views.whole(0, (4, 3)),)
 
 
 def test_adding_a_constant_changes_nothing():
@@ -171,7 +171,17 @@ def test_a_mosaic_has_no_entry_twice():
     assert views.through([first, first], joined) is None
     elsewhere = second._replace(leaf=1)
     chosen = equation(lambda x, y: lax.select(jnp.ones((2, 3), bool), x, y), (2, 3), (2, 3))
-    assert views.through([None, first, elsewhere], chosen) == [views.Mosaic((first, elsewhere))]
+    assert views.through([None, first, elsewhere], chosen) == [
+        views.Mosaic((first, elsewhere), weighted=True)
+    ]
+
+
+def test_sums_of_different_entries_are_mosaics():
+    x = jax.ShapeDtypeStruct((4, 3), jnp.float32)
+    (equation,) = jax.make_jaxpr(lambda x, y: x + y)(x, x).eqns
+    first, other = views.whole(0, (4, 3)), views.whole(1, (4, 3))
+    assert views.through([first, other], equation) == [views.Mosaic((first, other))]
+    assert views.through([first, first], equation) is None
 
 
 def test_split_gives_disjoint_views():

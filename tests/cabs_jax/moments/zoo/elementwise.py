@@ -6,7 +6,7 @@ from jax import lax
 from tests.cabs_jax.moments.zoo.case import add, case, convolution, normalised, squares
 
 
-@case(held="scale shift gain slope temperature position")
+@case(held="scale shift gain slope temperature position", tolerance=2e-4)
 def elementwise(draw):
     def loss(p, x):
         h = jnp.broadcast_to(p["scale"], x.shape) * x - jnp.broadcast_to(p["shift"], x.shape)

@@ -40,12 +40,20 @@ def spectral_norm_by_power_iteration(draw):
     return loss, {"w": draw(5, 4)}, draw.batch(5)
 
 
-@case(held="a b", unused="base")
+@case(unused="base")
 def low_rank_update_of_a_frozen_layer(draw):
     def loss(p, x):
         return squares(x @ (lax.stop_gradient(p["base"]) + p["a"] @ p["b"]))
 
     return loss, {"base": draw(5, 4), "a": draw(5, 2), "b": draw(2, 4)}, draw.batch(5)
+
+
+@case(held="a b")
+def product_of_weights_before_a_long_sequence(draw):
+    def loss(p, x):
+        return squares(x @ (p["a"] @ p["b"]))
+
+    return loss, {"a": draw(5, 4), "b": draw(4, 4)}, draw.batch(40, 5)
 
 
 @case()

@@ -92,6 +92,66 @@ def flipped_and_rolled_weights(draw):
     return loss, {"w": draw(5, 3), "v": draw(5, 3), "u": draw(6, 4)}, draw.batch(5)
 
 
+@case()
+def sums_of_weights(draw):
+    def loss(p, x):
+        mask = CHECKERBOARD.astype(x.dtype)
+        h = jnp.tanh(x @ (p["a"] + p["b"])) @ (p["c"] - 2 * p["d"].T) + x @ (p["e"] + mask * p["f"])
+        three = p["g"] - (p["h"] + p["i"] / 2)
+        return squares(h) + squares(jnp.stack([x, 2 * x, jnp.sin(x)]) @ three)
+
+    return loss, {name: draw(5, 5, scale=0.5) for name in "abcdefghi"}, draw.batch(5)
+
+
+@case(unused="frozen")
+def merged_low_rank_updates(draw):
+    def loss(p, x):
+        first = lax.stop_gradient(p["frozen"]) + 0.5 * (p["a"] @ p["b"])
+        second = (p["w"] - (p["d"].T @ p["c"].T).T / 2).T
+        third = p["u"] + p["e"] @ (p["f"] @ p["g"])
+        return squares(jnp.tanh(x @ first)) + squares(second @ x) + squares(jnp.sin(x) @ third)
+
+    shapes = {
+        "frozen": (12, 12),
+        "a": (12, 2),
+        "b": (2, 12),
+        "w": (12, 12),
+        "c": (12, 2),
+        "d": (2, 12),
+    }
+    shapes |= {"u": (12, 12), "e": (12, 2), "f": (2, 3), "g": (3, 12)}
+    return loss, {name: draw(*shape, scale=0.5) for name, shape in shapes.items()}, draw.batch(12)
+
+
+@case()
+def merged_updates_in_a_checkpointed_scan(draw):
+    def loss(p, x):
+        @jax.checkpoint
+        def layer(h, p):
+            return jnp.tanh(h @ (p["w"] + 0.5 * jax.jit(jnp.matmul)(p["a"], p["b"]))), None
+
+        return squares(lax.scan(layer, x, p)[0])
+
+    return loss, {"w": draw(3, 8, 8), "a": draw(3, 8, 1), "b": draw(3, 1, 8)}, draw.batch(8)
+
+
+@case(held="w")
+def sum_with_its_own_transpose(draw):
+    return lambda p, x: squares(x @ (p["w"] + p["w"].T)), {"w": draw(5, 5)}, draw.batch(5)
+
+
+@case(held="w v k")
+def permuted_and_repeated_heads(draw):
+    order = np.array([2, 0, 3, 1], np.int32)
+
+    def loss(p, x):
+        h = jnp.tanh(x @ p["w"][:, order]) @ p["v"][np.ix_(order, order[::-1])]
+        repeated = p["k"][:, np.array([0, 0, 1, 1], np.int32)]
+        return squares(h) + squares(jnp.einsum("i,ihd->hd", x, repeated))
+
+    return loss, {"w": draw(5, 4), "v": draw(4, 4), "k": draw(5, 2, 3)}, draw.batch(5)
+
+
 @case(held="w v b")
 def joined_to_weights_that_are_used_again(draw):
     def loss(p, x):

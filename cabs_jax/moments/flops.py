@@ -8,26 +8,20 @@ contraction, one for each entry of any other result.
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.interpreters.partial_eval import dce_jaxpr
 
 from cabs_jax.moments import jaxprs
 
 
 def flops(function: Any, *args: Any) -> int:
     """Operations of `function(*args)`, leaving out what its result does not need."""
-    closed = jax.make_jaxpr(function)(*args)
-    needed, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return _of_jaxpr(needed)
+    closed, _ = jaxprs.trace(function, *args)
+    return _of_jaxpr(jaxprs.needed(closed.jaxpr)[0])
 
 
-def _of_jaxpr(jaxpr: Any) -> int:
-    return sum(map(_of_equation, jaxpr.eqns))
-
-
-def _of_equation(equation: Any) -> int:
+def of_equation(equation: jaxprs.Equation) -> int:
+    """Operations of one equation, and of the jaxprs that it holds."""
     kind, params = equation.primitive.name, equation.params
     inner = [_of_jaxpr(jaxpr) for jaxpr in jaxprs.subjaxprs(equation)]
     if kind == "scan":
@@ -49,6 +43,10 @@ def _of_equation(equation: Any) -> int:
     if kind.startswith("reduce_") and floating:
         return _size(equation.invars[0])
     return sum(map(_size, floating))
+
+
+def _of_jaxpr(jaxpr: jaxprs.Jaxpr) -> int:
+    return sum(map(of_equation, jaxpr.eqns))
 
 
 def _of_convolution(equation: Any) -> int:

@@ -1,0 +1,211 @@
+"""What it costs to measure a parameter, in operations on top of those of the plain gradient.
+
+Counted from shapes, for one example, in the conventions of `flops`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from cabs_jax.moments import convolution, flops, jaxprs
+from cabs_jax.moments.factored import cost, outer_products, views
+from cabs_jax.moments.factored.choice import Choice, Mode, Use, copies_are_cheap
+from cabs_jax.moments.factored.program import (
+    CONSTANT,
+    Kind,
+    Parameter,
+    Program,
+    Site,
+    SortedJaxpr,
+    Step,
+)
+from cabs_jax.moments.target import Target
+from cabs_jax.statistics import Variance
+
+Leaves = frozenset[int]
+
+
+class Price(NamedTuple):
+    """What it costs to measure one parameter for one example.
+
+    Attributes:
+      forms: The forms in which its norm or its squares are taken.
+      extra: Operations on top of the plain gradient's.
+      plain: Operations of the plain gradient at its sites, forward and backward.
+      bytes: Memory while it is measured.
+      sizes: For each use, (groups, positions, p, q).
+      reason: Why it is more than it would be for a parameter as it is.
+    """
+
+    forms: tuple[str, ...]
+    extra: int
+    plain: int
+    bytes: int
+    sizes: tuple[cost.Sizes, ...] = ()
+    reason: str = ""
+
+
+def of_uses(leaf: int, choice: Choice, variance: Variance, target: Target) -> Price:
+    """The price of a parameter that is measured through factors."""
+    uses = choice.uses
+    if choice.mode is Mode.IN_PLACE:
+        parts = [_in_place(use, variance, target) for use in uses]
+        shares = [_share(leaf, use) * math.prod(use.site.scans) for use in uses]
+        sizes = tuple(use.rule.sizes() for use in uses)
+        return Price(
+            tuple(dict.fromkeys(form for part in parts for form in part.forms)),
+            round(sum(part.extra * share for part, share in zip(parts, shares, strict=True))),
+            round(sum(6 * math.prod(s) * share for s, share in zip(sizes, shares, strict=True))),
+            max(part.bytes for part in parts),
+            sizes,
+            _why(uses, variance),
+        )
+    plain = sum(6 * math.prod(use.sizes()) for use in uses)
+    groups, _, p, q = uses[0].sizes()
+    lengths = [use.sizes()[1] for use in uses]
+    size = groups, sum(lengths), p, q
+    direct = cost.prefers_direct(size, target)
+    memory = cost.norm_bytes(size, direct=direct)
+    if direct:  # the gradients formed here are not those of the batch
+        extra = 2 * math.prod(size) + (2 + len(uses)) * groups * p * q
+        return Price(("direct",), extra, plain, memory, (size,))
+    pairs = sum(s * t for i, s in enumerate(lengths) for t in lengths[: i + 1])
+    across = sum(q if use.rule.one_hot else p + q for use in uses) // len(uses)
+    return Price(("Gram",), groups * pairs * (2 * across + 3), plain, memory, (size,))
+
+
+def _why(uses: tuple[Use, ...], variance: Variance) -> str:
+    """Why parameters cost more than in a product with them as they are."""
+    if any(use.rule.apart for use in uses):
+        return "every example reads rows of its own, once more"
+    if variance != "diagonal" and any(views.is_weighted(use.view) for use in uses):
+        return "its entries are multiplied by different constants"
+    return ""
+
+
+def _share(leaf: int, use: Use) -> float:
+    """The part of what a use sees that is of this parameter."""
+    entries = [math.prod(n for axis in p.axes for n, _ in axis) for p in views.pieces(use.view)]
+    of_leaf = [n for p, n in zip(views.pieces(use.view), entries, strict=True) if p.leaf == leaf]
+    return sum(of_leaf) / max(sum(entries), 1)
+
+
+def _in_place(use: Use, variance: Variance, target: Target) -> Price:
+    sizes, rule = use.rule.sizes(), use.rule
+    groups, t, p, q = sizes
+    weighted = views.is_weighted(use.view)
+    direct = not rule.one_hot and t > 1
+    if variance != "diagonal" and not weighted and direct | rule.one_hot:
+        direct = not rule.apart and _is_direct(use, target)
+    memory = cost.norm_bytes(sizes, direct=direct)
+    if direct:  # squares, their sum, and that of the gradients; products with padding
+        padding = 0
+        if jaxprs.name(use.site.equation) == "conv_general_dilated":
+            padding = 2 * math.prod(sizes) - flops.of_equation(use.site.equation)
+        return Price(("direct",), (4 if weighted else 3) * groups * p * q + padding, 0, memory)
+    if rule.one_hot and (rule.apart or t == 1):
+        return Price(("one position",) if t == 1 else ("rows",), 2 * t * q, 0, 4 * t * q)
+    if t > 1:
+        across = q if rule.one_hot else p + q
+        return Price(("Gram",), groups * t**2 * (2 * across + 3), 0, memory)
+    products = 2 * p * q if weighted or variance == "diagonal" else 0
+    return Price(("one position",), groups * (2 * (p + q) + products), 0, 4 * groups * (p + q))
+
+
+def _is_direct(use: Use, target: Target) -> bool:
+    """Whether the direct form is chosen for the norm, as `site_vjps` does."""
+    equation, costs = use.site.equation, target.costs
+    default = outer_products.is_default(outer_products.model_precision(equation))
+    others = [v.aval.dtype for i, v in enumerate(equation.invars) if i != use.rule.operand]
+    narrow = all(dtype.itemsize == 2 for dtype in [*others, equation.outvars[0].aval.dtype])
+    return cost.prefers_direct(
+        use.rule.sizes(),
+        target,
+        rounded=narrow or (costs.rounds_alike and default),
+        one_hot=use.rule.one_hot,
+        patches=costs.patch_traffic > 0 and convolution.goes_by_row(equation),
+    )
+
+
+def of_held(sites: Sequence[Site], size: int, pulled: int) -> Price:
+    """The price of a parameter of so many entries whose gradients are held for every example.
+
+    Args:
+      sites: Where it meets the example.
+      size: Its number of entries.
+      pulled: What it costs to pull its gradients back through functions of it.
+    """
+    small = not pulled and all(site.rule is None and copies_are_cheap(site) for site in sites)
+    extra, plain = 3 * size + pulled, 0
+    for site in sites:
+        repeats = math.prod(site.scans)
+        if site.rule is not None:
+            plain += repeats * 6 * math.prod(site.rule.sizes())
+            # Added up over sites and steps; of one position, where the plain gradient is a product
+            # over the batch, the gradient of an example has no more than its entries.
+            added = len(sites) * repeats > 1
+            extra += repeats * size * (added - (site.rule.positions == 1))
+        elif site.equation is not None and jaxprs.name(site.equation) != "scan":
+            once = repeats * flops.of_equation(site.equation)
+            plain += 3 * once
+            if not copies_are_cheap(site) and jaxprs.subjaxprs(site.equation):
+                extra += once  # its forward pass again
+    return Price(("small" if small else "per example",), extra, 0 if small else plain, 4 * size)
+
+
+def pulled_back(program: Program, held: Leaves) -> dict[int, int]:
+    """Operations to pull gradients back through functions of parameters, for those that are held.
+
+    The plain gradient does so once for the whole batch, and here it is once for each example.
+    """
+    found: dict[int, int] = {}
+    _pull(program.body, found, held, 1)
+    return found
+
+
+def _pull(body: SortedJaxpr, found: dict[int, int], held: Leaves, repeats: int) -> list[Any]:
+    """Goes through a sorted jaxpr with the parameters of its values; None of what is not shared."""
+
+    def visit(step: Step, operands: list[Leaves | None]) -> list[Leaves | None]:
+        equation, inner = step.equation, step.inner
+        if inner is not None:
+            scanned = equation.params["length"] if step.kind is Kind.SCAN else 1
+            return _pull(inner, found, held, repeats * scanned)
+        shared = [leaves for leaves in operands if leaves is not None]
+        if len(shared) < len(operands) or step.kind is Kind.SITE:
+            return [None] * len(equation.outvars)
+        leaves = Leaves().union(*shared)
+        if step.kind is Kind.PLAIN and leaves & held and jaxprs.name(equation) != "stop_gradient":
+            places = [i for i, own in enumerate(operands) if own and own & held]
+            price = repeats * _of_pull(equation, places)
+            for leaf in leaves & held:
+                found[leaf] = found.get(leaf, 0) + price // len(leaves & held)
+        gradient = jaxprs.name(equation) != "stop_gradient"
+        return [leaves if gradient else Leaves()] * len(equation.outvars)
+
+    inputs = [_leaves_of(origin) for origin in body.inputs]
+    return jaxprs.walk(body.jaxpr, body.consts, inputs, body.steps, visit, lambda _: Leaves())
+
+
+def _leaves_of(origin: Any) -> Leaves | None:
+    if isinstance(origin, Parameter):
+        return origin.leaves
+    return Leaves() if origin is CONSTANT else None
+
+
+def _of_pull(equation: jaxprs.Equation, places: Sequence[int]) -> int:
+    """Operations of one product with the transposed Jacobian, by the operands at some places."""
+    avals = dict(enumerate(v.aval for v in equation.invars))
+    floating = [v.aval for v in equation.outvars if jaxprs.carries_gradient(v)]
+
+    def pull(operands: dict[int, jax.Array], cotangents: list[jax.Array]) -> Any:
+        arguments = {i: operands[i] for i in places}
+        return jax.vjp(lambda own: jaxprs.floating_outputs(equation, operands | own), arguments)[1](
+            cotangents
+        )
+
+    return flops.flops(pull, avals, floating)
