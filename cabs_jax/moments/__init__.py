@@ -73,7 +73,8 @@ Glossary:
   after masks, `concatenate` or `pad`; the squared norm is a sum of squares weighted by the scale.
 * factor: `left` or `right`; the gradient of an example is Σ_t left_t ⊗ right_t over positions t.
 * form: the way in which a norm is taken from factors. The Gram form uses their inner products, the
-  direct form adds up the outer products; with one position it is a product of two norms.
+  direct form adds up the outer products; with one position it is a product of two norms. A kernel
+  is the direct form with nothing but the factors and the sum in memory.
 * shift: a term of the loss of parameters alone (a penalty). It moves the mean gradient, not the
   variance.
 * share: 1/m, the part of one example in a mean over m of them.

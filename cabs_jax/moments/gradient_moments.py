@@ -22,7 +22,14 @@ from cabs_jax.moments.per_example import (
 )
 from cabs_jax.moments.randomness import check_rng, keys_of_examples, with_key
 from cabs_jax.moments.split import Method
-from cabs_jax.moments.target import AxisNames, Platform, Target, check_platform
+from cabs_jax.moments.target import (
+    AxisNames,
+    Kernels,
+    Platform,
+    Target,
+    check_platform,
+    with_kernels,
+)
 from cabs_jax.moments.weighting import check_weights, usable, weighted_moments
 from cabs_jax.statistics import (
     GradientMoments,
@@ -66,6 +73,7 @@ class Options(TypedDict, total=False):
     mesh: jax.sharding.Mesh | None
     spmd_axis_name: AxisNames | None
     platform: Platform | None
+    kernels: Kernels
 
 
 @overload
@@ -95,6 +103,7 @@ def gradient_moments(
     mesh: jax.sharding.Mesh | None = None,
     spmd_axis_name: AxisNames | None = None,
     platform: Platform | None = None,
+    kernels: Kernels = False,
 ) -> MomentsFunction[Any]:
     """Mean loss, mean gradient and gradient variance of a batch.
 
@@ -158,6 +167,10 @@ def gradient_moments(
       platform: What is compiled for, "cpu", "gpu" or "tpu". By default that of the devices of the
         mesh which the arrays are on, or else JAX's default backend. It chooses between ways of
         equal result; to be given where a process compiles for one device that it does not have.
+      kernels: Whether dense layers of several positions and convolutions are measured by Pallas
+        kernels on TPUs. They have been compiled for v5e, v5p and v6e, but not run on a chip. For
+        the trace; what they do not cover is measured as without them. On several devices they need
+        `mesh` or `axis_name`. "interpret" runs them on any platform, slowly, to be checked.
 
     Returns:
       A function `(params, batch, mask=None, *, rng=None, weights=None, averaged_params=None)` that
@@ -287,6 +300,7 @@ def gradient_moments(
         given = parts.parameters, averaged_params, rng, parts.arrays
         mesh_used, axis_names = sharding.resolve(mesh, axis_name, batch)
         target = sharding.target(platform, mesh_used, axis_names, spmd_axis_name, (batch, given))
+        target = with_kernels(target, kernels)
         measure: Callable[..., Any] = functools.partial(on_shard, axis_names, target, parts)
         if mesh_used is not None:
             out_specs = sharding.WHOLE, sharding.SPLIT

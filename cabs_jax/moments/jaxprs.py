@@ -253,6 +253,16 @@ def varying_axes(x: Any) -> frozenset[str]:
     return frozenset(aval.mat.varying if hasattr(aval, "mat") else aval.vma)
 
 
+def shape_varying_like(shape: tuple[int, ...], dtype: Any, operands: PyTree) -> Any:
+    """The shape of a result that differs over all axes over which one of the operands does."""
+    varying = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(operands)))
+    if hasattr(jax.sharding, "ManualAxisType"):
+        kind: Any = jax.sharding.ManualAxisType(varying=varying)
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+    of_older: Any = jax.ShapeDtypeStruct
+    return of_older(shape, dtype, vma=varying)
+
+
 def visible_mesh(operands: PyTree) -> Any:
     """The mesh that arrays are known to be on, or else that the program is traced in, or None."""
     meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands)]

@@ -13,6 +13,7 @@ import jax
 
 Platform = Literal["cpu", "gpu", "tpu"]
 AxisNames = str | tuple[str, ...]
+Kernels = bool | Literal["interpret"]
 
 
 class Costs(NamedTuple):
@@ -58,11 +59,13 @@ class Target(NamedTuple):
       lanes: Number of devices over which a batch may be split without its shape showing it; 1
         where every device sees its own part alone.
       spmd_axis_name: Mesh axes that the compiler is told to split every batch over, or None.
+      kernels: Whether kernels are used where there are some, or "interpret" for slow ones.
     """
 
     platform: Platform
     lanes: int = 1
     spmd_axis_name: tuple[str, ...] | None = None
+    kernels: Kernels = False
 
     @property
     def costs(self) -> Costs:
@@ -93,3 +96,25 @@ def check_platform(platform: str | None) -> None:
     """Raises ValueError unless a platform is None or one of those known."""
     if platform is not None and platform not in get_args(Platform):
         raise ValueError(f"platform must be one of {get_args(Platform)} or None, got {platform!r}.")
+
+
+def with_kernels(target: Target, kernels: Kernels) -> Target:
+    """The target, to be measured by kernels.
+
+    Raises:
+      ValueError: If kernels are asked for where there are none.
+    """
+    if not kernels:
+        return target
+    if kernels is True and target.platform != "tpu":
+        raise ValueError(
+            f"kernels=True is for TPUs, and this is compiled for {target.platform!r}: leave it "
+            'out, or pass platform="tpu" where it is for a TPU that this process does not have.'
+        )
+    if target.lanes > 1 or target.spmd_axis_name:
+        raise ValueError(
+            f"kernels={kernels!r} cannot be split by the compiler, and the batch may be on "
+            f"{target.lanes} devices: pass mesh= (or axis_name= in your own shard_map) instead of "
+            'spmd_axis_name=, or platform="tpu" where it is all on one device.'
+        )
+    return target._replace(kernels=kernels)

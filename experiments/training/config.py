@@ -120,7 +120,10 @@ class RunConfig:
         for name in ("learning_rate", "width", "theta", "lipschitz"):
             value = getattr(self, name)
             if value is not None and not SMALLEST_NUMBER <= value <= LARGEST_NUMBER:
-                raise ValueError(f"{name} must be a positive number of float32, got {value}.")
+                raise ValueError(
+                    f"{name} must be a positive number, got {value}; float32 holds "
+                    f"{SMALLEST_NUMBER:.2g} to {LARGEST_NUMBER:.2g}."
+                )
         for name in (
             "batch_size",
             "min_batch_size",

@@ -6,7 +6,8 @@ pass that cost t·p·q multiplications for this parameter's gradient anyway:
 * the Gram form Σ_{s,t} ⟨left_s, left_t⟩⟨right_s, right_t⟩ adds t²·(p + q) multiplications, or
   t²·q where the left factors are one-hot, whose products are comparisons;
 * the direct form ‖Σ_t left_t ⊗ right_t‖² adds none, since its gradients add up to the batch's, but
-  p·q numbers are written and read again, which costs as much as `traffic` multiplications each.
+  p·q numbers are written and read again, which costs as much as `traffic` multiplications each;
+  in a kernel (see `kernels`) as much as `KERNEL_TRAFFIC`, for they stay near the matrix unit.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from cabs_jax.moments.target import Target
 
 Sizes = tuple[int, int, int, int]
+KERNEL_TRAFFIC = 32  # on a TPU: short products fill its matrix unit badly
 
 
 def prefers_direct(
@@ -45,6 +47,16 @@ def prefers_direct(
     across = q if one_hot and costs.counts_one_hot else p + q
     laid_out = costs.patch_traffic * positions * p if patches else 0
     return positions > 1 and traffic * p * q <= positions**2 * across + laid_out
+
+
+def prefers_kernel(sizes: Sizes) -> bool:
+    """Whether a kernel is cheaper than the Gram form; than the direct form it always is.
+
+    >>> prefers_kernel((1, 64, 128, 512)), prefers_kernel((1, 4, 512, 512))
+    (True, False)
+    """
+    _, positions, p, q = sizes
+    return positions > 1 and KERNEL_TRAFFIC * p * q <= positions**2 * (p + q)
 
 
 def norm_bytes(sizes: Sizes, *, direct: bool) -> int:

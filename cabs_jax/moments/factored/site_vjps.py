@@ -216,6 +216,9 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
         one_hot=rule.one_hot,
         patches=_goes_by_row(sample, at),
     )
+    if found := _by_kernel(sample, rule, at):
+        total, norms = found
+        return at.assembled(rule, (total,)) if sample.is_whole else at.into_w(), norms
     # Where the gradients of all examples are formed, their sum is the gradient of the batch.
     reuses = direct and sample.is_whole
     model = outer_products.model_precision(at.equation)
@@ -236,6 +239,18 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
     if reuses:
         return at.assembled(rule, total), norms
     return at.into_w(), norms
+
+
+def _by_kernel(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array] | None:
+    """The sum of the measured examples' gradients and their norms, where a kernel makes both."""
+    if not sample.target.kernels:
+        return None
+    from cabs_jax.moments.factored import kernels  # takes seconds to load, and few need it
+
+    alike = sample.is_whole or _rounds_alike(sample, rule, at)
+    precision = outer_products.model_precision(at.equation) if alike else outer_products.HIGHEST
+    operands = at.measured(sample)
+    return kernels.measured(at.equation, rule, *operands, precision, sample.target)
 
 
 def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:

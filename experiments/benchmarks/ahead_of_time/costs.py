@@ -12,8 +12,9 @@ MODELS = {
         "cycles: the compiler's own estimate of each fusion times its runs. What it gives no "
         "estimate for (Pallas calls, select-and-scatter, small operations) gets a roofline: "
         "bytes over the bandwidth of main memory and of VMEM (22 times as fast), operations over "
-        "the peak; 'ours' is its share. Copies that run beside kernels, and collectives, take no "
-        "cycles here."
+        "the peak; 'ours' is its share. That of a Pallas call is of what it says it does, with no "
+        "part of a unit idle and no stalls: a lower bound. Copies that run beside kernels, and "
+        "collectives, take no cycles here."
     ),
     "cuda": (
         "time: each kernel takes 2 µs to launch and then the longer of its bytes over the memory's "

@@ -15,6 +15,7 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_KERNEL = re.compile(r"kernel_metadata=\{[^}]*\}")  # of a Pallas kernel; written over several lines
 _COMMENT = re.compile(r"/\*.*?\*/")
 _MOVES = ("bitcast", "convert", "copy", "reshape")
 
@@ -99,11 +100,11 @@ def parse(text: str) -> Module:
     """
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in _KERNEL.sub(lambda match: match[0].replace("\n", ""), text).splitlines():
         if match := _COMPUTATION.match(line):
             current = computations.setdefault(match[2], {})
             entry = match[2] if match[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
             current = None
         elif current is not None and (instruction := _instruction(line)):
             current[instruction.name] = instruction

@@ -152,9 +152,11 @@ def _kernel(
     collectives: dict[str, int] = {}
     elementwise, sends = 0, False
     for inside, each in _within(module, computation, instruction):
-        if count := _products(inside, each):
+        told = _told(each)
+        if count := told.get("products") or _products(inside, each):
             kind = _precision(inside, each)
             products[kind] = products.get(kind, 0) + count
+            elementwise += told.get("elementwise", 0)
         else:
             elementwise += _elementwise(inside, each)
         if sent := _sent(inside, each):
@@ -165,6 +167,9 @@ def _kernel(
                 collectives[kind] = collectives.get(kind, 0) + sent
             chains |= {chain} - {""}
     cycles = instruction.attribute(r'"estimated_cycles":"(\d+)"')
+    if told := _told(instruction):
+        nearby = sum(nbytes for nbytes, space in moved if space != 0)
+        moved = [(max(told["memory"] - nearby, 0), 0), (nearby, 1)]
     return Kernel(
         instruction.name,
         _target(instruction) or instruction.opcode,
@@ -179,6 +184,15 @@ def _kernel(
         int(cycles) if cycles else None,
         instruction.opcode.endswith("-start"),
     )
+
+
+def _told(instruction: hlo.Instruction) -> dict[str, int]:
+    """What a Pallas kernel says of itself: operations, and bytes read and written in all."""
+    if instruction.opcode != "custom-call":
+        return {}
+    said = instruction.attribute(r"kernel_metadata=\{([^}]*)\}")
+    pairs = re.findall(r"(\w+)\W+(\d+)", said)
+    return {key: int(number) for key, number in pairs}
 
 
 def _within(

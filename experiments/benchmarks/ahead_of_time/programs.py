@@ -16,8 +16,17 @@ from experiments.benchmarks.ahead_of_time import language_model
 PyTree = Any
 GROUPS = 8
 SUBSAMPLE = 32
-COLUMNS = ("plain", "trace", "trace_mesh", "diagonal", "per_example", "between", "subsample")
-LM_COLUMNS = ("plain", "trace", "trace_mesh", "between")
+COLUMNS = (
+    "plain",
+    "trace",
+    "kernels",
+    "trace_mesh",
+    "diagonal",
+    "per_example",
+    "between",
+    "subsample",
+)
+LM_COLUMNS = ("plain", "trace", "kernels", "trace_mesh", "between")
 LM_PREFIX = "lm-"
 
 
@@ -45,13 +54,18 @@ def batch_sizes(net: str) -> tuple[int, ...]:
     return (8, 64) if net == "transformer" else (16, 128)
 
 
-def columns_for(columns: Sequence[str], net: str, batch_size: int, devices: int) -> list[str]:
+def columns_for(
+    columns: Sequence[str], net: str, batch_size: int, devices: int, platform: str
+) -> list[str]:
     """Those of `columns` that make sense for a net, "plain" first.
 
-    `trace_mesh` and a language model's `between` need several devices, `subsample` a batch that is
-    larger than the sample, and per-example gradients of a language model fit nowhere.
+    `kernels` are for TPUs. `trace_mesh` and a language model's `between` need several devices,
+    `subsample` a batch that is larger than the sample, and per-example gradients of a language
+    model fit nowhere.
     """
     allowed = set(LM_COLUMNS if net.startswith(LM_PREFIX) else COLUMNS)
+    if platform != "tpu":
+        allowed.discard("kernels")
     if devices == 1:
         allowed.discard("trace_mesh")
     if batch_size <= SUBSAMPLE:
@@ -89,6 +103,7 @@ def program(column: str, work: Work, mesh: Mesh) -> Callable[[PyTree, PyTree], A
     by_compiler, by_shard = {"spmd_axis_name": "data"}, {"mesh": mesh}
     options: dict[str, dict[str, Any]] = {
         "trace": by_compiler,
+        "kernels": {"kernels": True} | (by_shard if several else {}),
         "trace_mesh": by_shard,
         "diagonal": by_compiler | {"variance": "diagonal"},
         "per_example": by_compiler | {"method": "per_example"},

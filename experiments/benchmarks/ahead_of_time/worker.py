@@ -44,7 +44,9 @@ def main() -> None:
     mesh = Mesh(targets.devices(target), ("data",))
     compiled(lambda x: x + 1, (jax.ShapeDtypeStruct((8,), "float32"),), mesh)  # wakes the compiler
     work = programs.work(job.net, job.batch_size, mesh)
-    for column in programs.columns_for(job.columns, job.net, job.batch_size, mesh.size):
+    for column in programs.columns_for(
+        job.columns, job.net, job.batch_size, mesh.size, job.platform
+    ):
         result: dict[str, Any]
         try:
             result = {"costs": _costs(job, column, work, target, mesh)._asdict()}

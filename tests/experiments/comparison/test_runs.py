@@ -59,6 +59,7 @@ def test_stretches_make_up_the_whole(problem, found):
     np.testing.assert_allclose(whole.loss, found.loss[..., -1], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_momentum_and_adam_are_the_librarys_at_rates_of_their_own(problem):
     methods = ("CABS, Adam", "constant 16", "CABS, momentum")
     grid = runs.Grid(methods, (0.5,), (7,))
@@ -76,6 +77,7 @@ def test_momentum_and_adam_are_the_librarys_at_rates_of_their_own(problem):
     assert outcome.rate_of("CABS, Adam", 0.5) == 0.005
 
 
+@pytest.mark.slow
 def test_all_methods_run_beside_each_other(problem):
     grid = runs.Grid(tuple(runs.METHODS), (0.5,), (0, 7))
     (stretch,) = runs.stretches(problem, grid, [1_000])

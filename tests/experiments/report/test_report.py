@@ -227,6 +227,7 @@ def test_accuracy_axes_hold_all_that_is_drawn(monkeypatch):
         assert low < values.min() <= values.max() < high
 
 
+@pytest.mark.slow  # draws two figures each
 @pytest.mark.parametrize("method", ["cabs_momentum", "norm_test", "constant"])
 @pytest.mark.parametrize("loss", [0.5, 0.0, float("inf")])
 def test_a_sweep_of_any_methods_has_a_page(method, loss, monkeypatch):

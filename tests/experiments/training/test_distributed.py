@@ -214,6 +214,6 @@ def test_a_process_that_dies_or_is_cut_off_ends_the_other(tmp_path, pod):
 def test_jax_ends_the_others_where_the_first_process_is_killed(tmp_path, pod):
     first, second = pod.pair("--steps", "100000")
     wait_until(lambda: steps_written(tmp_path / "from-0") > 3, first)
-    first.kill()
+    os.kill(first.pid, signal.SIGKILL)
     assert status(second, SOON) == -signal.SIGABRT
     assert "another task died" in second.said.read_text()

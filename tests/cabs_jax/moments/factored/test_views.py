@@ -154,6 +154,11 @@ def test_what_scales_and_mixes_entries_with_constants_is_a_mosaic_of_them(functi
     assert mosaic.pieces == (views.whole(0, (4, 3)),)
 
 
+@pytest.mark.parametrize("combine", [lax.mul, lax.sub])
+def test_a_scalar_that_meets_every_constant_is_there_more_than_once(combine):
+    assert seen_by(lambda x: combine(x, jnp.ones((4, 3))), ()) is None
+
+
 def test_adding_a_constant_changes_nothing():
     assert seen_by(lambda x: x + 1, (4, 3)) == [views.whole(0, (4, 3))]
 

@@ -243,3 +243,22 @@ rhs_contracting_dims={0}, operand_precision={highest,highest}
     assert costs([kernel], gpu("h100")).seconds == pytest.approx(2e-6 + 2 * 1024**3 / 67e12)
     cheap = kernel._replace(products={"bfloat16": 1})
     assert costs([cheap], gpu("h100")).seconds == pytest.approx(2e-6 + 12 * 2**20 / 3.35e12)
+
+
+def test_a_pallas_kernel_costs_what_it_says_of_itself():
+    (kernel,) = kernels(
+        """
+ENTRY %main (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)S(1)} parameter(0)
+  ROOT %b = f32[8,128]{1,0:T(8,128)} custom-call(%a), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"elementwise":"300",
+"memory":"9000",
+"products":"70"
+}}, metadata={op_name="jit(f)/kernel"}
+}"""
+    )
+    assert kernel.products == {"float32": 70}
+    assert kernel.elementwise == 300
+    assert (kernel.memory_bytes, kernel.nearby_bytes) == (9000 - 4096, 4096)
+    assert kernel.estimated_cycles is None

@@ -80,10 +80,11 @@ def test_an_unknown_topology_is_named(topology):
 
 def test_columns_that_make_no_sense_are_left_out():
     columns = programs.COLUMNS
-    assert "subsample" not in programs.columns_for(columns, "mlp", 32, 1)
-    assert "trace_mesh" not in programs.columns_for(columns, "mlp", 128, 1)
-    assert programs.columns_for(["trace"], "mlp", 128, 4) == ["plain", "trace"]
-    assert "per_example" not in programs.columns_for(columns, "lm-17M", 16, 4)
+    assert "subsample" not in programs.columns_for(columns, "mlp", 32, 1, "tpu")
+    assert "trace_mesh" not in programs.columns_for(columns, "mlp", 128, 1, "tpu")
+    assert "kernels" not in programs.columns_for(columns, "mlp", 128, 1, "cuda")
+    assert programs.columns_for(["trace"], "mlp", 128, 4, "tpu") == ["plain", "trace"]
+    assert "per_example" not in programs.columns_for(columns, "lm-17M", 16, 4, "tpu")
 
 
 def test_options_become_one_job_for_each_net_and_batch_size():
