@@ -285,6 +285,7 @@ def test_nan_in_the_images_changes_neither_sizes_nor_averages_and_is_seen_in_the
         assert after.gradient_variance_average == state.gradient_variance_average
 
 
+@pytest.mark.slow  # trains
 def test_a_label_that_does_not_exist_poisons_the_loss_rather_than_the_training():
     def cross_entropy(params, example):
         return optax.softmax_cross_entropy_with_integer_labels(params, example)

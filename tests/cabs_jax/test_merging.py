@@ -45,7 +45,7 @@ def test_merged_moments_are_those_of_the_whole_masked_batch(variance, order):
 @pytest.mark.parametrize("variance", ["trace", "diagonal"])
 @pytest.mark.parametrize("order", [1, -1])
 def test_merged_weighted_moments_are_those_of_the_whole_batch(variance, order):
-    moments_of = cabs_jax.gradient_moments(loss_fn, variance=variance)
+    moments_of = jax.jit(cabs_jax.gradient_moments(loss_fn, variance=variance))
     whole = moments_of(PARAMS, X, MASK, weights=WEIGHTS)
     empty = moments_of(PARAMS, X, MASK & False, weights=WEIGHTS)
     parts = [
@@ -57,7 +57,7 @@ def test_merged_weighted_moments_are_those_of_the_whole_batch(variance, order):
 
 
 def test_weighted_moments_are_merged_in_a_scan():
-    moments_of = cabs_jax.gradient_moments(loss_fn, variance="diagonal")
+    moments_of = jax.jit(cabs_jax.gradient_moments(loss_fn, variance="diagonal"))
     batches, weights = X.reshape(4, 6, 3), WEIGHTS.reshape(4, 6).at[2].set(0)
     empty = jax.tree.map(jnp.zeros_like, moments_of(PARAMS, batches[0], weights=weights[0]))
 
@@ -75,7 +75,7 @@ def test_weighted_moments_are_merged_in_a_scan():
 
 
 def test_equal_weights_merge_as_none_do():
-    moments_of = cabs_jax.gradient_moments(loss_fn)
+    moments_of = jax.jit(cabs_jax.gradient_moments(loss_fn))
     parts = [(X[:7], MASK[:7]), (X[7:], MASK[7:])]
     plain = merge_moments(*(moments_of(PARAMS, *part) for part in parts))
     equal = merge_moments(

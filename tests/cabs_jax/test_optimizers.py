@@ -275,12 +275,12 @@ def test_a_step_that_is_not_finite_changes_no_average(make):
 def test_statistics_are_float32_whatever_the_dtype(make):
     params, grads = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), (PARAMS, GRADS))
     tx = make()
-    state, exact = tx.init(params), tx.init(PARAMS)
+    state, exact, update = tx.init(params), tx.init(PARAMS), jax.jit(tx.update)
     for step in range(3):
         of_step = jax.tree.map(lambda g: g[step], grads)
-        updates, state = tx.update(of_step, state, params, value=LOSSES[step])
+        updates, state = update(of_step, state, params, value=LOSSES[step])
         wide = jax.tree.map(lambda g: g.astype(jnp.float32), of_step)
-        _, exact = tx.update(wide, exact, PARAMS, value=LOSSES[step])
+        _, exact = update(wide, exact, PARAMS, value=LOSSES[step])
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.adapt)} == {"float32", "int32"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(updates)} == {"bfloat16"}
     expected = float(exact.adapt.info.raw_batch_size)

@@ -215,9 +215,10 @@ def test_state_is_float32_and_int32_and_updates_keep_the_dtype(dtype):
             lambda step: ALPHA / (1.0 + step.astype(jnp.float32)),
         ):
             tx = cabs(rate)
-            updates, state = tx.update(grads, tx.init(params), params, value=losses.astype(dtype))
+            update = jax.jit(tx.update)
+            updates, state = update(grads, tx.init(params), params, value=losses.astype(dtype))
             mean = jax.tree.map(lambda g: g.mean(0), grads)
-            _, passed_on = tx.update(
+            _, passed_on = update(
                 mean, state, params, value=losses.mean(), gradient_variance=1.0, count=6
             )
             assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
@@ -235,7 +236,7 @@ def test_state_stays_float32_with_double_precision_enabled():
         params = jnp.zeros(3, jnp.float64)
         tx = cabs(0.1, round_to=(16, 32, 64))
         grads = jnp.arange(12.0).reshape(4, 3)
-        updates, state = tx.update(grads, tx.init(params), params, value=jnp.ones(4))
+        updates, state = jax.jit(tx.update)(grads, tx.init(params), params, value=jnp.ones(4))
         assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
         assert updates.dtype == jnp.float64
         np.testing.assert_allclose(updates, [-0.45, -0.55, -0.65], rtol=1e-7)

@@ -69,7 +69,9 @@ def test_exact_methods_over_the_zoo(name, variance, method, block):
     assert_close(jax.jit(function)(case.params, padded, keep), wanted, case.tolerance)
 
 
-@pytest.mark.parametrize("name", ["scan_over_time", "odd_leaves"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("scan_over_time", marks=pytest.mark.slow), "odd_leaves"]
+)
 def test_eager_is_jit(name):
     assert_close(run(name, compiled=False), expected(name))
 

@@ -56,7 +56,9 @@ def papers_net():
     return model.loss, model.params, batch, wanted
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("hint", ["none", "mesh", "axis_name"])
 def test_the_papers_net_on_eight_devices(papers_net, kind, hint):
     loss, params, batch, wanted = papers_net

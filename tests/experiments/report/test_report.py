@@ -187,6 +187,7 @@ def test_who_is_the_quickest_depends_on_the_devices():
     assert table.rows[0][1].endswith("∞")
 
 
+@pytest.mark.slow  # draws all figures
 def test_the_figures_come_before_the_criteria_and_the_page_is_one_file(tmp_path):
     parts = [measured(TEXT, told)]
     markdown, page_path = report.write(parts, tmp_path / "out", parts)

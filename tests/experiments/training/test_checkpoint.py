@@ -80,6 +80,7 @@ def test_without_a_checkpoint_the_run_starts_at_the_first_step(tmp_path):
     assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
 
 
+@pytest.mark.slow  # trains a whole run
 def test_parameters_can_be_read_from_the_last_checkpoint_of_a_finished_run(tmp_path):
     resume(experiment(), tmp_path)
     template = {"w": np.zeros(1)}
