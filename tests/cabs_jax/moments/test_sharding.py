@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from cabs_jax import gradient_moments, per_example_value_and_grad
 from cabs_jax.moments import jaxprs, sharding
+from cabs_jax.moments.target import Target
 from tests.cabs_jax.moments.oracle import (
     assert_close,
     expected,
@@ -307,17 +308,17 @@ def test_the_target_is_read_off_the_mesh_and_not_off_the_process(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: pytest.fail("asked the process"))
     monkeypatch.setattr(jax, "device_count", lambda: pytest.fail("asked the process"))
     (split,) = place(auto, jnp.ones(8))
-    assert target(split) == ("cpu", 8, None)
-    assert target(split, spmd_axis_name="data") == ("cpu", 4, ("data",))
-    assert target(split, "tpu") == ("tpu", 8, None)
-    assert target(split, mesh=auto, axis_names=("data",)) == ("cpu", 1, None)
-    assert target(place(explicit, jnp.ones(8))) == ("cpu", 1, None)
-    assert target(jnp.ones(8), "gpu") == ("gpu", 1, None)
+    assert target(split) == Target("cpu", 8, None)
+    assert target(split, spmd_axis_name="data") == Target("cpu", 4, ("data",))
+    assert target(split, "tpu") == Target("tpu", 8, None)
+    assert target(split, mesh=auto, axis_names=("data",)) == Target("cpu", 1, None)
+    assert target(place(explicit, jnp.ones(8))) == Target("cpu", 1, None)
+    assert target(jnp.ones(8), "gpu") == Target("gpu", 1, None)
     assert jax.jit(lambda x: jnp.full(target(x).lanes, 1))(split).shape == (8,)
 
 
 def test_without_a_mesh_the_target_is_the_process():
-    assert target(jnp.ones(8)) == ("cpu", 8, None)
+    assert target(jnp.ones(8)) == Target("cpu", 8, None)
 
 
 def test_an_unknown_platform_is_refused():
