@@ -270,6 +270,7 @@ def test_a_mistake_is_told(mistake, error, message):
         mistake()
 
 
+@pytest.mark.slow
 def test_nan_in_the_images_changes_neither_sizes_nor_averages_and_is_seen_in_the_state():
     optimizer = cabs_jax.cabs(0.1)
     state = optimizer.init(PARAMS)

@@ -42,6 +42,7 @@ def test_nothing_is_said_of_a_right_loss(dtype):
     check_loss(in_float32(loss_fn), params, batch, in_float32(batch_loss))
 
 
+@pytest.mark.slow
 def test_random_numbers_of_the_examples_own_are_fine():
     keys = jax.random.split(jax.random.key(1), 8)
     check_loss(
@@ -60,6 +61,7 @@ def test_a_loss_that_takes_a_key_is_given_one():
         check_loss(noisy, PARAMS, BATCH)
 
 
+@pytest.mark.slow
 def test_batch_normalisation_is_called_by_its_name():
     def of_one(params, example):
         one = jax.tree.map(lambda x: x[None], example)
@@ -85,6 +87,7 @@ def test_a_penalty_in_one_of_the_two_is_seen():
         check_loss(loss_fn, PARAMS, BATCH, penalised)
 
 
+@pytest.mark.slow
 def test_gradients_that_disagree_are_seen():
     def stopped(params, batch):
         return batch_loss(params | {"w": jax.lax.stop_gradient(params["w"])}, batch)
@@ -93,6 +96,7 @@ def test_gradients_that_disagree_are_seen():
         check_loss(loss_fn, PARAMS, BATCH, stopped)
 
 
+@pytest.mark.slow
 def test_values_that_are_kept_outside_of_the_loss_are_seen():
     kept = []
 
@@ -122,6 +126,7 @@ def test_a_module_that_changes_is_seen():
         check_loss(lambda w, x: jnp.sum(model(x[None]) * w), jnp.ones(()), X)
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_modules_keys_and_custom_derivatives():
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model)
@@ -149,6 +154,7 @@ def test_random_numbers_that_examples_share_are_seen(jitted):
         check_loss(jax.jit(dropped) if jitted else dropped, PARAMS, BATCH)
 
 
+@pytest.mark.slow
 def test_trouble_with_dtypes_shapes_and_numbers_is_seen():
     with pytest.warns(UserWarning, match="the losses are bfloat16: compute them in float32"):
         check_loss(lambda p, e: loss_fn(p, e).astype(jnp.bfloat16), PARAMS, BATCH)

@@ -36,6 +36,7 @@ def args_of(size, state=0.0):
     return jnp.asarray(state), np.ones(size, np.float32), np.ones(size, bool)
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(st.lists(st.integers(16, 2048), min_size=1, max_size=12))
 def test_any_sizes_compile_at_most_one_executable_a_bucket_and_change_no_result(sizes):

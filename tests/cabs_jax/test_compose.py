@@ -165,6 +165,7 @@ def test_inject_hyperparams_with_static_arguments(inputs, alone):
     assert set(state.hyperparams) == {"learning_rate", "decay", "scale", "eps", "optimal_value"}
 
 
+@pytest.mark.slow
 def test_inject_hyperparams_without_static_arguments_traces_the_bounds(alone):
     tx = optax.inject_hyperparams(cabs)(3.0, **OPTIONS, initial_batch_size=5)
     assert batch_size(tx.init(PARAMS)) == 5
@@ -177,6 +178,7 @@ def test_inject_hyperparams_without_static_arguments_traces_the_bounds(alone):
     assert batch_size(state) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the learning rate falls")
 def test_inject_hyperparams_of_a_schedule():
     schedule = optax.linear_schedule(3.0, 1.0, 2)
@@ -240,6 +242,7 @@ def test_partition_after_adapt_batch_size_takes_per_example_gradients(alone):
     assert batch_size(state) == batch_size(alone[1])
 
 
+@pytest.mark.slow
 def test_apply_if_finite_guards_the_parameters(alone):
     tx = optax.apply_if_finite(cabs(3.0, **OPTIONS), max_consecutive_errors=3)
     params, state = run(tx)
@@ -259,6 +262,7 @@ def test_apply_if_finite_cannot_average_per_example_gradients():
         run(tx, path_a)
 
 
+@pytest.mark.slow
 def test_apply_if_finite_after_adapt_batch_size_guards_the_parameters_on_path_a(alone):
     guarded = optax.apply_if_finite(optax.sgd(3.0), max_consecutive_errors=3)
     tx = optax.chain(adapt_batch_size(RULE, **OPTIONS), guarded)
@@ -272,6 +276,7 @@ def test_apply_if_finite_after_adapt_batch_size_guards_the_parameters_on_path_a(
     assert state[0].info.non_finite == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [path_a_mean_loss, path_b])
 def test_reduce_on_plateau_scales_the_updates(inputs, alone):
     tx = optax.chain(cabs(3.0, **OPTIONS), optax.contrib.reduce_on_plateau(0.5, patience=100))

@@ -36,6 +36,7 @@ def test_extreme_statistics_give_a_bound(moments, size):
     assert after_one_step(tx, **moments).batch_size == size
 
 
+@pytest.mark.slow
 def test_zero_learning_rate_gives_the_minimum_and_no_step():
     tx = cabs(0.0, decay=0.0, initial_batch_size=100)
     updates, state = update_with_moments(tx, tx.init(0.0), variance=9.0, gradient=2.0)
@@ -82,6 +83,7 @@ def test_non_finite_moments_change_neither_averages_nor_batch_size(case, count):
     assert healed.batch_size == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_single_non_finite_example_counts(number, where):
@@ -107,6 +109,7 @@ def test_rule_that_answers_nan_leaves_the_size_and_is_flagged():
     assert state.value_average == 2.0
 
 
+@pytest.mark.slow
 def test_empty_batch_changes_nothing():
     tx = cabs(ALPHA)
     losses, grads = random_batch(4)
@@ -129,6 +132,7 @@ def test_empty_batch_changes_nothing():
     assert_states_equal(updates, PARAMS)
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 50),
     st.integers(50, 300),

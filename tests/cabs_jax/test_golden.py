@@ -46,6 +46,7 @@ def step_with_moments(tx, params, state, batch, mask):
     return tx.update(mean, state, params, value=value, gradient_variance=variance, count=count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [step_with_per_example_gradients, step_with_moments])
 def test_replays_the_recorded_run(step):
     trace = np.load(TRACE, allow_pickle=False)
@@ -93,6 +94,7 @@ def test_replays_the_recorded_run(step):
     )
 
 
+@pytest.mark.slow
 def test_rounds_the_recorded_raw_sizes_as_recorded():
     """From the recorded averages alone, nothing but the rule and the rounding is in play."""
     trace = np.load(TRACE, allow_pickle=False)

@@ -42,6 +42,7 @@ def test_merged_moments_are_those_of_the_whole_masked_batch(variance, order):
     assert_same(merge_moments(empty, empty), empty)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", ["trace", "diagonal"])
 @pytest.mark.parametrize("order", [1, -1])
 def test_merged_weighted_moments_are_those_of_the_whole_batch(variance, order):
@@ -56,6 +57,7 @@ def test_merged_weighted_moments_are_those_of_the_whole_batch(variance, order):
     assert_same(merge_moments(empty, empty), empty)
 
 
+@pytest.mark.slow
 def test_weighted_moments_are_merged_in_a_scan():
     moments_of = jax.jit(cabs_jax.gradient_moments(loss_fn, variance="diagonal"))
     batches, weights = X.reshape(4, 6, 3), WEIGHTS.reshape(4, 6).at[2].set(0)
@@ -74,6 +76,7 @@ def test_weighted_moments_are_merged_in_a_scan():
     assert merged.count.dtype == jnp.int32
 
 
+@pytest.mark.slow
 def test_equal_weights_merge_as_none_do():
     moments_of = jax.jit(cabs_jax.gradient_moments(loss_fn))
     parts = [(X[:7], MASK[:7]), (X[7:], MASK[7:])]
@@ -84,6 +87,7 @@ def test_equal_weights_merge_as_none_do():
     assert_same(equal._replace(weights=None), plain)
 
 
+@pytest.mark.slow
 def test_weighted_moments_that_lack_what_merging_needs_are_refused():
     moments_of = cabs_jax.gradient_moments(loss_fn, method="between", groups=2)
     between = moments_of(PARAMS, X, weights=WEIGHTS)
@@ -93,6 +97,7 @@ def test_weighted_moments_that_lack_what_merging_needs_are_refused():
         merge_moments(between, moments_of(PARAMS, X))
 
 
+@pytest.mark.slow
 def test_merging_is_the_same_in_a_scan():
     moments_of = jax.jit(cabs_jax.gradient_moments(loss_fn))
     batches, masks = X.reshape(4, 6, 3), MASK.reshape(4, 6).at[0].set(False)
@@ -118,6 +123,7 @@ def test_the_variance_between_batches_is_not_lost():
     assert (merged.mean, merged.variance, merged.count) == (2.0, 1.0, 8)
 
 
+@pytest.mark.slow
 def test_nothing_of_an_empty_batch_is_merged_and_dtypes_are_kept():
     moments = cabs_jax.gradient_moments(lambda w, x: (w * x).sum())(
         jnp.ones(3, jnp.bfloat16), jnp.ones((4, 3), jnp.bfloat16)

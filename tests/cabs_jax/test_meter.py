@@ -48,6 +48,7 @@ WRAPPINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS)
 def test_a_meter_measures_in_any_wrapping_and_changes_nothing(wrap):
     params, state = train(wrap(cabs_jax.monitor()))
@@ -70,6 +71,7 @@ def test_a_meter_says_what_cabs_would_take():
         cabs_jax.batch_size(state)
 
 
+@pytest.mark.slow
 def test_steps_without_moments_are_counted_and_leave_the_meter_alone():
     meter = cabs_jax.monitor(rule=rules.schedule(lambda step: step))
     _, state = train(optax.chain(meter, optax.sgd(1e-4)), steps=28, every=3)
@@ -102,6 +104,7 @@ def test_bad_arguments_of_a_meter_are_shown(arguments, error):
         cabs_jax.monitor(**arguments)
 
 
+@pytest.mark.slow
 def test_info_is_found_in_every_optimizer():
     for optimizer in (
         cabs_jax.cabs(0.1),
@@ -117,6 +120,7 @@ def test_info_is_found_in_every_optimizer():
         cabs_jax.info(twice.init(PARAMS))
 
 
+@pytest.mark.slow
 def test_adam_reports_the_noise_scale_of_the_plain_gradient():
     adam, meter = cabs_jax.cabs_adam(1e-6), cabs_jax.monitor()
     diagonal_of = jax.jit(cabs_jax.gradient_moments(loss_fn, variance="diagonal"))

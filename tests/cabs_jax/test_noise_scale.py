@@ -22,6 +22,7 @@ def measured(seed, steps, size, mean):
     return jax.lax.scan(step, noise_scale.no_noise_scale(), gradients)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "size", "mean"),
     [
@@ -39,6 +40,7 @@ def test_nine_of_ten_intervals_hold_the_noise_scale(steps, size, mean):
     assert np.median(scales.estimate()) == pytest.approx(truth, rel=0.1)
 
 
+@pytest.mark.slow
 def test_what_noise_hides_may_be_infinitely_large():
     scales = jax.vmap(lambda seed: measured(seed, 60, 8, 0.0))(jnp.arange(400))
     low, high = scales.interval(DECAY)
@@ -60,6 +62,7 @@ def test_the_averages_are_those_of_exponential_weights():
     np.testing.assert_allclose(scale[3:], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_single_example_says_nothing():
     before = measured(0, 5, 8, 1.0)
     assert (

@@ -132,6 +132,7 @@ def started():
     return PARAMS, OPTIMIZER.init(PARAMS), DATA, cabs_jax.Position()
 
 
+@pytest.mark.slow
 def test_the_step_that_reaches_the_examples_is_the_last():
     loop = on_device()
     whole = loop(*started(), 60)
@@ -168,6 +169,7 @@ def test_many_runs_at_once_are_those_made_one_by_one():
         same(found, expected)
 
 
+@pytest.mark.slow
 def test_the_loss_of_averaged_parameters_reaches_the_rule():
     seen = []
 

@@ -110,6 +110,7 @@ def test_the_first_step_of_adam_leaves_batch_size_and_averages_alone(inputs):
     assert state.adapt.info.value == pytest.approx(LOSSES[0].mean(), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the learning rate falls")
 @pytest.mark.parametrize("inputs", [path_a, path_b])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -178,6 +179,7 @@ def test_adam_with_a_constant_second_moment_is_plain_cabs():
     assert batch_size(adam_state) == batch_size(plain_state) > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [pytest.param(0.0, marks=pytest.mark.slow), 0.75])
 @pytest.mark.parametrize("inputs", [path_a, path_b])
 def test_momentum_steps_as_optax_and_couples_to_the_effective_rate(momentum, inputs):
@@ -271,6 +273,7 @@ def test_a_step_that_is_not_finite_changes_no_average(make):
     assert not jnp.any(updates["b"])
 
 
+@pytest.mark.slow
 @each_optimizer
 def test_statistics_are_float32_whatever_the_dtype(make):
     params, grads = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), (PARAMS, GRADS))

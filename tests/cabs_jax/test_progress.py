@@ -54,6 +54,7 @@ def test_averages_are_those_with_polynomial_weights():
         np.testing.assert_allclose(average, (weights @ losses) / weights.sum(), atol=2e-3)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 2**31 - 1), max_size=20))
 @settings(max_examples=50, deadline=None)
 def test_examples_are_counted_exactly_beyond_what_an_int32_holds(counts):
@@ -83,6 +84,7 @@ def sizes_of(states):
     return [float(state.unrounded_batch_size) for state in states]
 
 
+@pytest.mark.slow
 def test_a_loss_at_its_floor_makes_the_batch_grow_gradually_and_to_the_largest():
     states = run(cabs_jax.cabs(0.5, optimal_value="estimated", max_batch_size=64), [2.0] * 400)
     sizes = sizes_of(states)
@@ -97,6 +99,7 @@ def test_a_loss_that_vanishes_keeps_the_batch_small():
     assert sizes_of(states)[-1] == 16.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("better_by", [-0.1, 0.0])
 def test_where_averaged_weights_are_no_better_the_batch_stays_small(better_by):
     stuck = np.full(300, 2.0)
@@ -118,6 +121,7 @@ def test_a_loss_that_is_not_finite_counts_its_examples_and_nothing_else(bad):
     assert after_bad.examples == (0, 32)
 
 
+@pytest.mark.slow
 def test_an_empty_batch_changes_nothing():
     state = run(ESTIMATED, [2.0, 1.9])[-1]
     empty = GradientMoments(jnp.float32(0), PARAMS, jnp.float32(0), jnp.int32(0))
@@ -138,6 +142,7 @@ def test_the_estimate_needs_the_number_of_examples_and_says_so():
         cabs_jax.cabs(0.5, optimal_value="guessed")
 
 
+@pytest.mark.slow
 def test_the_estimate_under_injected_hyperparameters_is_the_same():
     plain = cabs_jax.cabs(0.5, optimal_value="estimated", max_batch_size=64)
     injected = optax.inject_hyperparams(
@@ -148,6 +153,7 @@ def test_the_estimate_under_injected_hyperparameters_is_the_same():
         assert cabs_jax.batch_size(one) == cabs_jax.batch_size(other)
 
 
+@pytest.mark.slow
 def test_both_paths_estimate_alike():
     rng = np.random.default_rng(0)
     state_a = state_b = ESTIMATED.init(PARAMS)
@@ -163,6 +169,7 @@ def test_both_paths_estimate_alike():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), state_a, state_b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_beyond_the_largest_size_a_smaller_step_stands_in(momentum):
     """At a size of 40·α·ξ/F the noise floor α·ξ/(4m) is that of the unbounded run."""
@@ -186,6 +193,7 @@ def test_beyond_the_largest_size_a_smaller_step_stands_in(momentum):
     assert cabs_jax.batch_size(state) == 32
 
 
+@pytest.mark.slow
 def test_where_an_infinite_size_is_asked_for_the_last_finite_one_counts():
     tx = cabs_jax.cabs(0.5, max_batch_size=32, beyond_max="scale_learning_rate", decay=0.0)
     scales = [
@@ -199,6 +207,7 @@ def test_beyond_max_is_one_of_two():
         cabs_jax.cabs(0.5, beyond_max="shrink")
 
 
+@pytest.mark.slow
 def test_adam_estimates_with_and_without_averaged_weights():
     tx = cabs_jax.cabs_adam(0.1, optimal_value="estimated", max_batch_size=64)
     grads = {"w": jnp.ones(3)}
@@ -234,6 +243,7 @@ def test_moments_beside_the_value_that_another_transformation_wants():
     assert cabs_jax.batch_size(state) == 16
 
 
+@pytest.mark.slow
 def test_rules_of_ones_own_may_use_what_progress_tells():
     seen = []
 

@@ -58,6 +58,7 @@ def test_clipping_before_adam_asks_for_the_size_of_the_unclipped_run(clip):
     assert np.all((ratio > 1 / 1.5) & (ratio < 1.5))
 
 
+@pytest.mark.slow
 def test_a_constant_scale_changes_no_size_of_adam():
     scaled = adam_sizes(optax.scale(0.01))
     np.testing.assert_allclose(scaled, adam_sizes(), rtol=1e-4)
@@ -89,6 +90,7 @@ def test_a_clipped_run_takes_the_size_of_its_smaller_steps():
     assert not any(info.altered for info in infos)
 
 
+@pytest.mark.slow
 def test_norms_that_rules_see_are_those_of_the_gradient_as_measured():
     adapt = cabs_jax.adapt_batch_size(rules.noise_scale(), **OPTIONS)
     scaled = optax.chain(optax.scale(0.01), adapt, optax.scale_by_learning_rate(0.5))
@@ -106,6 +108,7 @@ ALTERING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ALTERING.values(), ids=ALTERING)
 def test_what_is_no_rescaling_is_flagged_and_leaves_the_scale_alone(before):
     _, states = train(optax.chain(before, cabs_jax.cabs(0.01, **OPTIONS)), 3)
@@ -129,6 +132,7 @@ def test_leaves_that_are_masked_are_not_compared(variance):
     assert (info.gradient_scale, info.altered) == (pytest.approx(0.5), 0)
 
 
+@pytest.mark.slow
 def test_a_partition_takes_the_variance_of_its_own_leaves_where_it_is_told_by_parameter():
     parts = {"ours": cabs_jax.cabs(0.01, **OPTIONS), "theirs": optax.set_to_zero()}
     optimizer = optax.partition(parts, {"a": "theirs", "b": "ours"})
@@ -140,6 +144,7 @@ def test_a_partition_takes_the_variance_of_its_own_leaves_where_it_is_told_by_pa
     assert cabs_jax.info(part).gradient_variance == pytest.approx(variance["b"])
 
 
+@pytest.mark.slow
 def test_adam_in_a_partition_takes_the_diagonal_of_its_own_leaves():
     def partitioned(rate):
         parts = {"ours": cabs_jax.cabs_adam(rate, **OPTIONS), "theirs": optax.set_to_zero()}

@@ -111,6 +111,7 @@ def test_no_legal_multiple_is_nearer(raw, low_high, k):
     assert abs(size - raw) <= min(abs(other - raw) for other in legal) + 1e-4
 
 
+@pytest.mark.slow
 @given(
     st.floats(2**-10, 400, width=32), bounds, st.sets(st.integers(1, 300), min_size=1, max_size=8)
 )

@@ -98,6 +98,7 @@ def test_cabs_takes_the_smaller_of_half_the_noise_and_twice_the_excess(excess, f
     assert float(rule(seen)) == pytest.approx(floor / gap, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_cabs_calls_a_schedule_with_the_step():
     rule = rules.cabs(optax.piecewise_constant_schedule(1.0, {4: 0.5}))
     assert float(rule(statistics(step=3))) == 80.0
@@ -203,6 +204,7 @@ def test_big_batch_keeps_its_size_without_noise_and_grows_from_the_smallest():
     assert float(rules.big_batch()(faint)) == 3
 
 
+@pytest.mark.slow
 def test_geometric_growth_counts_the_examples():
     rule = rules.geometric_growth(16, 2.5, (33, 100, 101))
     sizes = [16]
@@ -285,6 +287,7 @@ def test_traced_arguments_are_not_checked():
     assert float(jax.jit(lambda n: rules.constant(n)(statistics()))(7)) == 7.0
 
 
+@pytest.mark.slow
 def test_low_precision_and_double_arguments_give_float32():
     with jax.numpy_dtype_promotion("strict"):
         for rate in (jnp.bfloat16(0.5), np.float64(0.5), jnp.float16(0.5), np.float32(0.5)):

@@ -227,6 +227,7 @@ def cases(layouts, padding):
         yield pytest.param(*case[:3], case[3] == "padded", id="-".join(case), marks=marks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "estimator", "layout", "padded"), list(cases(LAYOUTS, ("padded", "exact")))
 )
@@ -261,6 +262,7 @@ def without_scalars(sizes):
 REPLICATED = [name for name, layout in LAYOUTS.items() if not layout.parameters]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "estimator", "layout", "padded"), list(cases(REPLICATED, ["padded"]))
 )
@@ -272,6 +274,7 @@ def test_a_step_sends_its_mean_gradient_once_and_a_few_scalars(net, estimator, l
     assert without_scalars(sent["all-reduce"]) == sum(parameters) + fill
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "estimator", "layout", "padded"), list(cases(["FSDP, mesh="], ["padded"]))
 )

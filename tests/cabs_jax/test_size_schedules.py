@@ -81,6 +81,7 @@ def test_bad_pairs_are_shown(sizes, error, message):
         rules.schedule(sizes)
 
 
+@pytest.mark.slow
 def test_seesaw_takes_the_schedule_at_the_step_of_the_run_it_replaces():
     warm = optax.warmup_cosine_decay_schedule(0.0, 2.0, 3, 9)
     rule = rules.seesaw(warm, 16, warmup_steps=3)

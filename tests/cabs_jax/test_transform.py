@@ -38,6 +38,7 @@ def test_defaults_are_those_of_the_paper():
     assert state.batch_size == 2048
 
 
+@pytest.mark.slow
 def test_follows_the_recursion_of_the_paper_on_both_paths():
     count, decay, low, high = 6, 0.8, 2, 400
     tx = cabs(ALPHA, min_batch_size=low, max_batch_size=high, decay=decay)
@@ -86,6 +87,7 @@ def test_follows_the_recursion_of_the_paper_on_both_paths():
     assert len(set(sizes)) > 8
 
 
+@pytest.mark.slow
 def test_mean_of_the_losses_does_as_well_as_the_losses():
     losses, grads = random_batch(0)
     tx = cabs(ALPHA)
@@ -128,6 +130,7 @@ def test_adapt_batch_size_returns_the_mean_gradient():
     assert_states_equal(passed_on, mean)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the learning rate falls")
 def test_cabs_is_adapt_batch_size_followed_by_the_learning_rate():
     schedule = optax.linear_schedule(1.0, 0.1, 3)
@@ -201,6 +204,7 @@ def test_info_tells_raw_size_and_bound(raw, size, bound):
     assert state.info.bound == bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", [jnp.bfloat16, jnp.float32, pytest.param(jnp.float16, marks=pytest.mark.slow)]
 )
@@ -231,6 +235,7 @@ def test_state_is_float32_and_int32_and_updates_keep_the_dtype(dtype):
     assert state.info.value == pytest.approx(value, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_state_stays_float32_with_double_precision_enabled():
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         params = jnp.zeros(3, jnp.float64)

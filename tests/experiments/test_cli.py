@@ -166,6 +166,7 @@ def test_help_is_available_everywhere(arguments, capsys):
     assert f"Usage: {' '.join(['python -m experiments', *arguments])}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_help_and_mistakes_in_the_command_import_no_command():
     code = "import sys, experiments.cli as c; c.main(sys.argv[1:]); print('jax' in sys.modules)"
     for arguments in (["--help"], ["bench", "--help"], ["fly"]):

@@ -131,6 +131,7 @@ junk = st.recursive(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("records", [False, True])
 @pytest.mark.parametrize("lag", [0, 2])
 @settings(max_examples=150, deadline=None)
@@ -198,6 +199,7 @@ def test_the_largest_position_can_be_continued_from():
     assert sorted(batch[10 - rest : 20 - rest].tolist()) == list(range(10))
 
 
+@pytest.mark.slow
 def test_close_returns_where_the_source_blocks_for_ever():
     gate, blocked = threading.Event(), threading.Event()
 
@@ -217,6 +219,7 @@ def test_close_returns_where_the_source_blocks_for_ever():
     loader.close()
 
 
+@pytest.mark.slow
 def test_a_source_is_never_read_by_two_threads_at_once():
     gate, inside, most = threading.Event(), [], []
 
@@ -277,6 +280,7 @@ def test_with_lag_a_size_that_cannot_be_cut_is_refused_once(first):
     loader.set_state(state)  # the invalid size is no obstacle to going on
 
 
+@pytest.mark.slow
 def test_a_source_that_holds_its_loader_is_collected_with_it():
     records = Records()
     records.loader = BatchLoader(records, 4)

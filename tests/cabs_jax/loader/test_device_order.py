@@ -23,6 +23,7 @@ def test_the_order_on_the_device_is_that_of_the_host(length, seed, epoch, offset
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [3, 1437])
 def test_compiled_and_unshuffled_too(length):
     def call(shuffle):
@@ -34,6 +35,7 @@ def test_compiled_and_unshuffled_too(length):
         np.testing.assert_array_equal(call(shuffle), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 12345, 2**31, 2**32 - 1])
 def test_a_traced_seed_gives_the_same_order(seed):
     traced = jax.jit(lambda seed: indices(Position(0, 0), 3000, 1437, seed, True))

@@ -41,6 +41,7 @@ def test_every_order_of_a_short_epoch_is_equally_likely(length):
     assert abs(chi_square_score(counts, expected)) < 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [10, 64, 100, 1000])
 def test_every_example_is_equally_likely_at_every_position(length):
     count = 400_000 // length
@@ -52,6 +53,7 @@ def test_every_example_is_equally_likely_at_every_position(length):
     assert abs(statistic - freedom) / math.sqrt(2 * freedom) < 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [33, 100, 2000, 60_000])
 @pytest.mark.parametrize("lag", [1, 2])
 def test_neighbours_are_unrelated(length, lag):

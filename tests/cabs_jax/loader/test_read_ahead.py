@@ -103,6 +103,7 @@ def test_the_thread_ends_with_the_with_block_and_starts_again_on_demand():
     loader.close()
 
 
+@pytest.mark.slow
 def test_the_thread_ends_with_the_loader():
     loader = BatchLoader(Records())
     next(loader)
@@ -155,6 +156,7 @@ def test_closing_the_loader_ends_a_wait_in_another_thread():
     assert len(errors) == 1
 
 
+@pytest.mark.slow
 def test_a_program_that_forgets_to_close_ends_quietly():
     program = (
         "import cabs_jax\n"

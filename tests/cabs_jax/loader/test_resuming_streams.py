@@ -163,6 +163,7 @@ def test_a_state_of_another_kind_of_source_is_refused():
         stream.set_state(stream.get_state() | {"processes": 2})
 
 
+@pytest.mark.slow
 def test_states_asked_for_by_another_thread_can_be_continued_from():
     states = []
     with BatchLoader(Resumable(10**6), 5) as loader:

@@ -166,6 +166,7 @@ def loaders_of(readers, length, **kwargs):
     return loaders
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(
     readers=st.integers(1, 5),

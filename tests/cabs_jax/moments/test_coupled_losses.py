@@ -43,6 +43,7 @@ def by_hand(loss, params, x, variance="trace"):
     return values.mean(), jax.tree.map(lambda g: g.mean(0), grads), wanted[variance]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", ["trace", "by_parameter", "diagonal"])
 def test_moments_of_a_contrastive_loss_are_those_of_its_groups(variance):
     measure = gradient_moments(
@@ -66,6 +67,7 @@ def test_a_mean_over_examples_that_are_independent_is_measured_as_between_groups
     assert_close(jax.jit(group)(PARAMS, X), jax.jit(one)(PARAMS, X), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [(AxisType.Auto, {"mesh": True}), (AxisType.Explicit, {}), (AxisType.Auto, {})],
@@ -84,6 +86,7 @@ def test_groups_on_a_mesh(kind, options):
     assert_close((m.value, m.mean, m.variance), by_hand(contrastive, PARAMS, groups))
 
 
+@pytest.mark.slow
 def test_batch_normalisation_of_linen_with_its_running_averages():
     class Net(nn.Module):
         @nn.compact

@@ -203,6 +203,7 @@ def test_operations_are_those_of_the_program_within_a_factor(loss, variance):
         assert row.reason or not row.relative_flops > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [mlp, attention])
 def test_operations_are_those_that_the_compiler_counts_within_a_factor(loss):
     params, m = {name: jnp.ones(shape) for name, shape in SHAPES.items()}, 8

@@ -50,6 +50,7 @@ def run(name, *args, compiled=True, **options):
 # The exact methods
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_per_example_moments_are_those_of_float64(name):
     moments = run(name, jnp.asarray(EVERY_THIRD), method="per_example")
@@ -69,6 +70,7 @@ def test_exact_methods_over_the_zoo(name, variance, method, block):
     assert_close(jax.jit(function)(case.params, padded, keep), wanted, case.tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param("scan_over_time", marks=pytest.mark.slow), "odd_leaves"]
 )
@@ -76,6 +78,7 @@ def test_eager_is_jit(name):
     assert_close(run(name, compiled=False), expected(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -96,6 +99,7 @@ def test_variances_by_parameter_are_those_of_float64(name, options):
     assert_close(m, expected(name, "by_parameter", EVERY_THIRD), case.tolerance)
 
 
+@pytest.mark.slow
 def test_estimates_by_parameter_add_up_to_that_of_the_trace():
     case, groups = ZOO["odd_leaves"](), {"method": "between", "groups": 4}
     trace, parts = (
@@ -106,6 +110,7 @@ def test_estimates_by_parameter_add_up_to_that_of_the_trace():
     np.testing.assert_allclose(sum(jax.tree.leaves(parts.variance)), trace.variance, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME[:4])
 def test_vmap_over_seeds(name):
     case = ZOO[name]()
@@ -118,6 +123,7 @@ def test_vmap_over_seeds(name):
         assert_close(member(together, seed), alone, 1e-5)
 
 
+@pytest.mark.slow
 def test_vmap_over_batches_and_masks():
     case = ZOO["convolution_2d"]()
     batches = jax.tree.map(lambda x: np.stack([x, x[::-1]]), case.batch)
@@ -128,6 +134,7 @@ def test_vmap_over_batches_and_masks():
     assert_close(member(result, 1), expected("convolution_2d", keep=~EVERY_THIRD[::-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", EXACT)
 def test_training_inside_scan(method):
     case = ZOO["dense"]()
@@ -144,6 +151,7 @@ def test_training_inside_scan(method):
     assert stacked.value[2] < stacked.value[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME[:3])
 def test_value_and_mean_are_the_plain_ones(name):
     case = ZOO[name]()
@@ -156,6 +164,7 @@ def test_value_and_mean_are_the_plain_ones(name):
     assert_close((m.value, m.mean), (value, grad), 1e-5)
 
 
+@pytest.mark.slow
 def test_auto_is_exact():
     assert_close(run("dense", method="auto"), expected("dense"))
 
@@ -172,6 +181,7 @@ def test_statistics_of_half_precision_parameters_are_float32(dtype, method):
     np.testing.assert_allclose(m.variance, expected_variance, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", EXACT)
 def test_float64_parameters(method):
     def loss(p, x):
@@ -246,6 +256,7 @@ def test_aux_comes_back_per_example_and_in_order(method, block):
 # Masks and blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"microbatch_size": 4}], ids=str)
 @pytest.mark.parametrize("variance", ["trace", "diagonal"])
 def test_an_empty_mask_gives_zeros(options, variance):
@@ -304,6 +315,7 @@ def test_blocks_of_padding_at_the_end_are_skipped(method, real, blocks):
     assert len(seen) == blocks
 
 
+@pytest.mark.slow
 def test_blocks_of_padding_are_skipped_within_the_shard_of_a_mesh():
     seen = []
 
@@ -320,6 +332,7 @@ def test_blocks_of_padding_are_skipped_within_the_shard_of_a_mesh():
     assert len(seen) == 8 + 1
 
 
+@pytest.mark.slow
 def test_integer_parameters_have_no_gradient_by_any_method():
     def loss(p, x):
         return p["w"] @ x * p["power"]
@@ -333,6 +346,7 @@ def test_integer_parameters_have_no_gradient_by_any_method():
         np.testing.assert_allclose(m.variance, 4 * np.var(batch, 0).sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_microbatches_bound_the_memory():
     case = ZOO["weight_norm"]()
     params = jax.tree.map(lambda p: np.tile(p, (16,) * p.ndim), case.params)
@@ -347,6 +361,7 @@ def test_microbatches_bound_the_memory():
     assert memory(64, None) - memory(32, None) > 30 * one_gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"microbatch_size": 4}, {"method": "per_example"}])
 def test_the_loss_of_averaged_weights_on_what_the_mask_keeps(options):
     def loss_fn(params, example):

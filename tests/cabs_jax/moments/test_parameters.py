@@ -70,6 +70,7 @@ def test_a_whole_nnx_module_has_the_moments_of_its_params(method, variance):
     assert_close(jax.tree.leaves(whole), jax.tree.leaves(wanted), 1e-6)
 
 
+@pytest.mark.slow
 def test_moments_by_every_other_way_take_a_whole_module():
     model = Net()
     model.eval()
@@ -96,6 +97,7 @@ def test_one_dropout_mask_for_the_whole_batch_is_refused(measure):
         measure(loss)(Net(), X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["jit", "checkpoint", "scan", "cond"])
 def test_draws_by_a_key_among_the_parameters_are_found_inside(wrap):
     def noise(key):
@@ -125,6 +127,7 @@ def test_state_that_the_loss_changes_is_refused():
         gradient_moments(loss_with_key)(model, with_keys())
 
 
+@pytest.mark.slow
 def test_running_averages_of_linen_stay_out_of_the_variance():
     class Normed(nn.Module):
         @nn.compact
@@ -143,6 +146,7 @@ def test_running_averages_of_linen_stay_out_of_the_variance():
     assert_close(found, wanted)
 
 
+@pytest.mark.slow
 def test_an_nnx_module_trains_by_its_optimizer():
     model = Net()
     model.eval()
@@ -160,6 +164,7 @@ def test_an_nnx_module_trains_by_its_optimizer():
     assert batch_size(optimizer.opt_state)[...] >= 2
 
 
+@pytest.mark.slow
 def test_an_equinox_module_trains_as_it_is():
     model = eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0)), eqx.nn.Dropout(0.5)
 
@@ -190,6 +195,7 @@ def test_an_equinox_module_trains_as_it_is():
     np.testing.assert_allclose(m.variance, wanted.variance, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mean", "per example"])
 def test_update_lets_parameters_without_a_gradient_be(kind):
     params = {"w": jnp.ones(3), "rows": jnp.arange(3), "name": "net"}

@@ -56,6 +56,7 @@ def papers_net():
     return model.loss, model.params, batch, wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
 )
@@ -86,6 +87,7 @@ def test_the_bare_form_is_wrong_on_an_auto_mesh(papers_net):
         assert_close(grads, wanted, 0.5)
 
 
+@pytest.mark.slow
 def test_the_bare_form_is_refused_on_an_explicit_mesh(papers_net):
     loss, params, batch, _ = papers_net
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))

@@ -96,6 +96,7 @@ def test_averaged_weights_see_the_same_draws():
     np.testing.assert_allclose(m.averaged_value, m.value, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["one device", "Explicit", "Auto, mesh="])
 def test_per_example_gradients_draw_alike(way):
     batch, options = X[KEEP][:16], {}

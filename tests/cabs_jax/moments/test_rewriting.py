@@ -77,6 +77,7 @@ def convolutions(jaxpr):
             yield from convolutions(inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_gradients_are_the_same_without_a_grouped_convolution(place):
     gradient = jax.value_and_grad(lambda w, x: jnp.sum(jnp.square(PLACES[place](x, w))))

@@ -103,22 +103,26 @@ def check(name, way, shape=(8,), axes=("data",), **options):
         assert leaf.sharding.is_fully_replicated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [each for each in EACH if each.values[0] in SOME])
 @pytest.mark.parametrize("way", ["Auto", "Auto, spmd_axis_name=", "Explicit", "shard_map"])
 def test_moments_on_a_mesh_are_those_of_one_device(name, way):
     check(name, way)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["Auto, mesh=", "Explicit, mesh=", "shard_map that checks"])
 def test_other_ways_to_name_the_mesh(way):
     check("convolution_2d", way)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["Auto, mesh=", "Auto, spmd_axis_name=", "Explicit"])
 def test_a_mesh_with_more_axes_than_the_batchs(way):
     check("convolution_2d", way, (4, 2), ("data", "model"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["Auto", "Auto, spmd_axis_name=", "Explicit"])
 @pytest.mark.parametrize(
     "options",
@@ -152,6 +156,7 @@ def test_the_zoo_on_every_mesh(name, way, mesh, options):
     check(name, way, *mesh, **options)
 
 
+@pytest.mark.slow
 def test_eager_calls_on_an_explicit_mesh():
     case = ZOO["dense"]()
     for shape, axes in (((8,), ("data",)), ((4, 2), ("data", "model"))):
@@ -169,6 +174,7 @@ def test_aux_stays_split_over_the_mesh():
     assert aux.sharding.spec == P("data", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["Auto, mesh=", "Explicit", "shard_map"])
 @pytest.mark.parametrize("groups", [None, 2])
 def test_shards_are_groups(way, groups):
@@ -222,6 +228,7 @@ def check_traffic(name, kind):
     return sent(by_ours, reduced=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [each for each in EACH if each.values[0] in (*SOME, "weight_norm", "layer_and_rms_norm")],
@@ -258,6 +265,7 @@ def layered_loss(anywhere=None):
     return loss
 
 
+@pytest.mark.slow
 def test_parameters_split_like_the_batch_are_not_gathered_up_front():
     mesh = mesh_of(AxisType.Auto)
     rng = np.random.default_rng(0)

@@ -29,15 +29,18 @@ def check(name, platform, variance, **options):
         assert_close(jax.jit(measure)(case.params, case.batch), expected(name, variance))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_forms_for_a_tpu_are_exact(name):
     check(name, "tpu", "trace")
 
 
+@pytest.mark.slow
 def test_the_diagonal_of_convolutions_in_pieces():
     check("convolution_2d", "tpu", "diagonal")
 
 
+@pytest.mark.slow
 def test_forms_for_a_gpu_are_exact():
     check("embedding_of_repeated_tokens", "gpu", "trace")
 
@@ -101,6 +104,7 @@ def test_rounding_moves_the_deviation_by_a_fraction_of_the_gradient(noise, round
     assert abs(found.variance - exact.variance) <= bound**2 + 0.02 * exact.variance
 
 
+@pytest.mark.slow
 def test_a_mean_and_norms_that_round_apart_would_lose_a_small_variance(rounding_products):
     batch, w = cancelling(0.03), jnp.zeros((P, Q))
     g = np.einsum("btp,btq->bpq", batch["x"].astype(np.float64), batch["c"].astype(np.float64))
@@ -110,6 +114,7 @@ def test_a_mean_and_norms_that_round_apart_would_lose_a_small_variance(rounding_
     assert abs(apart - g.var(0).sum()) > 10 * abs(together - g.var(0).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", [1, 3])
 def test_on_a_tpu_norms_are_of_what_its_products_see(positions, rounding_products):
     batch, w = cancelling(1.0, positions), jnp.zeros((P, Q))

@@ -188,6 +188,7 @@ def test_weights_of_zero_are_padding(options):
         np.testing.assert_array_equal(leaf, 0)
 
 
+@pytest.mark.slow
 def test_averaged_weights_and_keys_know_the_weights():
     def loss(p, x, key):
         return jnp.dot(p, x) + jax.random.uniform(key)

@@ -21,6 +21,7 @@ def check(idioms, tmp_path, capsys):
     assert all(printed.count(f"| {idiom} ") == 1 for idiom in idioms)
 
 
+@pytest.mark.slow
 def test_an_idiom_has_a_row_with_small_errors(tmp_path, capsys):
     check(["table[i]"], tmp_path, capsys)
 

@@ -16,6 +16,7 @@ def test_slow_sources():
     assert image.dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_a_row_for_each_source_and_number_of_threads(capsys):
     loader.slow_records(0.02, (1, 2))
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]

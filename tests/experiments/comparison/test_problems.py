@@ -33,6 +33,7 @@ def test_a_search_that_ends_on_a_slope_is_no_minimum():
         problems.minimum(endless, {"w": jnp.zeros(())}, data)
 
 
+@pytest.mark.slow
 def test_the_net_on_clean_digits_starts_from_its_seed():
     problem = problems.clean_digits([3, 4])
     assert problem.optimum == 0.0

@@ -23,6 +23,7 @@ from tests.experiments.datasets.data_files import (
 )
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.data())
 def test_a_mutated_gzip_file_gives_its_content_or_a_named_error(tmp_path, data):
@@ -125,6 +126,7 @@ def test_a_damaged_header_in_the_middle_does_not_end_the_archive(tmp_path):
         list(read_tar(path))
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.data())
 def test_a_mutated_archive_yields_files_or_a_named_error(tmp_path, data):
@@ -157,6 +159,7 @@ def test_a_plain_tar_whose_first_name_looks_like_compression_is_read(tmp_path, n
     assert content == b"content"
 
 
+@pytest.mark.slow
 def test_the_headers_of_an_archive_are_not_kept(tmp_path):
     path = tmp_path / "many.tar"
     path.write_bytes(tar_bytes({f"{i:05}": b"" for i in range(4000)}))

@@ -192,6 +192,7 @@ def test_svhn_loads_from_the_data_folder(load, tiny_svhn):
     np.testing.assert_array_equal(dataset.test["label"], [0, 1, 2, 9])
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.data())
 def test_a_mutated_svhn_file_is_refused_before_it_is_parsed(load, tiny_svhn, data):

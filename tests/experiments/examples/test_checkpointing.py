@@ -1,11 +1,13 @@
 import grain
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
 import cabs_jax
 from experiments.examples import checkpointing
 
 
+@pytest.mark.slow
 def test_a_loop_of_ones_own_goes_on_from_its_checkpoint(tmp_path):
     whole = checkpointing.train(tmp_path / "whole", 40)
     first = checkpointing.train(tmp_path / "cut", 26)

@@ -105,6 +105,7 @@ def compact(tmp_path_factory):
     return source.parent / "damaged.jsonl", source.read_text().splitlines()
 
 
+@pytest.mark.slow
 @settings(max_examples=200, derandomize=True)
 @given(st.data())
 def test_a_damaged_compact_file_is_told_or_harmless(compact, data):

@@ -201,6 +201,7 @@ def test_the_figures_come_before_the_criteria_and_the_page_is_one_file(tmp_path)
     assert 'src="figures' not in page_path.read_text()
 
 
+@pytest.mark.slow
 def test_what_was_not_run_is_named():
     sections = page.sections(parts := [measured(TEXT, told)], [data_of(*parts)])
     (run,) = [section for section in sections if section.heading == "What was run"]

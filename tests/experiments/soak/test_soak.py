@@ -9,6 +9,7 @@ from experiments.datasets import images
 from experiments.soak import attacks, soak
 
 
+@pytest.mark.slow
 def test_a_faulty_stream_is_read_to_the_last_example(monkeypatch):
     monkeypatch.setattr(soak, "BATCHES_A_ROUND", 60)
     monkeypatch.setattr(soak, "FAULT_RATE", 2e-3)
@@ -27,6 +28,7 @@ def test_a_faulty_stream_is_read_to_the_last_example(monkeypatch):
         assert counts[what] > 0, what
 
 
+@pytest.mark.slow
 def test_an_example_that_comes_twice_ends_the_soak(monkeypatch):
     def repeating(self, index):
         return {"x": np.zeros(soak.FEATURES, np.float32), "index": index // 2}

@@ -3,12 +3,14 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from experiments.training import averages
 
 LARGEST = 2**31 - 1
 
 
+@pytest.mark.slow
 def test_the_weight_of_a_batch_stays_a_weight_beyond_what_int32_counts():
     optimizer = averages.with_averages(optax.with_extra_args_support(optax.identity()))
     state = optimizer.init(jnp.zeros(1))._replace(examples=jnp.int32(LARGEST - 10))

@@ -157,6 +157,7 @@ def test_another_configuration_or_data_set_is_refused_and_shown(tmp_path):
     assert untimed(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_lines_that_a_checkpoint_counts_on_must_be_there(tmp_path):
     job = experiment()
     with pytest.raises(CrashError), Checkpoints(tmp_path / FOLDER, EVERY_STEP) as checkpoints:
@@ -166,6 +167,7 @@ def test_lines_that_a_checkpoint_counts_on_must_be_there(tmp_path):
         resume(job, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_another_version_wrote_is_refused_and_what_it_lacks_named(
     tmp_path, monkeypatch, capsys
 ):
@@ -233,6 +235,7 @@ ignore_tasks_of_failed_reads = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.slow
 @ignore_tasks_of_failed_reads
 @pytest.mark.parametrize(
     "damage",

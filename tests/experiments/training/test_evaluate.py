@@ -1,5 +1,6 @@
 import numpy as np
 import optax
+import pytest
 
 from experiments.training.evaluate import make_evaluate
 
@@ -8,6 +9,7 @@ def predict(params, images):
     return images.reshape(len(images), -1).astype("float32") @ params
 
 
+@pytest.mark.slow
 def test_the_last_partial_batch_counts_only_its_real_examples():
     rng = np.random.default_rng(0)
     params = rng.normal(size=(4, 3)).astype(np.float32) / 100

@@ -24,6 +24,7 @@ def record(steps, size):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 500])
 def test_plot_draws_runs_of_any_length(tmp_path, steps):
     plot({"CABS": record(steps, 32), "constant": record(steps, 16)}, tmp_path / "figure.png")
@@ -49,6 +50,7 @@ def test_a_bin_weighs_steps_by_their_examples():
     np.testing.assert_allclose(mean, [1.75, 5.0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, len(hostile.NAMES), 6))
 def test_names_of_runs_are_drawn_whatever_they_are(tmp_path, first):
     names = hostile.NAMES[first : first + 6]
@@ -65,6 +67,7 @@ def test_titles_are_drawn_whatever_they_are(name):
     assert png.getbuffer().nbytes > 500
 
 
+@pytest.mark.slow
 def test_every_run_is_in_the_legend_and_all_accuracies_are_in_sight(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figure, "finish", lambda drawing, title: drawn.append(drawing))
@@ -78,6 +81,7 @@ def test_every_run_is_in_the_legend_and_all_accuracies_are_in_sight(tmp_path, mo
     assert high >= 1
 
 
+@pytest.mark.slow
 def test_the_title_is_centred_over_the_axes():
     drawing = figure.blank(8, 3)
     left, right = drawing.subplots(1, 2)

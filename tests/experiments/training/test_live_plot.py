@@ -3,6 +3,7 @@ import io
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import cabs_jax
 from experiments.training.live_plot import live_plot
@@ -19,6 +20,7 @@ def infos(steps):
         yield cabs_jax.info(state)
 
 
+@pytest.mark.slow
 def test_the_one_figure_is_redrawn_every_few_steps():
     shown = []
 
@@ -39,6 +41,7 @@ def test_the_one_figure_is_redrawn_every_few_steps():
     assert sizes[1].tolist() == [4] * 6
 
 
+@pytest.mark.slow
 def test_what_is_infinite_is_left_out():
     drawn = []
     record = live_plot(lambda figure: drawn.append(figure.axes[1].lines[1].get_ydata()), every=1)

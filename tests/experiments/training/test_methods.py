@@ -48,6 +48,7 @@ def test_every_method_takes_a_step_of_sgd_and_keeps_within_its_bounds(method):
 QUICK = ("cabs", "cabs_adam", "constant", "noise_scale")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in sorted(methods.METHODS)],
@@ -111,6 +112,7 @@ def test_big_batch_reaches_the_next_bucket():
     assert tuple(sizes) == methods.legal_sizes(config)[:4]
 
 
+@pytest.mark.slow
 def test_geometric_growth_grows_where_step_decay_divides_the_learning_rate():
     config = RunConfig(method="geometric_growth", batch_size=16, examples=1_001)
     rates, sizes = rates_and_sizes(config, steps=35)

@@ -63,6 +63,7 @@ def test_nets_have_their_published_number_of_parameters(name, num_classes, count
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 @all_models
 def test_one_image_and_a_batch_give_the_same_logits(name):
     model, images = small(name), some_images(3, SHAPES[name])
@@ -102,6 +103,7 @@ def test_the_same_seed_gives_the_same_parameters_and_another_seed_others():
     assert not np.allclose(first["dense1"]["kernel"], other["dense1"]["kernel"])
 
 
+@pytest.mark.slow
 def test_initialisers_draw_the_numbers_of_jax():
     key, shape = jax.random.key(3), (3, 5, 7)
     for ours, reference in (
@@ -118,6 +120,7 @@ def assert_truncated_normal(kernel: jax.Array, sigma: float) -> None:
     np.testing.assert_allclose(np.std(kernel), 0.8796 * sigma, rtol=error)
 
 
+@pytest.mark.slow
 def test_mnist_2c2d_starts_as_the_authors_net():
     params = models.build("mnist_2c2d", (28, 28, 1), 10).params
     for layer in params.values():
@@ -159,6 +162,7 @@ def test_narrow_nets_start_with_larger_weights_where_they_have_fewer_inputs(name
         assert_truncated_normal(params[layer]["kernel"], sigma)
 
 
+@pytest.mark.slow
 def test_cifar10_2c3d_sees_only_the_centre_and_no_brightness_or_contrast():
     model, image = small("cifar10_2c3d"), some_images(1, (32, 32, 3))[0] // 4
     apply = functools.partial(jax.jit(model.apply), model.params)

@@ -39,6 +39,7 @@ def test_a_run_with_shared_programs_is_the_run_without(method, programs, tmp_pat
     assert measured.all() if method == "cabs" else not measured.any()
 
 
+@pytest.mark.slow
 def test_another_learning_rate_or_seed_compiles_nothing(programs, tmp_path):
     def compilations(learning_rate, seed):
         config = RunConfig(

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments.training import methods
 from experiments.training.config import RunConfig
@@ -24,6 +25,7 @@ def start(method="cabs"):
     return make_train_step(loss, optimizer), params, state
 
 
+@pytest.mark.slow
 def test_a_step_is_sgd_and_reports_the_statistics_of_its_batch():
     step, params, state = start("constant")
     batch = batch_of(32)
@@ -38,6 +40,7 @@ def test_a_step_is_sgd_and_reports_the_statistics_of_its_batch():
     assert info.next_batch_size == 16
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing():
     step, params, state = start()
     batch = batch_of(27)

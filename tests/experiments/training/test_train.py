@@ -55,6 +55,7 @@ def test_the_batch_size_adapts_within_its_bounds(cabs_run):
     assert len(set(sizes)) > 5
 
 
+@pytest.mark.slow
 def test_the_summary_repeats_the_last_step_and_evaluation(cabs_run):
     summary, record = cabs_run
     assert record.summary == summary
@@ -116,6 +117,7 @@ def test_a_diverging_run_stops_and_is_recorded_as_such(tmp_path):
     assert json.loads((tmp_path / run_folder.SUMMARY).read_text())["train_loss"] is None
 
 
+@pytest.mark.slow
 def test_every_line_is_on_disk_before_it_is_observed(tmp_path):
     lines = []
 
@@ -136,6 +138,7 @@ def test_the_experiment_can_be_run_again(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, before, experiment.model.params)
 
 
+@pytest.mark.slow
 def test_a_used_folder_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(FileExistsError, match="is not empty"):

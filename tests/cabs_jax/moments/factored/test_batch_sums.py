@@ -72,6 +72,7 @@ def test_the_mean_is_that_of_the_gradients_measured():
     assert str(jaxpr).count("dot_general") == 3
 
 
+@pytest.mark.slow
 def test_terms_of_parameters_alone_shift_the_mean_but_not_the_squares():
     def loss(p, x):
         return jnp.sum(x * p) + jnp.sum(jnp.square(p))
@@ -84,6 +85,7 @@ def test_terms_of_parameters_alone_shift_the_mean_but_not_the_squares():
     np.testing.assert_allclose(sums.shift, 2 * p)
 
 
+@pytest.mark.slow
 def test_checkpoint_saves_as_much_memory_as_in_the_plain_gradient():
     def layer(x, p):
         for _ in range(4):

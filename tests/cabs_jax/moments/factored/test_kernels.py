@@ -40,6 +40,7 @@ def random(seed, shape, dtype="float32"):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+@pytest.mark.slow
 @settings(max_examples=3)
 @given(st.integers(1, 5), st.integers(1, 2), st.integers(1, 7), st.integers(1, 9), dtypes, dtypes)
 def test_weight_gradients_of_any_shape_and_dtype(examples, groups, positions, p, dtype, other):
@@ -154,6 +155,7 @@ def test_kernels_are_what_measures_the_sites_they_cover():
     assert "pallas_call" not in str(without)
 
 
+@pytest.mark.slow
 def test_moments_under_a_mask():
     keep = np.arange(8) < 5
     assert_close(measured(batch=with_garbage(BATCH, keep), mask=keep), wanted(keep))

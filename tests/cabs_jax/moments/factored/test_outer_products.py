@@ -64,6 +64,7 @@ def test_norms_of_a_sum_of_uses_hold_the_cross_terms(kinds):
     np.testing.assert_allclose(jax.jit(outer_products.gram_norms)(uses), norms, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_results_of_half_precision_factors_are_float32():
     left, right = (f.astype(jnp.bfloat16) for f in factors(0, 7))
     g = outer((left.astype(jnp.float32), right.astype(jnp.float32)))

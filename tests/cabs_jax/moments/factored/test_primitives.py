@@ -50,6 +50,7 @@ def check(function, operand, weight, x):
     assert_close(assembled, pulled, 1e-5)
 
 
+@pytest.mark.slow
 @given(products(), st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_dot_general_in_every_layout(product, weight_first):

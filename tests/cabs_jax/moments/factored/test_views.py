@@ -79,6 +79,7 @@ def follow(steps, shape):
 shapes = st.lists(small, min_size=1, max_size=3).map(tuple)
 
 
+@pytest.mark.slow
 @given(shapes.flatmap(lambda s: st.tuples(st.just(s), looks(s))))
 @settings(max_examples=60, deadline=None)
 def test_a_view_sees_what_the_array_holds(drawn):
@@ -87,6 +88,7 @@ def test_a_view_sees_what_the_array_holds(drawn):
     np.testing.assert_array_equal(entries(view), seen)
 
 
+@pytest.mark.slow
 @given(shapes.flatmap(lambda s: st.tuples(st.just(s), looks(s), looks(s))))
 @settings(max_examples=60, deadline=None)
 def test_disjoint_views_share_no_entry(drawn):
@@ -97,6 +99,7 @@ def test_disjoint_views_share_no_entry(drawn):
     assert views.disjoint(first, second) == views.disjoint(second, first)
 
 
+@pytest.mark.slow
 @given(shapes.flatmap(lambda s: st.tuples(st.just(s), looks(s))), st.data())
 @settings(max_examples=60, deadline=None)
 def test_layout_is_a_normal_form_of_the_entries_some_axes_run_through(drawn, data):
