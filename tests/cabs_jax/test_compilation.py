@@ -84,6 +84,7 @@ def test_the_next_larger_batch_size_is_compiled_in_another_thread_without_being_
     assert set(traced) == {16, 24}
 
 
+@pytest.mark.slow
 def test_a_call_waits_for_the_compilation_that_is_under_way():
     proceed, tracing = threading.Event(), threading.Event()
 

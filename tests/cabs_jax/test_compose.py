@@ -74,11 +74,13 @@ def alone():
     return params, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [path_a, path_a_mean_loss])
 def test_both_paths_agree(inputs, alone):
     assert_close(run(cabs(3.0, **OPTIONS), inputs), alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [path_a, path_b])
 def test_scan(inputs, alone):
     tx = cabs(3.0, **OPTIONS)
@@ -114,6 +116,7 @@ def test_vmap_over_seeds(alone):
     assert len(set(sizes.tolist())) > 1
 
 
+@pytest.mark.slow
 def test_vmap_over_learning_rates(alone):
     def train(learning_rate):
         tx = cabs(learning_rate, **OPTIONS)
@@ -125,6 +128,7 @@ def test_vmap_over_learning_rates(alone):
     np.testing.assert_allclose(raw, [0.0, raw[1], 2 * raw[1]], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [path_a, path_b])
 @pytest.mark.parametrize(
     "followers",
@@ -199,6 +203,7 @@ def test_inject_hyperparams_checks_what_is_concrete():
         optax.inject_hyperparams(cabs)(3.0, min_batch_size=0).init(PARAMS)
 
 
+@pytest.mark.slow
 def test_masked_sees_the_chosen_gradients_alone(alone):
     tx = optax.masked(cabs(3.0, **OPTIONS), {"b": False, "w": True})
     params, state = run(tx)
@@ -230,6 +235,7 @@ def test_partition(alone):
     assert batch_size(state) == batch_size(alone[1])
 
 
+@pytest.mark.slow
 def test_partition_after_adapt_batch_size_takes_per_example_gradients(alone):
     labels = {"b": "slow", "w": "fast"}
     tx = optax.chain(
@@ -285,6 +291,7 @@ def test_reduce_on_plateau_scales_the_updates(inputs, alone):
     assert batch_size(state) == batch_size(alone[1])
 
 
+@pytest.mark.slow
 def test_multi_steps_passes_on_the_loss_of_the_last_micro_step_alone():
     tx = optax.MultiSteps(cabs(3.0, **OPTIONS), every_k_schedule=2)
     _, state = run(tx, path_b, steps=2)
@@ -294,6 +301,7 @@ def test_multi_steps_passes_on_the_loss_of_the_last_micro_step_alone():
     assert batch_size(state) == state.inner_opt_state.batch_size
 
 
+@pytest.mark.slow
 def test_tree_get_finds_the_info(alone):
     state = run(optax.chain(optax.identity(), cabs(3.0, **OPTIONS)))[1]
     assert optax.tree.get(state, "info") == state[1].info
@@ -305,6 +313,7 @@ def test_state_survives_pickle(alone):
     assert_close(restored, alone[1], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_state_survives_orbax(alone, tmp_path):
     tx = optax.chain(cabs(3.0, **OPTIONS), optax.identity())

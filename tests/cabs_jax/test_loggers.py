@@ -5,6 +5,7 @@ import pytest
 import cabs_jax
 
 
+@pytest.mark.slow
 def test_tensorboard_reads_what_info_holds(tmp_path):
     tensorboard = pytest.importorskip("tensorboardX")
     event_file = pytest.importorskip("tensorboardX.proto.event_pb2")

@@ -81,6 +81,7 @@ def test_steps_without_moments_are_counted_and_leave_the_meter_alone():
     assert measured.examples.low == 640
 
 
+@pytest.mark.slow
 def test_empty_batches_and_bad_numbers_leave_the_meter_alone():
     meter = cabs_jax.monitor()
     moments = MOMENTS_OF(PARAMS, batch(0))

@@ -77,6 +77,7 @@ def test_a_rescaled_gradient_is_a_rescaled_learning_rate(rule):
     np.testing.assert_allclose(raw_sizes(states), raw_sizes(expected), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_clipped_run_takes_the_size_of_its_smaller_steps():
     clipped = optax.chain(optax.clip_by_global_norm(0.1), cabs_jax.cabs(0.01, **OPTIONS))
     _, states = train(clipped, 10)
@@ -116,12 +117,14 @@ def test_what_is_no_rescaling_is_flagged_and_leaves_the_scale_alone(before):
     assert states[-1][1].gradient_scale_average == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_the_average_of_micro_steps_is_flagged():
     optimizer = optax.MultiSteps(cabs_jax.cabs(0.01, **OPTIONS), 4).gradient_transformation()
     _, states = train(optimizer, 4)
     assert cabs_jax.info(states[-1]).altered == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", ["trace", "by_parameter", "diagonal"])
 def test_leaves_that_are_masked_are_not_compared(variance):
     ours = optax.chain(optax.scale(0.5), cabs_jax.cabs(0.01, **OPTIONS))
@@ -167,6 +170,7 @@ def test_bfloat16_rounding_is_no_alteration_and_no_gradient_no_rescaling():
     assert (state.info.gradient_scale, state.info.altered) == (1.0, 0)
 
 
+@pytest.mark.slow
 def test_moments_of_another_tree_are_shown():
     optimizer = cabs_jax.cabs(0.01)
     moments = cabs_jax.gradient_moments(loss_fn)(PARAMS, batch(0))._replace(mean=jnp.zeros(4))

@@ -27,6 +27,7 @@ def adaptive(rule, **options):
     return adapt_batch_size(rule, **options)
 
 
+@pytest.mark.slow
 def test_a_schedule_of_steps_needs_no_more_than_the_gradient():
     ramp = rules.schedule(optax.linear_schedule(10, 40, 3))
     assert sizes_along(adaptive(ramp), 5) == [1, 10, 20, 30, 40]

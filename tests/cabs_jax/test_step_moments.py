@@ -14,6 +14,7 @@ def update(grads=GRADS, params=PARAMS, **extra_args):
     return tx.update(grads, tx.init(params), params, **extra_args)
 
 
+@pytest.mark.slow
 def test_both_paths_accept_unknown_arguments():
     update(value=LOSSES, mask=None, count=None, gradient_variance=None, loss_scale=2.0)
     update(MEAN, value=1.0, gradient_variance=1.0, mask=None, loss_scale=2.0)
@@ -68,6 +69,7 @@ def test_hostile_mean_arguments_are_shown(arguments, message):
         update(**({"grads": MEAN, "value": 1.0, "gradient_variance": 1.0} | arguments))
 
 
+@pytest.mark.slow
 def test_empty_trees_are_fine_with_the_moments():
     updates, state = update({}, {}, value=1.0, gradient_variance=1.0)
     assert updates == {}

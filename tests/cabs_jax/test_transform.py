@@ -105,6 +105,7 @@ def test_diagonal_variance_does_as_well_as_its_trace():
         assert state.batch_size == 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filler", [0.0, 1e30, jnp.inf, jnp.nan])
 def test_padding_has_no_influence_whatever_it_holds(filler):
     losses, grads = random_batch(1, 6)
@@ -255,6 +256,7 @@ def test_debug_nans_finds_nothing_to_complain_of():
             update_with_moments(tx, state, value=0.0, variance=5.0, count=0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the learning rate falls")
 def test_one_compilation_for_all_values():
     tx = cabs(optax.linear_schedule(0.1, 0.0, 10))
@@ -369,6 +371,7 @@ def test_every_rule_drives_the_transformation(rule, size):
     assert state.batch_size == round(size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
     [

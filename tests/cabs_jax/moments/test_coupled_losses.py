@@ -55,6 +55,7 @@ def test_moments_of_a_contrastive_loss_are_those_of_its_groups(variance):
     np.testing.assert_allclose(m.averaged_value, m.value, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mean_over_examples_that_are_independent_is_measured_as_between_groups():
     def of_one(params, x):
         return jnp.sum(jnp.tanh(x @ params["w"])) * params["scale"]

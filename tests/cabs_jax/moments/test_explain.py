@@ -180,6 +180,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", ["trace", "diagonal"])
 @pytest.mark.parametrize("loss", [mlp, conv, attention, gru, tied, computed, masked])
 def test_operations_are_those_of_the_program_within_a_factor(loss, variance):

@@ -17,6 +17,7 @@ from tests.cabs_jax.moments.zoo.case import convolution
 CASES = ["convolution_2d", "convolution_inside_cond_and_scan", "custom_vjp", "scan_over_time"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients_are_those_of_the_bare_form(name):
     case = ZOO[name]()
@@ -76,6 +77,7 @@ def test_the_papers_net_on_eight_devices(papers_net, kind, hint):
     assert_close(jax.jit(function)(*placed(mesh, params, batch)), wanted)
 
 
+@pytest.mark.slow
 def test_the_bare_form_is_wrong_on_an_auto_mesh(papers_net):
     loss, params, batch, (losses, wanted) = papers_net
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -55,12 +55,14 @@ def test_the_draws_are_those_of_the_real_examples_alone(name, kind):
     assert_close(m, expected(kind, OPTIONS[name].get("variance", "trace")))
 
 
+@pytest.mark.slow
 def test_the_draws_do_not_depend_on_the_groups():
     function = jax.jit(gradient_moments(loss_fn, method="between", groups=6))
     m = function(PARAMS, X, jnp.asarray(KEEP), rng=KEYS["typed"])
     assert_close((m.value, m.mean), (expected().value, expected().mean))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "kind"),
     [*((way, "typed") for way in WAYS), ("Auto", "raw"), ("shard_map that checks", "raw")],
@@ -83,6 +85,7 @@ def test_the_draws_do_not_depend_on_the_shards(way, kind):
     assert_close(m, expected(kind))
 
 
+@pytest.mark.slow
 def test_shards_of_two_axes_are_counted_in_order():
     mesh = mesh_of(jax.sharding.AxisType.Auto, (4, 2), ("a", "b"))
     function = gradient_moments(loss_fn, mesh=mesh, axis_name=("b", "a"))
@@ -112,6 +115,7 @@ def test_per_example_gradients_draw_alike(way):
     assert_close(jax.tree.map(lambda g: g.mean(0), grads), m.mean)
 
 
+@pytest.mark.slow
 def test_a_batch_of_one_and_aux_are_given_the_key_too():
     def with_aux(params, batch, rng):
         return loss_fn(params, batch[0], rng)[None], jax.random.uniform(rng)

@@ -361,6 +361,7 @@ def test_an_ambiguous_mesh_is_refused():
         gradient_moments(jnp.dot, mesh=mesh)(jnp.ones(3), jnp.ones((8, 3)))
 
 
+@pytest.mark.slow
 def test_vary_marks_what_is_replicated():
     def function(x, y):
         marked = sharding.vary({"x": x, "y": y, "z": 1.0 * y}, ("data",))

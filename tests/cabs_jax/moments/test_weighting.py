@@ -67,6 +67,7 @@ def measure(name, options, w=WEIGHTS, keep=KEEP):
     return function(case.params, padded, jnp.asarray(keep), weights=w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("variance", ["trace", "diagonal"])
 def test_the_factored_moments_are_those_of_their_definition(name, variance):
@@ -88,6 +89,7 @@ def test_weights_over_the_zoo(name, way):
     assert_close(m, expected(name, WEIGHTS * KEEP), ZOO[name]().tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_on_a_mesh_are_those_of_one_device(way):
     case, (kind, make) = ZOO["convolution_2d"](), WAYS[way]
@@ -123,6 +125,7 @@ def test_weights_and_a_penalty():
     assert_close(penalised.weights.square_mean, plain.weights.square_mean + shift)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [*OPTIONS.values(), {"method": "between", "groups": 4}], ids=str
 )
@@ -154,6 +157,7 @@ def test_between_groups_is_its_formula(variance, real):
     assert m.weights.square_mean is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["factored", "between"])
 def test_the_variance_over_the_size_is_the_noise_of_the_mean(method):
     # Long examples have other gradients, so that the weight itself is noise.

@@ -74,6 +74,7 @@ def test_one_image_and_a_batch_give_the_same_logits(name):
     np.testing.assert_allclose(single, batched[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @all_models
 def test_loss_is_a_cross_entropy_with_a_gradient_in_every_layer(name):
     model, images = small(name), some_images(3, SHAPES[name])

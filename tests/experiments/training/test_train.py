@@ -24,6 +24,7 @@ def cabs_run(tmp_path_factory):
     return run(tmp_path_factory.mktemp("cabs"), **OF_CABS)
 
 
+@pytest.mark.slow
 def test_metrics_hold_one_line_a_step_with_exactly_the_documented_keys(cabs_run):
     _, record = cabs_run
     metrics = record.metrics
@@ -48,6 +49,7 @@ def test_metrics_hold_one_line_a_step_with_exactly_the_documented_keys(cabs_run)
     assert np.all(metrics["gradient_variance"] > 0)
 
 
+@pytest.mark.slow
 def test_the_batch_size_adapts_within_its_bounds(cabs_run):
     sizes = cabs_run[1].metrics["batch_size"]
     assert sizes[0] == 16

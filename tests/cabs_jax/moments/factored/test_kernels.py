@@ -49,6 +49,7 @@ def test_weight_gradients_of_any_shape_and_dtype(examples, groups, positions, p,
     check(left, right, *dense.weight_gradient(left, right, HIGHEST, interpret=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 1, 11, 3, 9), (1, 2, 11, 9, 12)])
 def test_what_lies_beyond_the_edges_of_tiles_is_left_out(shape, monkeypatch):
     for name, size in {"LARGEST": (4, 4, 8), "LANES": 4, "SUBLANES": 2}.items():
