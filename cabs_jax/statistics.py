@@ -185,6 +185,13 @@ def sum_entries(tree: PyTree, variance: Variance) -> PyTree:
     return tree if variance == "diagonal" else jax.tree.map(jnp.sum, tree)
 
 
+def squares_of(tree: PyTree, variance: Variance) -> PyTree:
+    """Returns the squares of a tree's entries, summed as the kind of variance sums them."""
+    if variance == "trace":
+        return tree_squared_norm(tree)
+    return jax.tree.map(jnp.square if variance == "diagonal" else tree_squared_norm, tree)
+
+
 def noise_in_squared_norm(variance: jax.Array, count: jax.Array) -> jax.Array:
     """Returns ξ/(m − 1), by which ‖ḡ‖² overestimates ‖∇F‖²; float32 scalar.
 

@@ -36,8 +36,8 @@ from cabs_jax.statistics import (
     PyTree,
     Variance,
     moments_from_per_example,
+    squares_of,
     sum_over,
-    tree_squared_norm,
 )
 
 Moments_co = TypeVar("Moments_co", covariant=True)
@@ -354,12 +354,7 @@ def _moments(
         estimate = jnp.where(~finite & ~jnp.isnan(squared_mean), jnp.inf, estimate)
         return jnp.where(count > 0, jnp.maximum(estimate, 0.0), 0.0)
 
-    if variance == "trace":
-        squared_mean: PyTree = tree_squared_norm(mean)
-    else:
-        by_parameter = variance == "by_parameter"
-        squared_mean = jax.tree.map(tree_squared_norm if by_parameter else jnp.square, mean)
-    spreads = jax.tree.map(spread, total.squares, squared_mean)
+    spreads = jax.tree.map(spread, total.squares, squares_of(mean, variance))
     if jax.tree.leaves(total.shift):
         mean = jax.tree.map(jnp.add, mean, total.shift)
     mean = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), mean, params)

@@ -41,7 +41,7 @@ from cabs_jax.statistics import (
     Variance,
     WeightSums,
     effective_size,
-    sum_entries,
+    squares_of,
 )
 
 
@@ -92,9 +92,6 @@ def weighted_moments(
     share_squares = squares / jnp.where(exists, jnp.square(weight), 1.0)  # 1/n
     mean = total.gradient
 
-    def squared(tree: PyTree) -> PyTree:
-        return sum_entries(jax.tree.map(jnp.square, tree), variance)
-
     if jax.tree.leaves(total.square_mean):
         n = 1.0 / jnp.where(exists, share_squares, 1.0)
         square_mean = jax.tree.map(lambda g: g * n, total.square_mean)
@@ -104,7 +101,9 @@ def weighted_moments(
             estimate = jnp.maximum(second * n - around, 0.0) + distance
             return jnp.where(exists, jnp.where(jnp.isinf(second), jnp.inf, estimate), 0.0)
 
-        spreads = jax.tree.map(spread, total.squares, squared(square_mean), squared(away))
+        spreads = jax.tree.map(
+            spread, total.squares, squares_of(square_mean, variance), squares_of(away, variance)
+        )
     else:
         square_mean = None
         freedom = jnp.where(total.groups > 1, total.square_shares - share_squares, jnp.nan)
@@ -113,7 +112,7 @@ def weighted_moments(
             estimate = jnp.maximum(second - squared_mean, 0.0) / freedom * (1 - share_squares)
             return jnp.where(exists, jnp.where(jnp.isinf(second), jnp.inf, estimate), 0.0)
 
-        spreads = jax.tree.map(spread_of_groups, total.squares, squared(mean))
+        spreads = jax.tree.map(spread_of_groups, total.squares, squares_of(mean, variance))
     if jax.tree.leaves(total.shift):
         mean = jax.tree.map(jnp.add, mean, total.shift)
         square_mean = jax.tree.map(jnp.add, square_mean, total.shift)

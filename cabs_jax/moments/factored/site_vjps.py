@@ -190,15 +190,16 @@ def _weighted_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Arra
         factors = outer_products.rounded((left, right)) if alike else (left, right)
         return (), outer_products.weighted_norms(factors, scale)
 
-    needed = cost.norm_bytes(rule.sizes(), direct=direct)
-    total, norms = sum_in_cache(block, at.operands, needed, sample.target)
-    return (at.assembled(rule, total) if direct else at.into_w()), norms
+    return _in_cache(sample, rule, at, block, direct)
 
 
 def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Norms of gradients whose entries are those of the parameters' gradients."""
     if rule.apart:
         return at.into_w(), outer_products.one_hot_norms(rule.factors(*at.operands), True)
+    if found := _by_kernel(sample, rule, at):
+        total, norms = found
+        return at.assembled(rule, (total,)), norms
     sizes, alike = rule.sizes(), _rounds_alike(sample, at)
     narrow = alike or all(v.dtype.itemsize == 2 for v in jax.tree.leaves((at.x, at.cotangent)))
     direct = cost.prefers_direct(
@@ -208,9 +209,6 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
         one_hot=rule.one_hot,
         patches=_goes_by_row(sample, at),
     )
-    if found := _by_kernel(sample, rule, at):
-        total, norms = found
-        return at.assembled(rule, (total,)), norms
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
         if direct:
@@ -224,7 +222,18 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
         precision = model if alike else outer_products.HIGHEST
         return (), outer_products.gram_norms([factors], precision)
 
-    needed = cost.norm_bytes(sizes, direct=direct)
+    return _in_cache(sample, rule, at, block, direct)
+
+
+def _in_cache(
+    sample: Sample,
+    rule: Rule,
+    at: Residuals,
+    block: Callable[[PyTree], tuple[PyTree, PyTree]],
+    direct: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Gradient of the batch and norms, from blocks that give norms and, if direct, gradients."""
+    needed = cost.norm_bytes(rule.sizes(), direct=direct)
     total, norms = sum_in_cache(block, at.operands, needed, sample.target)
     return (at.assembled(rule, total) if direct else at.into_w()), norms
 
