@@ -103,7 +103,7 @@ METHODS = {
     ),
     "constant 16, Adam": _with_adam(_constant_along(16, optax.scale_by_adam()), "trace"),
     "constant 128, Adam": _with_adam(_constant_along(128, optax.scale_by_adam()), "trace"),
-    "CABS, Adam": _with_adam(lambda rate: cabs_jax.cabs_adam(rate)),
+    "CABS, Adam": _with_adam(cabs_jax.cabs_adam),
     "CABS, estimated, Adam": _with_adam(
         lambda rate: cabs_jax.cabs_adam(rate, optimal_value="estimated")
     ),

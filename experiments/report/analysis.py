@@ -12,7 +12,7 @@ from experiments.report.results import Result, Results
 from experiments.report.statistics import Choice
 from experiments.sweeps.plan import Run
 from experiments.training import averages
-from experiments.training.config import RunConfig
+from experiments.training.config import SMALLEST_NUMBER, RunConfig
 from experiments.training.shared_programs import measured_variance
 
 FEWEST_RATES = 3  # that make a grid
@@ -20,7 +20,6 @@ LAST = "last"
 # Answers at averaged weights take, for each method, the average that suits it better.
 WEIGHTS = {"w": (LAST,), "w̄": averages.NAMES}
 UNITS = ("examples", "seconds", "steps")
-_SMALLEST = float(np.finfo(np.float32).tiny)  # so that a loss of 0 has a logarithm
 _FAMILIES = {"_momentum": "momentum", "_adam": "Adam"}
 
 
@@ -92,14 +91,14 @@ def accuracy(result: Result, weights: str) -> float:
 
 def untrained(result: Result) -> float:
     """The loss before the first step."""
-    return max(float(np.nan_to_num(result.train_loss[0], nan=1.0)), _SMALLEST)
+    return max(float(np.nan_to_num(result.train_loss[0], nan=1.0)), SMALLEST_NUMBER)
 
 
 def log_final(result: Result, weights: str) -> float:
     """The logarithm of the median of the last three losses; diverged, of the untrained net's."""
     last = float(statistics.running_median(losses(result, weights))[-1])
     lost = result.summary["diverged"] or not np.isfinite(last)
-    return float(np.log(untrained(result) if lost else max(last, _SMALLEST)))
+    return float(np.log(untrained(result) if lost else max(last, SMALLEST_NUMBER)))
 
 
 def mean_size(result: Result) -> float:

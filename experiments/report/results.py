@@ -15,12 +15,11 @@ import numpy as np
 from experiments.sweeps import plan as plans
 from experiments.sweeps import sweep
 from experiments.training import averages, run_folder
-from experiments.training.config import RunConfig
+from experiments.training.config import LARGEST_NUMBER, RunConfig
 
 FILE = "results.jsonl"
 CURVE_POINTS = 40
 _DEFAULTS = dataclasses.asdict(RunConfig())
-_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 # What reading JSON that is not ours ends in; Python's own messages say what is wrong with it.
 _DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -56,15 +55,6 @@ class Result(NamedTuple):
     step_seconds: dict[int, float]
     batch_sizes: np.ndarray
     environment: dict[str, Any]
-
-    @property
-    def final_loss(self) -> float:
-        """The training loss at the end; infinite where the run diverged.
-
-        An exact 0 counts as the smallest float32, so that every loss has a logarithm.
-        """
-        last = max(float(self.train_loss[-1]), _SMALLEST)
-        return last if not self.summary["diverged"] and np.isfinite(last) else float("inf")
 
 
 class Results(NamedTuple):
@@ -169,12 +159,14 @@ def _checked(result: Result) -> Result:
         "its evaluations have no examples, or fewer than before": evaluations > 0
         and _are(result.examples, evaluations)
         and bool(result.examples[-1] > 0 and np.all(np.diff(result.examples) >= 0)),
-        "a training loss is missing or no float32 from 0 up": _are(losses, evaluations, _LARGEST),
+        "a training loss is missing or no float32 from 0 up": _are(
+            losses, evaluations, LARGEST_NUMBER
+        ),
         "a test accuracy is missing or not in [0, 1]": _are(
             np.nan_to_num(result.test_accuracy), evaluations, 1.0
         ),
         "averaged weights lack a loss or an accuracy of an evaluation": all(
-            _are(np.nan_to_num(values, posinf=0.0), evaluations, _LARGEST)
+            _are(np.nan_to_num(values, posinf=0.0), evaluations, LARGEST_NUMBER)
             for both in result.averaged.values()
             for values in both
         ),
