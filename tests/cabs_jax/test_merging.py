@@ -24,6 +24,22 @@ def loss_fn(params, x):
     return 0.5 * jnp.sum((params["w"] - x) ** 2) + params["b"] * x[0]
 
 
+def check_merged(moments_of, order, **given):
+    """The moments of the whole, padded batch are those of its parts, one of them empty, merged.
+
+    Weights are cut like the batch.
+    """
+
+    def of(a, b, mask=MASK):
+        cut = {k: v[a:b] if k == "weights" else v for k, v in given.items()}
+        return moments_of(PARAMS, X[a:b], mask[a:b], **cut)
+
+    whole, empty = of(0, len(X)), of(0, len(X), MASK & False)
+    parts = [of(a, b) if a < b else empty for a, b in itertools.pairwise(CUTS)]
+    assert_same(functools.reduce(merge_moments, parts[::order]), whole)
+    assert_same(merge_moments(empty, empty), empty)
+
+
 def assert_same(actual, expected, rtol=1e-4):
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=rtol), actual, expected)
 
@@ -32,14 +48,7 @@ def assert_same(actual, expected, rtol=1e-4):
 @pytest.mark.parametrize("order", [1, -1])
 def test_merged_moments_are_those_of_the_whole_masked_batch(variance, order):
     moments_of = jax.jit(cabs_jax.gradient_moments(loss_fn, variance=variance))
-    whole = moments_of(PARAMS, X, MASK, averaged_params=AVERAGED)
-    empty = moments_of(PARAMS, X, MASK & False, averaged_params=AVERAGED)
-    parts = [
-        moments_of(PARAMS, X[a:b], MASK[a:b], averaged_params=AVERAGED) if a < b else empty
-        for a, b in itertools.pairwise(CUTS)
-    ]
-    assert_same(functools.reduce(merge_moments, parts[::order]), whole)
-    assert_same(merge_moments(empty, empty), empty)
+    check_merged(moments_of, order, averaged_params=AVERAGED)
 
 
 @pytest.mark.slow
@@ -47,14 +56,7 @@ def test_merged_moments_are_those_of_the_whole_masked_batch(variance, order):
 @pytest.mark.parametrize("order", [1, -1])
 def test_merged_weighted_moments_are_those_of_the_whole_batch(variance, order):
     moments_of = jax.jit(cabs_jax.gradient_moments(loss_fn, variance=variance))
-    whole = moments_of(PARAMS, X, MASK, weights=WEIGHTS)
-    empty = moments_of(PARAMS, X, MASK & False, weights=WEIGHTS)
-    parts = [
-        moments_of(PARAMS, X[a:b], MASK[a:b], weights=WEIGHTS[a:b]) if a < b else empty
-        for a, b in itertools.pairwise(CUTS)
-    ]
-    assert_same(functools.reduce(merge_moments, parts[::order]), whole)
-    assert_same(merge_moments(empty, empty), empty)
+    check_merged(moments_of, order, weights=WEIGHTS)
 
 
 @pytest.mark.slow

@@ -9,21 +9,13 @@ from jax.sharding import PartitionSpec as P
 from cabs_jax import GradientMoments, gradient_moments
 from cabs_jax.statistics import WeightSums
 from tests.cabs_jax.moments.oracle import assert_close, per_example, with_garbage
+from tests.cabs_jax.moments.test_gradient_moments import SOME
 from tests.cabs_jax.moments.test_sharding import WAYS, mesh_of, place
 from tests.cabs_jax.moments.zoo import EXAMPLES, ZOO
 
 WEIGHTS = np.random.default_rng(3).integers(0, 40, EXAMPLES).astype(np.float32)
 KEEP = np.arange(EXAMPLES) % 8 != 2
-SOME = [
-    "dense",
-    "convolution_2d",
-    "embedding_as_output_head",
-    "scan_over_time",
-    "weight_norm",
-    "cond_on_the_example",
-    "merged_queries_keys_and_values",
-    "odd_leaves",
-]
+MORE = [*SOME, "merged_queries_keys_and_values", "odd_leaves"]
 OPTIONS = {
     "factored": {},
     "per_example": {"method": "per_example"},
@@ -68,7 +60,7 @@ def measure(name, options, w=WEIGHTS, keep=KEEP):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", MORE)
 @pytest.mark.parametrize("variance", ["trace", "diagonal"])
 def test_the_factored_moments_are_those_of_their_definition(name, variance):
     m = measure(name, {"variance": variance})
