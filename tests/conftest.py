@@ -24,7 +24,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-MANY = 6
+MANY = 4
 
 
 @pytest.hookimpl(tryfirst=True)

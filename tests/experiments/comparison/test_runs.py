@@ -61,6 +61,7 @@ def test_stretches_make_up_the_whole(problem, found):
     np.testing.assert_allclose(whole.loss[0], found.loss[place, ..., -1], rtol=1e-3)
 
 
+@pytest.mark.exhaustive  # compiles six loops
 def test_momentum_and_adam_are_the_librarys_at_rates_of_their_own(problem):
     methods = ("CABS, Adam", "constant 16", "CABS, momentum")
     grid = runs.Grid(methods, (0.5,), (7,))
