@@ -273,5 +273,8 @@ def platform(mesh: Any) -> str | None:
     """The platform of the devices of a mesh, or None where an abstract one does not tell."""
     if isinstance(mesh, jax.sharding.Mesh):
         return str(mesh.devices.flat[0].platform)
-    device = getattr(mesh, "abstract_device", None)
-    return getattr(device, "platform", None)
+    if getattr(mesh, "abstract_device", None) is None:
+        return None
+    # jax 0.9 knows no more than the kind: "cpu", "TPU v5 lite" or a GPU's model.
+    kind = mesh.abstract_device.device_kind.lower()
+    return next((name for name in ("cpu", "tpu") if kind.startswith(name)), "gpu")

@@ -146,7 +146,7 @@ def test_what_does_more_than_look_is_no_view(function):
     [
         lambda x: lax.mul(x, jnp.ones((4, 3))),
         lambda x: lax.div(x, jnp.ones((4, 3))),
-        lambda x: x[::2],
+        lambda x: lax.slice_in_dim(x, 0, 4, 2),  # x[::2] is a gather on jax 0.9
         lambda x: lax.rev(x, (0,)),
         lambda x: lax.pad(x, jnp.float32(0), [(1, 2, 1), (-1, 0, 0)]),
         lambda x: lax.concatenate([x, jnp.ones((4, 3))], 0),
