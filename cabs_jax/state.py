@@ -127,9 +127,14 @@ def batch_size(state: PyTree) -> jax.Array:
     >>> print(batch_size(tx.init({"w": jnp.zeros(3)})))
     16
     """
+    return adapt_state(state).batch_size
+
+
+def adapt_state(state: PyTree) -> AdaptBatchSizeState:
+    """Finds the state of `adapt_batch_size` where `batch_size` does, or raises what it does."""
     adapts = [node for node in _ours(state) if isinstance(node, AdaptBatchSizeState)]
-    size: jax.Array = _only(adapts, state, "batch size", "cabs_jax.adapt_batch_size").batch_size
-    return size
+    found: AdaptBatchSizeState = _only(adapts, state, "batch size", "cabs_jax.adapt_batch_size")
+    return found
 
 
 def info(state: PyTree) -> Info:
