@@ -7,14 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.typing import ArrayLike
 
 from cabs_jax._arguments import check_non_negative, is_traced
 from cabs_jax.loader.device_order import Position, advanced, indices
 from cabs_jax.merging import merge_moments
 from cabs_jax.moments import gradient_moments
 from cabs_jax.moments.per_example import batch_size_of
-from cabs_jax.state import batch_size
-from cabs_jax.statistics import GradientMoments, PyTree, Variance, tree_sum
+from cabs_jax.moments.randomness import check_rng, keys_of_examples
+from cabs_jax.moments.weighting import check_weights
+from cabs_jax.state import adapt_state
+from cabs_jax.statistics import GradientMoments, PyTree, Variance, WeightSums, tree_sum
 
 BLOCKS_AHEAD = 64  # blocks whose order is computed at a time
 
@@ -23,7 +26,7 @@ class StepMetrics(NamedTuple):
     """What each step measured on its batch; entries beyond the last step made are 0.
 
     Attributes:
-      batch_size: Number of examples, int32 (max_steps,).
+      batch_size: Number of examples, whatever their weights, int32 (max_steps,).
       value: Mean loss, float32 (max_steps,).
       gradient_variance: Trace ξ of the gradient covariance, float32 (max_steps,).
     """
@@ -58,8 +61,9 @@ class _Progress(NamedTuple):
       params: The parameters.
       opt_state: The state of the optimizer.
       position: Of the next example.
-      batch: Moments of the blocks of the batch under way, the mean gradient in float32; the count
-        is 0 between two batches.
+      read: Examples of the batch under way read so far, int32 scalar; 0 between two batches.
+      real: How many of these have a weight other than 0, int32 scalar.
+      batch: Moments of these, the mean gradient in float32.
       metrics: One entry a step.
     """
 
@@ -68,12 +72,14 @@ class _Progress(NamedTuple):
     params: PyTree
     opt_state: PyTree
     position: Position
+    read: jax.Array
+    real: jax.Array
     batch: GradientMoments
     metrics: StepMetrics
 
 
 def on_device_loop(
-    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+    loss_fn: Callable[..., jax.Array],
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     variance: Variance = "trace",
@@ -97,7 +103,8 @@ def on_device_loop(
     none waits for larger batches of another.
 
     Args:
-      loss_fn: `loss_fn(params, example) -> scalar loss` of one example.
+      loss_fn: `loss_fn(params, example) -> scalar loss` of one example; `loss_fn(params, example,
+        rng)` where the loop is given `rng`.
       optimizer: Optimizer whose state holds a batch size, such as `cabs`. Its `update` is given
         `moments=` and, for other transformations in a chain, `value=`.
       variance: What the optimizer asks for: "diagonal" for `cabs_adam`, else "trace".
@@ -110,17 +117,24 @@ def on_device_loop(
       shuffle: False gives the data's own order in every epoch.
 
     Returns:
-      A pure function `(params, opt_state, data, position, num_steps=None, num_examples=None) ->
-      OnDeviceResult`, to be compiled with `jax.jit`. The leaves of `data` have shape (length, ...);
-      `position` is that of the first example, `Position()` at the start. The loop ends after
-      `num_steps` steps, or with the step by which `num_examples` examples are seen, whichever comes
-      first. Both may be traced; there are never more than `max_steps` steps.
+      A pure function `(params, opt_state, data, position, num_steps=None, num_examples=None, *,
+      rng=None, weights=None) -> OnDeviceResult`, to be compiled with `jax.jit`. The leaves of
+      `data` have shape (length, ...); `position` is that of the first example, `Position()` at the
+      start. The loop ends after `num_steps` steps, or with the step by which `num_examples`
+      examples are seen, whichever comes first. Both may be traced; there are never more than
+      `max_steps` steps.
+
+      `rng` and `weights` are those of `gradient_moments`. Step n of the optimizer's state, counted
+      from 0, has the key `jax.random.fold_in(rng, n)`: pieces of a run are given the same `rng`,
+      and draw what the whole would. The weights, shape (length,), belong to the examples of `data`.
 
     Raises:
-      TypeError: If `seed` is no integer.
+      TypeError: If `seed` is no integer; when called, if `rng` is no key, or only one of the loss
+        and the call has it, or if weights are no numbers.
       ValueError: If a number is not positive, or `seed` is negative; when called, if the data's
-        leaves differ in length or hold no examples, the optimizer's state holds no batch size,
-        `num_steps` exceeds `max_steps`, or neither `num_steps` nor `num_examples` is given.
+        leaves or the weights differ in length or hold no examples, the optimizer's state holds no
+        batch size, `num_steps` exceeds `max_steps`, or neither `num_steps` nor `num_examples` is
+        given.
 
     Example:
       >>> import cabs_jax, jax, jax.numpy as jnp
@@ -163,17 +177,23 @@ def on_device_loop(
         position: Position,
         num_steps: Any = None,
         num_examples: Any = None,
+        *,
+        rng: jax.Array | None = None,
+        weights: ArrayLike | None = None,
     ) -> OnDeviceResult:
         length = batch_size_of(data)
+        check_rng(rng, loss_fn)
+        check_weights(weights, length)
         if num_steps is None and num_examples is None:
             raise ValueError("give num_steps, num_examples or both, got neither.")
         if num_steps is not None and not is_traced(num_steps) and num_steps > max_steps:
             raise ValueError(f"num_steps={num_steps} exceeds max_steps={max_steps}.")
 
-        def loss_at(params: PyTree, index: jax.Array) -> jax.Array:
+        def loss_at(params: PyTree, drawn: tuple[jax.Array, ...]) -> jax.Array:
             # Gathered inside the block, so that padding is not.
+            index, *key = drawn
             example = jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), data)
-            return loss_fn(params, example)
+            return loss_fn(params, example, *key)
 
         moments_of = gradient_moments(loss_at, variance=variance)
 
@@ -181,7 +201,7 @@ def on_device_loop(
             more = at.number < last_step
             if num_examples is not None:
                 more &= at.examples < num_examples
-            return more | (at.batch.count > 0)  # a batch begun is finished
+            return more | (at.read > 0)  # a batch begun is finished
 
         def with_order(at: _Progress) -> _Progress:
             """Goes on for as long as one computed stretch of the order lasts."""
@@ -202,27 +222,39 @@ def on_device_loop(
             return moments._replace(mean=mean)
 
         def of_block(at: _Progress, places: jax.Array) -> _Progress:
-            size = batch_size(at.opt_state)
-            count = jnp.minimum(size - at.batch.count, rows)
+            state = adapt_state(at.opt_state)
+            count = jnp.minimum(state.batch_size - at.read, rows)
+            real = jnp.arange(rows, dtype=jnp.int32) < count
+            block_weights = None
+            if weights is not None:
+                block_weights = jnp.take(jnp.asarray(weights), places)
+                real &= block_weights != 0
+            drawn: tuple[jax.Array, ...] = (places,)
+            if rng is not None:
+                of_step = jax.random.fold_in(rng, state.step)
+                drawn = places, keys_of_examples(of_step, real, (), before=at.real)
             moments = moments_of(
                 at.params,
-                places,
-                jnp.arange(rows, dtype=jnp.int32) < count,
+                drawn,
+                real,
+                weights=block_weights,
                 averaged_params=averaged_params and averaged_params(at.opt_state),
             )
-            read = at._replace(
+            reached = at._replace(
                 examples=at.examples + count,
                 position=advanced(at.position, count, length),
+                read=at.read + count,
+                real=at.real + jnp.sum(real, dtype=jnp.int32),
                 batch=lax.cond(
-                    at.batch.count == 0,
+                    at.read == 0,
                     lambda before, block: in_float32(block),
                     merge_moments,
                     at.batch,
                     moments,
                 ),
             )
-            incomplete = read.batch.count < size
-            after: _Progress = lax.cond(incomplete, lambda read: read, step, read)
+            incomplete = reached.read < state.batch_size
+            after: _Progress = lax.cond(incomplete, lambda reached: reached, step, reached)
             return after
 
         def step(at: _Progress) -> _Progress:
@@ -231,12 +263,13 @@ def on_device_loop(
             updates, opt_state = optimizer.update(
                 mean, at.opt_state, at.params, value=moments.value, moments=moments
             )
-            measured = StepMetrics(moments.count, moments.value, tree_sum(moments.variance))
+            measured = StepMetrics(at.read, moments.value, tree_sum(moments.variance))
             return at._replace(
                 number=at.number + 1,
                 params=optax.apply_updates(at.params, updates),
                 opt_state=opt_state,
-                batch=at.batch._replace(count=jnp.zeros_like(at.batch.count)),
+                read=zero,
+                real=zero,
                 metrics=jax.tree.map(
                     lambda all_, x: all_.at[at.number].set(x), at.metrics, measured
                 ),
@@ -254,7 +287,11 @@ def on_device_loop(
                 params=params,
                 opt_state=opt_state,
                 position=Position(*(jnp.asarray(part, jnp.int32) for part in position)),
-                batch=_of_no_example(params, variance, averaged_params is not None),
+                read=zero,
+                real=zero,
+                batch=_of_no_example(
+                    params, variance, averaged_params is not None, weights is not None
+                ),
                 metrics=StepMetrics(nothing.astype(jnp.int32), nothing, nothing),
             ),
         )
@@ -263,7 +300,9 @@ def on_device_loop(
     return loop
 
 
-def _of_no_example(params: PyTree, variance: Variance, averaged: bool) -> GradientMoments:
+def _of_no_example(
+    params: PyTree, variance: Variance, averaged: bool, weighted: bool
+) -> GradientMoments:
     zero = jnp.zeros((), jnp.float32)
     mean = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), jnp.float32), params)
     return GradientMoments(
@@ -272,4 +311,5 @@ def _of_no_example(params: PyTree, variance: Variance, averaged: bool) -> Gradie
         variance=zero if variance == "trace" else mean,
         count=jnp.zeros((), jnp.int32),
         averaged_value=zero if averaged else None,
+        weights=WeightSums(zero, zero, mean) if weighted else None,
     )

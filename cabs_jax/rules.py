@@ -12,9 +12,9 @@ be given to `cabs_jax.adapt_batch_size`; the factories here make the rules of th
 | `biased_norm_test` | ξ / (θ²‖ḡ‖²) | Byrd et al. 2012 |
 | `noise_scale` | ξ / ‖∇F‖² | McCandlish et al. 2018 |
 | `big_batch` | m, or (1 + δ)·m if too noisy | De et al. 2017 |
-| `geometric_growth` | m₀·ρᵏ after k milestones | Smith et al. 2018 |
 | `seesaw` | m₀·max α/α | Meterez et al. 2025 |
-| `constant`, `schedule` | a given size | the baselines |
+| `schedule` | given sizes | Smith et al. 2018 |
+| `constant` | a given size | the baseline |
 
 ξ = tr Σ̂ is the trace of the gradient covariance, F the loss and α the learning rate. Where a rule's
 numerator is zero (no noise, or no step) it answers 0; else, where its denominator is not positive
@@ -33,8 +33,8 @@ it answers NaN, and the size stays as it was; a value that is not traced raises.
 >>> float(square_root_growth(statistics))
 16.0
 
-The last four are schedules, which need neither loss nor variance: `update(gradient, state, params)`
-will do, with `count=` where they count examples.
+The last three are schedules, which need neither loss nor variance: `update(gradient, state,
+params)` will do, with `count=` where they count examples.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ from jax.typing import ArrayLike
 from cabs_jax._arguments import check_number
 from cabs_jax.learning_rates import ScalarOrSchedule, at_step, check_coupled
 from cabs_jax.size_schedules import constant as constant
-from cabs_jax.size_schedules import geometric_growth as geometric_growth
 from cabs_jax.size_schedules import schedule as schedule
 from cabs_jax.size_schedules import seesaw as seesaw
 from cabs_jax.statistics import Rule as Rule

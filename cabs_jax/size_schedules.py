@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -11,59 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from cabs_jax._arguments import check_batch_size, check_non_negative, check_number
+from cabs_jax._arguments import check_batch_size, check_non_negative
 from cabs_jax.statistics import Rule, Statistics
-
-
-def geometric_growth(size: int, factor: float, milestones: Sequence[int]) -> Rule:
-    """Multiplies the batch size where a step decay would divide the learning rate: m₀·ρᵏ.
-
-    The noise of a step goes with α/m, so that both have the same effect on it. As the sizes are
-    known beforehand, so are the steps at which a number of examples has been seen; they are right
-    as long as `round_to` leaves the sizes as they are. Bounds may cut them off at the maximum.
-
-    Args:
-      size: Size m₀ of the first batches, in [1, 2**31 − 1]; give it as `initial_batch_size` too.
-      factor: ρ > 1; sizes are rounded to whole numbers.
-      milestones: Increasing numbers of examples; the first batch that starts at or after the k-th
-        is the first of size m₀·ρᵏ.
-
-    Returns:
-      The rule.
-
-    Raises:
-      ValueError: If an argument is out of range, or the milestones do not increase.
-
-    Example:
-      >>> import cabs_jax, optax
-      >>> rule = geometric_growth(64, factor=5, milestones=[1_000_000, 2_000_000])
-      >>> tx = optax.chain(
-      ...     cabs_jax.adapt_batch_size(rule, initial_batch_size=64),
-      ...     optax.scale_by_learning_rate(0.1))
-
-    References:
-      Smith, Kindermans, Ying and Le, [Don't Decay the Learning Rate, Increase the Batch
-      Size](https://arxiv.org/abs/1711.00489), 2018.
-    """
-    check_number("factor", factor, "a number above 1", lambda x: x > 1)
-    first = int(check_batch_size("size", size))
-    at = [int(check_batch_size("each milestone", milestone)) for milestone in milestones]
-    if any(a >= b for a, b in pairwise(at)):
-        raise ValueError(f"milestones must increase, got {milestones!r}.")
-
-    sizes, steps, step, seen = [float(first)], [], 0, 0
-    for milestone in at:
-        waited = max(0, math.ceil((milestone - seen) / sizes[-1]))
-        step, seen = step + waited, seen + waited * int(sizes[-1])
-        steps.append(step)
-        sizes.append(float(round(first * factor ** len(steps))))
-    all_sizes, last_steps = np.asarray(sizes, np.float32), np.asarray(steps, np.int32) - 1
-
-    def rule(statistics: Statistics) -> jax.Array:
-        passed = jnp.sum(statistics.step >= last_steps, dtype=jnp.int32)
-        return jnp.asarray(all_sizes)[passed]
-
-    return rule
 
 
 def constant(size: ArrayLike) -> Rule:
@@ -84,6 +32,9 @@ def constant(size: ArrayLike) -> Rule:
 
 def schedule(sizes: Callable[[jax.Array], ArrayLike] | Sequence[tuple[int, int]]) -> Rule:
     """Asks for sizes that are known beforehand.
+
+    The noise of a step goes with α/m: what a step decay does to it by dividing the learning rate,
+    a schedule does that multiplies the size at the same numbers of examples.
 
     Args:
       sizes: Pairs `(examples, size)`: from the batch on that starts after so many examples, that
@@ -109,6 +60,10 @@ def schedule(sizes: Callable[[jax.Array], ArrayLike] | Sequence[tuple[int, int]]
       >>> _, state = tx.update(jnp.ones(3), state, params, count=1_000_000)
       >>> print(cabs_jax.batch_size(state))
       256
+
+    References:
+      Smith, Kindermans, Ying and Le, [Don't Decay the Learning Rate, Increase the Batch
+      Size](https://arxiv.org/abs/1711.00489), 2018.
     """
     if callable(sizes):
         size_at = sizes

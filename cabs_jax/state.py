@@ -113,7 +113,8 @@ def batch_size(state: PyTree) -> jax.Array:
 
     Args:
       state: State of an optax optimizer that holds `cabs` or `adapt_batch_size` exactly once: in
-        `chain`, `inject_hyperparams`, `masked`, `partition`, `apply_if_finite`, or any other tree.
+        `chain`, `inject_hyperparams`, `masked`, `partition`, `apply_if_finite`, or any other tree,
+        `nnx.Optimizer` among them.
 
     Returns:
       Number of examples of the next batch, an int32 scalar; under `vmap`, or of a stacked state,
@@ -127,9 +128,14 @@ def batch_size(state: PyTree) -> jax.Array:
     >>> print(batch_size(tx.init({"w": jnp.zeros(3)})))
     16
     """
+    return _array(adapt_state(state).batch_size)
+
+
+def adapt_state(state: PyTree) -> AdaptBatchSizeState:
+    """Finds the state of `adapt_batch_size` where `batch_size` does, or raises what it does."""
     adapts = [node for node in _ours(state) if isinstance(node, AdaptBatchSizeState)]
-    size: jax.Array = _only(adapts, state, "batch size", "cabs_jax.adapt_batch_size").batch_size
-    return size
+    found: AdaptBatchSizeState = _only(adapts, state, "batch size", "cabs_jax.adapt_batch_size")
+    return found
 
 
 def info(state: PyTree) -> Info:
@@ -153,7 +159,7 @@ def info(state: PyTree) -> Info:
     """
     measured = [n.measured if isinstance(n, MonitorState) else n for n in _ours(state)]
     found: Info = _only(measured, state, "measurement", "cabs_jax.monitor").info
-    return found
+    return Info(*map(_array, found))
 
 
 def _is_ours(node: PyTree) -> bool:
@@ -162,6 +168,12 @@ def _is_ours(node: PyTree) -> bool:
 
 def _ours(state: PyTree) -> list[Any]:
     return [node for node in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(node)]
+
+
+def _array(x: PyTree) -> jax.Array:
+    """What a field holds, which flax nnx may have made a variable of."""
+    (array,) = jax.tree.leaves(x)
+    return array  # type: ignore[no-any-return]
 
 
 def _only(found: list[Any], state: PyTree, what: str, or_what: str) -> Any:

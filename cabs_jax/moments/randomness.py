@@ -56,18 +56,21 @@ def with_key(loss_fn: Callable[..., Result]) -> Callable[[PyTree, tuple[PyTree, 
     return lambda params, example: loss_fn(params, *example)
 
 
-def keys_of_examples(rng: jax.Array, keep: jax.Array, axis_names: tuple[str, ...]) -> jax.Array:
+def keys_of_examples(
+    rng: jax.Array, keep: jax.Array, axis_names: tuple[str, ...], before: int | jax.Array = 0
+) -> jax.Array:
     """One key for each example of this shard.
 
     Args:
       rng: One key, typed or raw.
       keep: Boolean, shape (m,), False for padding.
       axis_names: Mesh axes that split the batch, inside a shard_map.
+      before: Number of real examples of the batch before these, int32 scalar.
 
     Returns:
       Keys of shape (m,), or (m, 2) where they are raw.
     """
-    number = jnp.cumsum(keep, dtype=jnp.int32) - 1
+    number = before + jnp.cumsum(keep, dtype=jnp.int32) - 1
     if axis_names:
         real = lax.all_gather(jnp.sum(keep, dtype=jnp.int32), axis_names)  # by shard
         before = jnp.arange(real.size) < lax.axis_index(axis_names)

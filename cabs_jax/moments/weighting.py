@@ -18,6 +18,9 @@ Sampling Techniques, 1977, §6; Kish, Survey Sampling, 1965, for n.)
 
     ξ = Σ_i w_i² ‖g_i‖² / S − ‖h‖² + ‖h − ḡ‖².
 
+The norms and ḡ come from one backward pass, as without weights. h comes from it too, as a second
+sum at every site. The trace alone needs no more of it than ⟨h, ḡ⟩, but merging needs h.
+
 Between groups, whose means ḡ_k of weight W_k and with S_k have the variances ξ·S_k/W_k² to first
 order in one over their sizes,
 

@@ -80,9 +80,7 @@ METHODS = {
     "constant 16, step decay": _constant(16, descent.step_decay),
     "constant 16, cosine decay": _constant(16, descent.cosine),
     "geometric growth": Method(
-        lambda rate, examples: rules.geometric_growth(
-            16, 1 / descent.STEP_DECAY, descent.milestones(examples)
-        )
+        lambda rate, examples: rules.schedule(descent.growing_sizes(16, examples))
     ),
     "expected progress, L = 1/α": Method(
         lambda rate, examples: rules.expected_progress(rate, 1 / rate)

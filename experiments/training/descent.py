@@ -81,6 +81,12 @@ def milestones(examples: int) -> list[int]:
     return [math.ceil(fraction * examples) for fraction in MILESTONES]
 
 
+def growing_sizes(first: int, examples: int) -> list[tuple[int, int]]:
+    """For `rules.schedule`: ten times the size where `step_decay` takes a tenth of the rate."""
+    starts = [0, *milestones(examples)]
+    return [(start, round(first / STEP_DECAY**k)) for k, start in enumerate(starts)]
+
+
 class DescentState(NamedTuple):
     """State of `descend`.
 

@@ -106,9 +106,8 @@ def _constant(
 
 def _geometric_growth(config: RunConfig) -> Optimizer:
     assert config.examples is not None
-    milestones = descent.milestones(config.examples)
-    rule = rules.geometric_growth(config.batch_size, 1 / descent.STEP_DECAY, milestones)
-    return _descend(config, rule)
+    sizes = descent.growing_sizes(config.batch_size, config.examples)
+    return _descend(config, rules.schedule(sizes))
 
 
 def _coupled(config: RunConfig, optimizer: Callable[..., Optimizer], **options: Any) -> Optimizer:

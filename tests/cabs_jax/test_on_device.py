@@ -63,6 +63,49 @@ def test_sizes_losses_and_parameters_are_those_of_the_host_loop(options):
     assert sum(sizes) > 900  # several epochs, and several windows of the order
 
 
+KEY = jax.random.key(5)
+WEIGHTS = RANDOM.integers(0, 4, 300)
+
+
+def noisy_loss(params, example, rng):
+    return loss_fn(params, example | {"x": example["x"] * jax.random.uniform(rng, (5,))})
+
+
+@pytest.mark.slow
+def test_keys_and_weights_are_those_of_the_host_loop():
+    """Zero weights among them, which draw nothing, and a run in two pieces."""
+
+    @jax.jit
+    def step(params, state, batch, mask, rng):
+        batch, weights = batch
+        m = cabs_jax.gradient_moments(noisy_loss)(params, batch, mask, rng=rng, weights=weights)
+        updates, state = OPTIMIZER.update(m.mean, state, params, moments=m)
+        return optax.apply_updates(params, updates), state
+
+    loader = cabs_jax.BatchLoader((DATA, WEIGHTS), 4, pad_to=104)
+    params, state, sizes = PARAMS, OPTIMIZER.init(PARAMS), []
+    for n in range(40):
+        loader.batch_size = cabs_jax.batch_size(state)
+        sizes.append(int(loader.batch_size))
+        params, state = step(params, state, *next(loader), jax.random.fold_in(KEY, n))
+
+    loop = jax.jit(cabs_jax.on_device_loop(noisy_loss, OPTIMIZER, microbatch_size=8, max_steps=40))
+    result, found = (PARAMS, OPTIMIZER.init(PARAMS), cabs_jax.Position(*jnp.zeros(2, int))), []
+    for n in (25, 15):
+        result = loop(*result[:2], DATA, result[2], n, rng=KEY, weights=WEIGHTS)
+        found += result.metrics.batch_size[:n].tolist()
+    assert found == sizes
+    assert len(set(sizes)) > 5
+    same(result[:2], (params, state))
+    assert loop._cache_size() == 1
+
+
+def test_a_batch_of_no_weight_changes_nothing_and_ends():
+    result = on_device()(*started(), 3, weights=np.zeros(300))
+    assert result.metrics.batch_size[:4].tolist() == [4, 4, 4, 0]
+    jax.tree.map(np.testing.assert_array_equal, result[:2], started()[:2])
+
+
 @pytest.mark.slow  # compiles the loop several times
 def test_pieces_make_up_the_whole_and_compile_once():
     loop = on_device()
@@ -91,6 +134,12 @@ def test_what_cannot_work_is_refused():
         on_device()(PARAMS, optax.sgd(0.1).init(PARAMS), DATA, cabs_jax.Position(), 1)
     with pytest.raises(ValueError, match="holds no examples"):
         on_device()(PARAMS, OPTIMIZER.init(PARAMS), {"x": np.ones((0, 5))}, cabs_jax.Position(), 1)
+    with pytest.raises(TypeError, match="rng was given, but loss_fn takes no third argument"):
+        on_device()(*started(), 1, rng=KEY)
+    with pytest.raises(TypeError, match="pass one key as rng="):
+        cabs_jax.on_device_loop(noisy_loss, OPTIMIZER)(*started(), 1)
+    with pytest.raises(ValueError, match=r"weights must have shape \(300,\) like the batch"):
+        on_device()(*started(), 1, weights=np.ones(299))
 
 
 @pytest.mark.slow  # compiles the loop several times

@@ -39,7 +39,6 @@ ALL_RULES = {
     "biased_norm_test": rules.biased_norm_test(0.5),
     "noise_scale": rules.noise_scale(),
     "big_batch": rules.big_batch(growth=0.5),
-    "geometric_growth": rules.geometric_growth(16, 2.5, (48, 100, 1000)),
     "constant": rules.constant(32),
     "schedule": rules.schedule(lambda step: 2**step),
     "schedule of examples": rules.schedule([(0, 16), (50, 32), (51, 48)]),
@@ -52,7 +51,6 @@ EXPECTED = {
     "biased_norm_test": 40 / (0.5**2 * (0.25 + 40 / 16)),
     "noise_scale": 40 / 0.25,
     "big_batch": 18,
-    "geometric_growth": 40,
     "constant": 32,
     "schedule": 2**3,
     "schedule of examples": 32,
@@ -157,7 +155,7 @@ def test_rule_that_needs_the_count_says_so(name):
         ALL_RULES[name](statistics(count=None, squared_gradient_norm=None))
 
 
-@pytest.mark.parametrize("name", ["cabs", "geometric_growth", "constant", "schedule"])
+@pytest.mark.parametrize("name", ["cabs", "constant", "schedule"])
 def test_other_rules_do_without_the_count(name):
     size = ALL_RULES[name](statistics(count=None, squared_gradient_norm=None))
     assert float(size) == EXPECTED[name]
@@ -202,32 +200,6 @@ def test_big_batch_keeps_its_size_without_noise_and_grows_from_the_smallest():
     assert float(rules.big_batch()(quiet)) == 18
     faint = statistics(gradient_variance=1e-3, squared_gradient_norm=-1e-5, batch_size=2)
     assert float(rules.big_batch()(faint)) == 3
-
-
-@pytest.mark.slow
-def test_geometric_growth_counts_the_examples():
-    rule = rules.geometric_growth(16, 2.5, (33, 100, 101))
-    sizes = [16]
-    for step in range(6):
-        sizes.append(int(rule(statistics(step=step))))
-    assert sizes == [16, 16, 16, 40, 40, 250, 250]  # 48 ≥ 33, 128 ≥ 101 as well
-    starts = np.cumsum([0, *sizes[:-1]])
-    for size, seen in zip(sizes, starts, strict=True):
-        assert size == round(16 * 2.5 ** sum(seen >= m for m in (33, 100, 101)))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0, 2.0, (5,)), "size must lie in .*got 0"),
-        ((16, 1.0, (5,)), r"factor must be a number above 1, got 1\.0"),
-        ((16, 2.0, (5, 5)), r"milestones must increase, got \(5, 5\)"),
-        ((16, 2.0, (0.5,)), r"each milestone must be a whole number.*got 0\.5"),
-    ],
-)
-def test_geometric_growth_shows_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        rules.geometric_growth(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ RULES = {
     "biased_norm_test": cabs_jax.rules.biased_norm_test(0.5),
     "noise_scale": cabs_jax.rules.noise_scale(),
     "big_batch": cabs_jax.rules.big_batch(),
-    "geometric_growth": cabs_jax.rules.geometric_growth(16, 2.0, [32, 96]),
     "constant": cabs_jax.rules.constant(32),
     "schedule": cabs_jax.rules.schedule(lambda step: 16 + step),
 }

@@ -2,15 +2,15 @@
 
 The sorted per-example loss (see `program`) is evaluated for the whole batch by the `interpreter`.
 At each site a slot is added that changes nothing in the forward pass and whose derivative is what
-we want to know: the squared norms of the examples' gradients, their factors, or the gradients
-themselves (see `values` and `site_vjps`). One vector-Jacobian product then returns the ordinary
-gradient and the contents of all slots, and whatever the loss does on the way (checkpointing, scans,
-custom derivative rules) keeps working.
+we want to know: the squared norms of the examples' gradients, their factors, a second sum of them,
+or the gradients themselves (see `values` and `site_vjps`). One vector-Jacobian product then returns
+the ordinary gradient and the contents of all slots, and whatever the loss does on the way
+(checkpointing, scans, custom derivative rules) keeps working.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -56,12 +56,14 @@ class Slots(NamedTuple):
       norms: Squared norms, shape (m,), by parameter.
       gradients: Per-example gradients (m, *shape), by parameter.
       squares: Sums of squared gradients, by parameter.
+      again: Second sums of gradients, by parameter.
       factors: Factors, by site.
     """
 
     norms: dict[int, jax.Array]
     gradients: dict[int, jax.Array]
     squares: dict[int, jax.Array]
+    again: dict[int, jax.Array]
     factors: dict[int, Factors]
 
 
@@ -85,7 +87,7 @@ def batch_sums(
       variance: Whether squares are summed over entries ("trace", "by_parameter") or over examples
         ("diagonal").
       sample: The m examples.
-      twice: Whether Σ_i w_i² g_i is asked for, for one more backward pass.
+      twice: Whether Σ_i w_i² g_i is asked for too.
     """
     treedef: Any  # its stub has no methods
     leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
@@ -93,13 +95,15 @@ def batch_sums(
     choices = choose(program, len(leaves), variance)
     batched = [Batched(jnp.asarray(x)) for x in jax.tree.leaves(batch)]
     differentiated, fixed = _split_leaves(leaves, choices)
+    # In units of 1/m, so that a cotangent in float16 keeps its size.
+    shares = weights * sample.examples if twice else None
 
     def weighted_losses(
         differentiated: dict[int, jax.Array], slots: Slots
     ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-        context = Context(program, choices, variance, sample, slots.norms, slots.factors)
+        context = Context(program, choices, variance, sample, slots.norms, slots.factors, shares)
         shared = [
-            Shared(leaf, slots.gradients.get(i), slots.squares.get(i))
+            Shared(leaf, slots.gradients.get(i), slots.squares.get(i), slots.again.get(i))
             for i, leaf in sorted((fixed | differentiated).items())
         ]
         inputs: list[Value] = [*shared, *batched]
@@ -109,13 +113,13 @@ def batch_sums(
         losses = losses.astype(jnp.float32)
         return jnp.where(weights != 0, losses * weights, 0.0), (losses, aux)
 
-    slots = _empty_slots(leaves, choices, variance, sample)
+    slots = _empty_slots(leaves, choices, variance, sample, differentiated if twice else ())
     terms, pull, (losses, aux) = jax.vjp(weighted_losses, differentiated, slots, has_aux=True)
     gradients, slots = pull(jnp.ones_like(terms))
-    again = pull(weights)[0] if twice else {}
+    second = {i: total / sample.examples for i, total in slots.again.items()}
     held = slots.gradients.items()
     gradients |= {i: jnp.sum(g, axis=0) for i, g in held}
-    again |= {i: jnp.tensordot(weights, g, 1, precision=HIGHEST) for i, g in held if twice}
+    second |= {i: jnp.tensordot(weights, g, 1, precision=HIGHEST) for i, g in held if twice}
     held_squares = {i: jnp.square(g) for i, g in held}
     if variance == "diagonal":
         summed = {i: jnp.sum(g, axis=0) for i, g in held_squares.items()}
@@ -131,7 +135,7 @@ def batch_sums(
     shifted = shift_gradient(program, leaves)
     shift = treedef.unflatten(shifted) if shifted else ()
     gradient = treedef.unflatten(_or_zeros(gradients, leaves))
-    again = treedef.unflatten(_or_zeros(again, leaves)) if twice else ()
+    again = treedef.unflatten(_or_zeros(second, leaves)) if twice else ()
     return BatchSums(losses, gradient, again, squares, shift, aux)
 
 
@@ -149,7 +153,11 @@ def _split_leaves(
 
 
 def _empty_slots(
-    leaves: list[jax.Array], choices: tuple[Choice, ...], variance: Variance, sample: Sample
+    leaves: list[jax.Array],
+    choices: tuple[Choice, ...],
+    variance: Variance,
+    sample: Sample,
+    twice: Iterable[int],
 ) -> Slots:
     def shapes(mode: Mode) -> dict[int, tuple[int, ...]]:
         return {i: leaves[i].shape for i, choice in enumerate(choices) if choice.mode is mode}
@@ -160,6 +168,7 @@ def _empty_slots(
         norms={} if diagonal else {i: sample.zeros((m,)) for i in in_place},
         gradients={i: sample.zeros((m, *shape)) for i, shape in held.items()},
         squares={i: sample.zeros(shape) for i, shape in in_place.items()} if diagonal else {},
+        again={i: sample.zeros(leaves[i].shape) for i in twice},
         factors=empty_factors(choices, sample),
     )
 

@@ -14,6 +14,9 @@ taken the examples cannot be told apart. Each site is therefore given a `jax.cus
     backward(c)         = Σ_i g_i,  (∂y_i/∂x_i)ᵀ c_i,  statistic of the g_i
 
 whose last entry JAX takes for the derivative with respect to the slot, and hands to the caller.
+Where a second sum Σ_i s_i g_i is asked for, it goes the same way, through a slot of its own: the
+first is linear in the c_i, and becomes the second with s_i·c_i in their place. That is one product
+more at each site; another backward pass would also take those that lead to the x_i.
 
 Where a rule of `primitives` covers f, the g_i are sums of outer products of factors made of x and c
 (`_by_rule`), and what is returned depends on the mode that was chosen for the parameter:
@@ -30,6 +33,7 @@ differentiated one example at a time (`_by_derivative`).
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -119,29 +123,36 @@ def _by_rule(context: Context, number: int, site: Site, rule: Rule, values: list
         return jnp.asarray(output.value)
 
     @jax.custom_vjp
-    def apply(w: jax.Array, x: PyTree, scale: PyTree, slot: PyTree) -> jax.Array:
+    def apply(w: jax.Array, x: PyTree, fixed: PyTree, slots: PyTree) -> jax.Array:
         return evaluate(w, x)
 
-    def forward(w: jax.Array, x: PyTree, scale: PyTree, slot: PyTree) -> tuple[jax.Array, PyTree]:
-        return evaluate(w, x), (w, x, scale)
+    def forward(w: jax.Array, x: PyTree, fixed: PyTree, slots: PyTree) -> tuple[jax.Array, PyTree]:
+        return evaluate(w, x), (w, x, fixed)
 
     def backward(saved: PyTree, cotangent: jax.Array) -> tuple[PyTree, PyTree, None, PyTree]:
         # The equation is linear in each operand: its derivative is its transpose.
-        w, x, scale = saved
+        w, x, (scale, shares) = saved
         into_x = None
         if not rule.one_hot and jnp.issubdtype(x.dtype, jnp.inexact):
             (into_x,) = jax.linear_transpose(lambda x: evaluate(w, x), x)(cotangent)
 
-        def into_w() -> jax.Array:
+        def into_w(cotangent: jax.Array) -> jax.Array:
             (gradient,) = jax.linear_transpose(lambda w: evaluate(w, x), w)(cotangent)
             return jnp.asarray(gradient)
 
-        at = Residuals(site.equation, w, x, cotangent, scale, into_w)
+        of_batch = functools.partial(into_w, cotangent)
+        at = Residuals(site.equation, w, x, cotangent, scale, of_batch)
         gradient, statistic = measure(context.sample, rule, at)
-        return gradient, into_x, None, statistic
+        if shares is None:
+            return gradient, into_x, None, (statistic, None)
+        shaped = shares.reshape(shares.shape + (1,) * (cotangent.ndim - 1))
+        again = into_w((cotangent * shaped).astype(cotangent.dtype)).astype(jnp.float32)
+        return gradient, into_x, None, (statistic, again)
 
     apply.defvjp(forward, backward)
-    return Batched(apply(parameter.value, other, parameter.scale, slot))
+    again = parameter.again_slots
+    fixed = parameter.scale, None if again is None else context.shares
+    return Batched(apply(parameter.value, other, fixed, (slot, again)))
 
 
 def _measure(

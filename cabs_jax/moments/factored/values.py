@@ -34,6 +34,8 @@ class Shared(NamedTuple):
       gradient_slots: Slots for its per-example gradients, float32, shape (m, *value.shape), or
         None.
       square_slots: Slots for the sum of their squares, float32, shaped like the value, or None.
+      again_slots: Slots for their sum weighted once more (see `Context`), float32, shaped like the
+        value, or None.
       scale: What entries of parameters are multiplied by in entries of the value, up to the sign:
         a float32 array of its shape, or a scalar, or None for 1.
     """
@@ -41,6 +43,7 @@ class Shared(NamedTuple):
     value: Any
     gradient_slots: Any = None
     square_slots: Any = None
+    again_slots: Any = None
     scale: Any = None
 
 
@@ -82,6 +85,7 @@ class Context(NamedTuple):
       sample: The examples.
       norms: Slots for squared norms, shape (m,), by parameter.
       factors: Slots for factors, by the number of the site.
+      shares: Weights for a second sum of the gradients, float32, shape (m,), or None.
     """
 
     program: Program
@@ -90,6 +94,7 @@ class Context(NamedTuple):
     sample: Sample
     norms: dict[int, jax.Array]
     factors: dict[int, tuple[jax.Array, jax.Array]]
+    shares: jax.Array | None = None
 
 
 def slot_dtype(dtype: Any) -> Any:

@@ -1,9 +1,10 @@
 """Evaluates what does no more than look at parameters (see `views`), and brings along their slots.
 
 A view u = V(w) takes each of its entries u = c·w from one entry of a parameter, or has a constant
-there. Slots for gradients are moved as the entries are, by the linear part of V; JAX's derivative
-of that moves their cotangents back. Slots for squares are moved with c² for c, since
-(∂ℓ/∂w)² = c² (∂ℓ/∂u)². Where only ‖∂ℓ/∂w‖² is wanted, the site needs the c: they are the scale.
+there. Slots for gradients and sums of them are moved as the entries are, by the linear part of V;
+JAX's derivative of that moves their cotangents back. Slots for squares are moved with c² for c,
+since (∂ℓ/∂w)² = c² (∂ℓ/∂u)². Where only ‖∂ℓ/∂w‖² is wanted, the site needs the c: they are the
+scale.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def evaluate_view(
     move = functools.partial(_move, equation, arrays)
     gradient_slots: list[Any] = [None] * len(outputs)
     square_slots: list[Any] = [None] * len(outputs)
+    again_slots: list[Any] = [None] * len(outputs)
     slots = {i: s for i in viewed if (s := values[i].gradient_slots) is not None}
     if slots:  # (m, *shape): the same for every example
         gradient_slots = sample.target.vmap(move)(slots)
@@ -44,8 +46,11 @@ def evaluate_view(
         elif jaxprs.name(equation) in MULTIPLYING | ADDING:
             factors = move({i: _ones(arrays[i]) for i in viewed})
             square_slots = [s * c for s, c in zip(square_slots, factors, strict=True)]
+    slots = {i: s for i in viewed if (s := values[i].again_slots) is not None}
+    if slots:
+        again_slots = move(slots)
     scales = _scales(equation, values, viewed)
-    parts = zip(outputs, gradient_slots, square_slots, scales, strict=True)
+    parts = zip(outputs, gradient_slots, square_slots, again_slots, scales, strict=True)
     return [Shared(*part) for part in parts]
 
 

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from cabs_jax import GradientMoments, gradient_moments
+from cabs_jax.moments.flops import flops
 from cabs_jax.statistics import WeightSums
 from tests.cabs_jax.moments.oracle import assert_close, per_example, with_garbage
 from tests.cabs_jax.moments.test_gradient_moments import SOME
@@ -100,6 +101,19 @@ def test_weights_on_a_mesh_are_those_of_one_device(way):
     else:
         m = jax.jit(make(case.loss, mesh, {}))(*placed[:3], weights=placed[3])
     assert_close(m, expected("convolution_2d", WEIGHTS * KEEP))
+
+
+def test_weights_cost_one_product_more_for_each_layer():
+    def loss(layers, x):
+        for w in layers:
+            x = jnp.tanh(x @ w)
+        return jnp.sum(x)
+
+    layers, x, function = [jnp.ones((32, 32))] * 4, jnp.ones((64, 32)), gradient_moments(loss)
+    plain = flops(function, layers, x)
+    weighted = flops(lambda *args: function(*args, weights=jnp.ones(64)), layers, x)
+    products = 4 * 2 * 64 * 32 * 32
+    assert products < weighted - plain < 1.15 * products
 
 
 def test_weights_and_a_penalty():
