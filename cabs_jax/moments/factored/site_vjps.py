@@ -54,7 +54,7 @@ from cabs_jax.moments.factored.values import (
     to_batched,
 )
 from cabs_jax.moments.rewriting import without_batched_convolutions
-from cabs_jax.statistics import PyTree
+from cabs_jax.statistics import PyTree, squared_norms
 
 
 def evaluate_site(context: Context, number: int, values: list[Value]) -> list[Batched]:
@@ -181,7 +181,7 @@ def _weighted_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Arra
             ends = itertools.accumulate(g.shape[-2] for g in pieces[:-1])
             scales = jnp.split(scale, list(ends), axis=-2)
             weighted = (g * s[None] for g, s in zip(pieces, scales, strict=True))
-            norms = sum(jnp.sum(jnp.square(g), axis=(1, 2, 3)) for g in weighted)
+            norms = sum(squared_norms(g, 1) for g in weighted)
             return pieces, norms
         left, right = rule.factors(*operands)
         if rule.one_hot:  # row by row, before the rows are added up
@@ -213,7 +213,7 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
         if direct:
             pieces = _gradients_in_pieces(sample, rule, at, operands)
-            norms = sum(jnp.sum(jnp.square(g), axis=(1, 2, 3)) for g in pieces)
+            norms = sum(squared_norms(g, 1) for g in pieces)
             return pieces, norms
         factors = rule.factors(*operands)
         if alike and sizes[1] == 1:
