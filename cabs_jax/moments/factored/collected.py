@@ -73,7 +73,7 @@ def _norms(uses: Sequence[Use], factors: dict[int, Factors], target: Target) -> 
         if not direct:
             return (), outer_products.gram_norms(operands)
         g = sum(outer_products.gradients(of_use, p) for of_use in operands)
-        return (), squared_norms(g, 1)  # (m, groups, p, q) to (m,)
+        return (), squared_norms(jnp.asarray(g), 1)  # (m, groups, p, q) to (m,)
 
     needed = cost.norm_bytes(sizes, direct=direct)
     norms: jax.Array = sum_in_cache(block, [sided(use) for use in uses], needed, target)[1]
