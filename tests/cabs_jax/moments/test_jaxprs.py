@@ -129,3 +129,11 @@ def test_slices_that_a_loop_takes_in_turn(take, start, counts):
 
     (scan,) = jax.make_jaxpr(loop)(jnp.ones((4, 4))).eqns
     assert len(jaxprs.counted_slices(scan)) == counts
+
+
+def test_outputs_depend_on_inputs_through_calls():
+    closed = jax.make_jaxpr(jax.jit(lambda x, y: (x, x + 1, x * y)))(1.0, 2.0)
+    assert jaxprs.dependent(closed.jaxpr, [1]) == [False, False, True]
+    without, used = jaxprs.needed(closed.jaxpr, [True, True, False])
+    assert used == [True, False]
+    assert len(without.outvars) == 2
