@@ -140,3 +140,11 @@ def test_slices_that_a_loop_takes_in_turn(take, start, counts):
 def test_the_platform_of_a_mesh_is_told_by_the_kind_of_its_devices(kind, platform):
     mesh = SimpleNamespace(abstract_device=SimpleNamespace(device_kind=kind))
     assert jaxprs.platform(mesh) == platform
+
+
+def test_outputs_depend_on_inputs_through_calls():
+    closed = jax.make_jaxpr(jax.jit(lambda x, y: (x, x + 1, x * y)))(1.0, 2.0)
+    assert jaxprs.dependent(closed.jaxpr, [1]) == [False, False, True]
+    without, used = jaxprs.needed(closed.jaxpr, [True, True, False])
+    assert used == [True, False]
+    assert len(without.outvars) == 2
