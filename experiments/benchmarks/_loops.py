@@ -39,7 +39,7 @@ class TimedRun(NamedTuple):
 def digits(seed: int) -> Problem:
     """The small net of the comparison, with its initial parameters for a seed."""
     data = datasets.load("digits").train
-    model = models.build("digits_mlp", data["image"].shape[1:], num_classes=10, seed=seed)
+    model = models.build("digits_mlp", data["input"].shape[1:], num_classes=10, seed=seed)
     return Problem(model.loss, model.params, data)
 
 

@@ -41,7 +41,7 @@ def random_images(shape: tuple[int, ...], number: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (2048, *shape), np.uint8)
     labels = random.integers(0, 10, 2048, np.int32)
-    return {"image": images[:number], "label": labels[:number]}
+    return {"input": images[:number], "label": labels[:number]}
 
 
 def random_text(length: int, number: int) -> dict[str, np.ndarray]:
@@ -52,10 +52,10 @@ def random_text(length: int, number: int) -> dict[str, np.ndarray]:
     return {"tokens": tokens[:number].astype(np.int32)}
 
 
-def of_the_study(name: str, image_shape: tuple[int, int, int]) -> Net:
+def of_the_study(name: str, input_shape: tuple[int, int, int]) -> Net:
     """One of the nets that the experiments train."""
-    model = models.build(name, image_shape, num_classes=10)
-    return Net(model.loss, model.params, partial(random_images, image_shape))
+    model = models.build(name, input_shape, num_classes=10)
+    return Net(model.loss, model.params, partial(random_images, input_shape))
 
 
 def mlp(widths: tuple[int, ...] = (784, 512, 512, 10)) -> Net:
@@ -173,7 +173,7 @@ def _rms_norm(x: Array, scale: Array) -> Array:
 
 def _pixels(params: PyTree, example: PyTree) -> Array:
     """Pixels in [-1, 1], in the precision of the parameters."""
-    pixels: Array = example["image"].astype(jax.tree.leaves(params)[0].dtype)
+    pixels: Array = example["input"].astype(jax.tree.leaves(params)[0].dtype)
     return pixels / 127.5 - 1
 
 

@@ -30,7 +30,7 @@ def contenders(
       Functions that return tensors whose entries sum to ξ = (1/m) Σ‖g_i‖² − ‖ḡ‖²: ξ itself, or its
       diagonal; "PyTorch" alone returns nothing but the gradient's.
     """
-    images, labels = torch.tensor(examples["image"]), torch.tensor(examples["label"]).long()
+    images, labels = torch.tensor(examples["input"]), torch.tensor(examples["label"]).long()
     m = len(labels)
 
     def step(module: nn.Module, *extensions: Any, extended: bool = False) -> list[nn.Parameter]:

@@ -192,19 +192,23 @@ def continued(origin: Origin, factor: float, power: float, examples: int, seed: 
     )
     optimizer = methods.build(config)
     fresh = optimizer.init(params)
-    kind = type(fresh.direction)
-    directions = [
-        node
-        for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
-        if isinstance(node, kind)
-    ]
-    start = fresh._replace(direction=directions[0]) if directions else fresh
+    remembered = [node for node in jax.tree.leaves(state, is_leaf=_remembers) if _remembers(node)]
+    direction = jax.tree.map(
+        lambda node: remembered[0] if _remembers(node) else node,
+        fresh.direction,
+        is_leaf=_remembers,
+    )
+    start = fresh._replace(direction=direction)
     return Experiment(
         config,
         experiment.dataset,
         experiment.model._replace(params=params),
         optimizer._replace(init=lambda _: start),
     )
+
+
+def _remembers(node: Any) -> bool:
+    return isinstance(node, optax.TraceState | optax.ScaleByAdamState)
 
 
 def noise_scale(origin: Origin) -> float:

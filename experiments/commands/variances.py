@@ -68,7 +68,7 @@ def main(
 
 def _both(config: RunConfig, data: datasets.Dataset) -> Iterator[dict[str, float]]:
     """Batch size, loss and both variances of each step."""
-    net = config.model, data.image_shape, data.num_classes, config.width
+    net = config.model, data.input_shape, data.num_classes, config.width
     model, optimizer = models.build(*net, seed=config.seed), methods.build(config)
     moments_of, update = cabs_jax.gradient_moments(model.loss), make_update(optimizer)
     squares_of = squares_over_positions(*net)

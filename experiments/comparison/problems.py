@@ -24,7 +24,7 @@ class Problem(NamedTuple):
 
     Attributes:
       title: What it is, for people.
-      loss: `(params, example) -> loss` of an `{"image", "label"}`, a float32 scalar.
+      loss: `(params, example) -> loss` of an `{"input", "label"}`, a float32 scalar.
       data: The training examples.
       starts: Initial parameters, one set for each seed: leaves of shape (seeds, ...).
       optimum: The smallest mean loss over `data`, F*.
@@ -43,7 +43,7 @@ def clean_digits(seeds: Sequence[int]) -> Problem:
     """Digits with `digits_mlp`, which can fit them all: its cross entropy tends to 0."""
     dataset = datasets.load("digits")
     nets = [
-        models.build("digits_mlp", dataset.image_shape, dataset.num_classes, seed=seed)
+        models.build("digits_mlp", dataset.input_shape, dataset.num_classes, seed=seed)
         for seed in seeds
     ]
     starts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(net.params for net in nets))
@@ -54,7 +54,7 @@ def clean_digits(seeds: Sequence[int]) -> Problem:
 def noisy_digits(seeds: Sequence[int]) -> Problem:
     """Digits of which 20 % have a wrong label, with a penalised softmax regression, from zero."""
     dataset = datasets.load("digits_noisy")
-    features = np.prod(dataset.image_shape)
+    features = np.prod(dataset.input_shape)
     start = {"w": jnp.zeros((features, dataset.num_classes)), "b": jnp.zeros(dataset.num_classes)}
     starts = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(seeds), *x.shape)), start)
     data = jax.tree.map(jnp.asarray, dataset.train)
@@ -72,7 +72,7 @@ def _problem(
 
 def softmax_regression(params: PyTree, example: Mapping[str, jax.Array]) -> jax.Array:
     """Cross entropy of a linear classifier of pixels in [0, 1], with its penalty."""
-    pixels = example["image"].reshape(-1).astype(params["w"].dtype) / 16
+    pixels = example["input"].reshape(-1).astype(params["w"].dtype) / 16
     logits = pixels @ params["w"] + params["b"]
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, example["label"])
     penalised: jax.Array = cross_entropy + PENALTY * jnp.sum(jnp.square(params["w"]))

@@ -1,11 +1,11 @@
-"""Data sets by name or path: uint8 images and int32 labels, checked."""
+"""Data sets by name or path: uint8 images or text, and int32 labels, checked."""
 
 import os
 from pathlib import Path
 
 import pooch
 
-from experiments.datasets import canonical
+from experiments.datasets import canonical, text
 from experiments.datasets.dataset import Dataset, fingerprint
 from experiments.datasets.images import load_images
 
@@ -18,9 +18,11 @@ _LOADERS = {
     "cifar10": canonical.load_cifar10,
     "cifar100": canonical.load_cifar100,
     "svhn": canonical.load_svhn,
+    "python": text.load_python,
 }
 NAMES = tuple(_LOADERS)
-"""Names that `load` knows; `digits_noisy` is `digits` with 20 % of the training labels wrong."""
+"""Names that `load` knows; `digits_noisy` is `digits` with 20 % of the training labels wrong, and
+`python` the source of the standard library."""
 
 
 def load(
@@ -31,8 +33,8 @@ def load(
     """Loads a data set.
 
     Args:
-      name_or_path: One of `NAMES`, or a folder or tar of images laid out split/class/file, which
-        may also be given relative to the data folder.
+      name_or_path: One of `NAMES`, a file of text, or a folder or tar of images laid out
+        split/class/file; paths may also be relative to the data folder.
       data_dir: Folder with the files of named data sets, in a subfolder of the data set's name;
         by default the environment variable CABS_JAX_DATA. What is not there is downloaded.
       cache_dir: Folder for downloads and decoded images; by default the user's cache folder.
@@ -55,6 +57,8 @@ def load(
     if not os.fspath(name_or_path) or not path.exists():
         raise ValueError(
             f"unknown data set {os.fspath(name_or_path)!r}: choose one of {', '.join(NAMES)}, or "
-            "pass the path of a folder or tar of images laid out split/class/file."
+            "pass the path of a folder or tar of images laid out split/class/file, or of a text."
         )
+    if path.is_file() and path.suffix in text.SUFFIXES:
+        return text.load_text(path)
     return load_images(path, cache_dir)

@@ -63,7 +63,7 @@ def _read(entry: Path, name: str) -> Dataset | None:
         train, test = (
             tuple(
                 np.load(entry / f"{split}_{key}.npy", mmap_mode="r", allow_pickle=False)
-                for key in ("image", "label")
+                for key in ("input", "label")
             )
             for split in ("train", "test")
         )

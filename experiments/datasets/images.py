@@ -23,7 +23,7 @@ _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _MAX_PIXELS = 1 << 24
 _SPLITS = ("train", "test")
 _LAYOUT = "lay the images out as train/CLASS/FILE and test/CLASS/FILE"
-_DECODING = f"decoded by version 1 of this module and Pillow {PIL.__version__}"
+_DECODING = f"decoded by version 2 of this module and Pillow {PIL.__version__}"
 
 
 class _Example(NamedTuple):

@@ -44,7 +44,7 @@ def move_files(folder: Path, dice: random.Random, counts: Counter[str]) -> None:
         for split, examples in (("train", dataset.train), ("test", dataset.test)):
             loaded = {
                 (int(image.flat[0]), dataset.class_names[label])
-                for image, label in zip(examples["image"], examples["label"], strict=True)
+                for image, label in zip(examples["input"], examples["label"], strict=True)
             }
             on_disk = {(int(p.stem), p.parent.name) for p in root.glob(f"{split}/*/*.png")}
             if loaded != on_disk:

@@ -74,7 +74,7 @@ def _make(
         loaded[config.dataset] = datasets.load(config.dataset, data_dir=data_dir)
     dataset = loaded[config.dataset]
     experiment = set_up(config, dataset=dataset)
-    net = (config.model, dataset.image_shape, dataset.num_classes, config.width)
+    net = (config.model, dataset.input_shape, dataset.num_classes, config.width)
     if net not in shared:
         shared[net] = SharedPrograms(experiment.model)
 

@@ -15,12 +15,14 @@ DEFAULT_MODELS = {
     "cifar10": "cifar10_2c3d",
     "cifar100": "3c3d",
     "svhn": "3c3d",
+    "python": "decoder",
 }
 FALLBACK_MODEL = "cifar10_2c3d"
 
 BUCKETS = "buckets"
 GATED_METHODS = ("cabs_estimated", "cabs_estimated_adam", "cabs_estimated_momentum")
 FIXED_SIZE_METHODS = ("constant", "constant_adam", "constant_momentum")
+RISING_METHODS = ("geometric_growth", "ramp_adam", "seesaw_adam")  # sizes known beforehand
 SCHEDULES = ("constant", "step", "cosine")
 LARGEST_COUNT = 2**31 - 1  # of examples, which are counted in int32
 LARGEST_SEED = 2**32 - 1  # JAX takes the seeds beyond for smaller ones
@@ -45,7 +47,7 @@ class RunConfig:
     """
 
     dataset: str = option(
-        "digits", "a folder or tar of images laid out split/class/file, or a name"
+        "digits", "a folder or tar of images laid out split/class/file, a text, or a name"
     )
     method: str = option("cabs", "the rule that sets the batch size")
     model: str = option("", "by default the net that fits the data set")
@@ -60,6 +62,7 @@ class RunConfig:
         "and again at 75 % of the examples; or cosine, to 0",
     )
     momentum: float = option(0.9, "heavy-ball momentum of the methods named after it")
+    weight_decay: float = option(0.0, "decoupled weight decay of the methods named after Adam")
     batch_size: int = option(16, "the size that `constant` keeps and the others start from")
     min_batch_size: int = option(16, "the smallest size an adaptive method may choose")
     max_batch_size: int = option(2048, "the largest size an adaptive method may choose")
@@ -148,8 +151,8 @@ class RunConfig:
             raise ValueError(f"seed must be at most 2**32 - 1, got {self.seed}.")
         if not 0 < self.momentum <= LARGEST_MOMENTUM:
             raise ValueError(f"momentum must lie between 0 and 1, got {self.momentum}.")
-        for name in ("seed", "lag"):
-            if getattr(self, name) < 0:
+        for name in ("seed", "lag", "weight_decay"):
+            if not 0 <= getattr(self, name) <= LARGEST_NUMBER:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.round_to != BUCKETS and not (isinstance(self.round_to, int) and self.round_to > 0):
             raise ValueError(
@@ -181,7 +184,7 @@ class RunConfig:
                 f"schedule {self.schedule!r} goes with {', '.join(FIXED_SIZE_METHODS)}, "
                 f"not with {self.method!r}."
             )
-        if self.examples is None and (scheduled or self.method == "geometric_growth"):
+        if self.examples is None and (scheduled or self.method in RISING_METHODS):
             what = f"schedule {self.schedule!r}" if scheduled else self.method
             raise ValueError(
                 f"{what} changes at fractions of the run's examples: give examples, not steps."

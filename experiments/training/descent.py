@@ -81,6 +81,22 @@ def milestones(examples: int) -> list[int]:
     return [math.ceil(fraction * examples) for fraction in MILESTONES]
 
 
+def scaled(learning_rate: float, reference: int, power: float) -> Rate:
+    """α·(m/reference)^power for a batch of m examples."""
+
+    def rate(observed: Observed) -> jax.Array:
+        size = jnp.maximum(observed.count, 1).astype(jnp.float32)  # before the first step it is 0
+        scaled: jax.Array = learning_rate * (size / reference) ** power
+        return scaled
+
+    return rate
+
+
+def ramp(first: int, examples: int) -> list[tuple[int, int]]:
+    """For `rules.schedule`: twice the size after each quarter of the run's examples."""
+    return [(math.ceil(quarter * examples / 4), first << quarter) for quarter in range(4)]
+
+
 def growing_sizes(first: int, examples: int) -> list[tuple[int, int]]:
     """For `rules.schedule`: ten times the size where `step_decay` takes a tenth of the rate."""
     starts = [0, *milestones(examples)]

@@ -10,7 +10,7 @@ import optax
 
 
 class Evaluation(NamedTuple):
-    """Means over a split: cross entropy in nats, and the fraction classified correctly."""
+    """Means over a split: cross entropy in nats, and the fraction of labels found."""
 
     loss: float
     accuracy: float
@@ -22,25 +22,28 @@ def make_evaluate(
     """`evaluate(params, split) -> Evaluation`, the split's last batch padded and masked.
 
     Args:
-      predict: Maps (params, images (m, h, w, c)) to logits (m, classes).
+      predict: Maps (params, inputs (m, ...)) to logits (m, classes), or (m, length, classes).
       batch_size: Examples in one compiled call.
     """
 
     @jax.jit
     def totals(params: Any, batch: Any, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = predict(params, batch["image"]).astype(jnp.float32)
+        def total(values: jax.Array) -> jax.Array:
+            return jnp.sum(values.reshape(len(values), -1).mean(1), where=mask)
+
+        logits = predict(params, batch["input"]).astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         correct = jnp.argmax(logits, axis=-1) == batch["label"]
-        return jnp.sum(losses, where=mask), jnp.sum(correct, where=mask)
+        return total(losses), total(correct)
 
     def evaluate(params: Any, split: Mapping[str, np.ndarray]) -> Evaluation:
-        total_loss, total_correct, count = 0.0, 0, len(split["label"])
+        total_loss, total_correct, count = 0.0, 0.0, len(split["label"])
         size = min(batch_size, count)
         for start in range(0, count, size):
             batch = {name: array[start : start + size] for name, array in split.items()}
             loss, correct = totals(params, *_padded(batch, size))
             total_loss += float(loss)
-            total_correct += int(correct)
+            total_correct += float(correct)
         return Evaluation(total_loss / count, total_correct / count)
 
     return evaluate

@@ -110,6 +110,28 @@ def _geometric_growth(config: RunConfig) -> Optimizer:
     return _descend(config, rules.schedule(sizes))
 
 
+def _adam(config: RunConfig) -> optax.GradientTransformation:
+    """The direction of `optax.adamw`."""
+    return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(config.weight_decay))
+
+
+def _with_adam(config: RunConfig, rule: rules.Rule, power: float) -> Optimizer:
+    """Adam at α·(m/m₀)^power for batches of m, m₀ being the first size."""
+    rate = descent.scaled(config.learning_rate, config.batch_size, power)
+    return _descend(config, rule, direction=_adam(config), rate=rate)
+
+
+def _ramp_adam(config: RunConfig) -> Optimizer:
+    assert config.examples is not None
+    return _with_adam(config, rules.schedule(descent.ramp(config.batch_size, config.examples)), 0.5)
+
+
+def _seesaw_adam(config: RunConfig) -> Optimizer:
+    assert config.examples is not None
+    cosine = optax.cosine_decay_schedule(1.0, config.examples // config.batch_size)
+    return _with_adam(config, rules.seesaw(cosine, config.batch_size), -0.5)
+
+
 def _coupled(config: RunConfig, optimizer: Callable[..., Optimizer], **options: Any) -> Optimizer:
     """A complete optimizer of `cabs_jax`, its learning rate shown in the state."""
     injected: Callable[..., Optimizer] = optax.inject_hyperparams(
@@ -122,19 +144,24 @@ METHODS: dict[str, Callable[[RunConfig], Optimizer]] = {
     "biased_norm_test": lambda config: _descend(config, rules.biased_norm_test(config.theta)),
     "big_batch": _big_batch,
     "cabs": lambda config: _descend(config, rules.cabs(config.learning_rate)),
-    "cabs_adam": lambda config: _coupled(config, cabs_jax.cabs_adam),
+    "cabs_adam": lambda config: _coupled(
+        config, cabs_jax.cabs_adam, weight_decay=config.weight_decay
+    ),
     "cabs_estimated": lambda config: _descend(
         config, rules.cabs(config.learning_rate, optimal_value="estimated")
     ),
     "cabs_estimated_adam": lambda config: _coupled(
-        config, cabs_jax.cabs_adam, optimal_value="estimated"
+        config,
+        cabs_jax.cabs_adam,
+        weight_decay=config.weight_decay,
+        optimal_value="estimated",
     ),
     "cabs_estimated_momentum": lambda config: _coupled(
         config, cabs_jax.cabs, momentum=config.momentum, optimal_value="estimated"
     ),
     "cabs_momentum": lambda config: _coupled(config, cabs_jax.cabs, momentum=config.momentum),
     "constant": _constant,
-    "constant_adam": lambda config: _constant(config, optax.scale_by_adam()),
+    "constant_adam": lambda config: _constant(config, _adam(config)),
     "constant_momentum": lambda config: _constant(config, optax.trace(config.momentum)),
     "expected_progress": lambda config: _descend(
         config,
@@ -144,5 +171,8 @@ METHODS: dict[str, Callable[[RunConfig], Optimizer]] = {
     "noise_scale": lambda config: _descend(
         config, rules.noise_scale(), rate=descent.noise_scaled(config.learning_rate)
     ),
+    "noise_scale_adam": lambda config: _with_adam(config, rules.noise_scale(), 0.5),
     "norm_test": lambda config: _descend(config, rules.norm_test(config.theta)),
+    "ramp_adam": _ramp_adam,
+    "seesaw_adam": _seesaw_adam,
 }

@@ -1,7 +1,7 @@
-"""The nets of the study in flax, as pure functions of one image.
+"""The nets of the study in flax, as pure functions of one image or one sequence of bytes.
 
 A net takes raw uint8 pixels: what is done to them first belongs to it, not to the data set. All
-activations are rectified linear units, except in `digits_mlp`.
+activations of nets for images are rectified linear units, except in `digits_mlp`.
 """
 
 import math
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -23,10 +24,11 @@ class Model(NamedTuple):
 
     Attributes:
       params: Initial parameters, a dict of dicts of float32 arrays.
-      apply: `(params, image) -> logits`, from (height, width, channels) to (num_classes,).
-      predict: `(params, images) -> logits`, the same with a leading batch axis.
-      loss: `(params, example) -> loss` of an `{"image", "label"}` without batch axis, a float32
-        scalar.
+      apply: `(params, input) -> logits`, from (height, width, channels) to (num_classes,), or
+        from the bytes (length,) to the logits (length, num_classes) of those that follow them.
+      predict: `(params, inputs) -> logits`, the same with a leading batch axis.
+      loss: `(params, example) -> loss` of an `{"input", "label"}` without batch axis, a float32
+        scalar, the mean over a sequence.
     """
 
     params: Params
@@ -37,7 +39,7 @@ class Model(NamedTuple):
 
 def build(
     name: str,
-    image_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     num_classes: int,
     width: float = 1.0,
     seed: int = 0,
@@ -47,7 +49,7 @@ def build(
 
     Args:
       name: One of `NAMES`.
-      image_shape: (height, width, channels) of the images.
+      input_shape: (height, width, channels) of the images, or (length,) of the sequences.
       num_classes: Number of classes.
       width: Multiplier of all channels and hidden units, for small machines. Where a published
         initialisation has a fixed standard deviation σ, a layer whose fan in shrinks from n to n'
@@ -58,42 +60,46 @@ def build(
 
     Raises:
       ValueError: If the name is unknown, the width or number of classes is not positive, or the
-        images are too small for the net.
+        inputs are not the net's or too small for it.
     """
     if name not in _NETS:
         raise ValueError(f"unknown model {name!r}: choose one of {', '.join(NAMES)}.")
-    if len(image_shape) != 3 or min(image_shape) < 1:
-        raise ValueError(f"image_shape must be (height, width, channels), got {image_shape}.")
+    net, smallest = _NETS[name]
+    axes = ("height", "width", "channels") if smallest else ("length",)
+    if len(input_shape) != len(axes) or min(input_shape) < 1:
+        raise ValueError(
+            f"the inputs of {name} must have a shape ({', '.join(axes)}), got {input_shape}."
+        )
     if num_classes < 1:
         raise ValueError(f"num_classes must be positive, got {num_classes}.")
     if not 0 < width < math.inf:
         raise ValueError(f"width must be positive and finite, got {width}.")
-    net, smallest = _NETS[name]
-    if min(image_shape[:2]) < smallest:
+    if smallest and min(input_shape[:2]) < smallest:
         raise ValueError(
-            f"{name} needs images of at least {smallest}x{smallest} pixels, got {image_shape}."
+            f"{name} needs images of at least {smallest}x{smallest} pixels, got {input_shape}."
         )
 
     def scaled(units: int) -> int:
         return max(1, round(units * width))
 
-    graph, state = nnx.split(net(image_shape, num_classes, scaled, nnx.Rngs(seed)))
+    graph, state = nnx.split(net(input_shape, num_classes, scaled, nnx.Rngs(seed)))
 
-    def predict(params: Params, images: Array) -> Array:
+    def predict(params: Params, inputs: Array) -> Array:
         net = nnx.merge(graph, params)
         if call_layer is not None:
             for layer_name, layer in list(vars(net).items()):
                 if isinstance(layer, nnx.Conv | nnx.Linear):
                     object.__setattr__(net, layer_name, partial(call_layer, layer))
-        logits: Array = net(images)
+        logits: Array = net(inputs)
         return logits
 
-    def apply(params: Params, image: Array) -> Array:
-        return predict(params, image[None])[0]
+    def apply(params: Params, one: Array) -> Array:
+        return predict(params, one[None])[0]
 
     def loss(params: Params, example: Mapping[str, Array]) -> Array:
-        logits = apply(params, example["image"])
-        value: Array = optax.softmax_cross_entropy_with_integer_labels(logits, example["label"])
+        logits = apply(params, example["input"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, example["label"])
+        value: Array = jnp.mean(losses)
         return value
 
     return Model(nnx.to_pure_dict(state), apply, predict, loss)
@@ -136,9 +142,9 @@ class Mnist2c2d(nnx.Module):
     """The CABS authors' net for MNIST: two convolutions, two dense layers; pixels in [0, 1]."""
 
     def __init__(
-        self, image_shape: tuple[int, int, int], num_classes: int, scaled: _Scaled, rngs: nnx.Rngs
+        self, input_shape: tuple[int, int, int], num_classes: int, scaled: _Scaled, rngs: nnx.Rngs
     ):
-        height, width, channels = image_shape
+        height, width, channels = input_shape
         conv = partial(
             nnx.Conv, kernel_size=(5, 5), bias_init=initializers.constant(0.05), rngs=rngs
         )
@@ -168,9 +174,9 @@ class Cifar2c3d(nnx.Module):
     crop = 24
 
     def __init__(
-        self, image_shape: tuple[int, int, int], num_classes: int, scaled: _Scaled, rngs: nnx.Rngs
+        self, input_shape: tuple[int, int, int], num_classes: int, scaled: _Scaled, rngs: nnx.Rngs
     ):
-        channels = image_shape[2]
+        channels = input_shape[2]
         normal = partial(_scaled_normal, scaled=scaled)
         conv = partial(nnx.Conv, kernel_size=(5, 5), rngs=rngs)
         dense = partial(nnx.Linear, bias_init=initializers.constant(0.1), rngs=rngs)
@@ -206,9 +212,9 @@ class Net3c3d(nnx.Module):
     """
 
     def __init__(
-        self, image_shape: tuple[int, int, int], num_classes: int, scaled: _Scaled, rngs: nnx.Rngs
+        self, input_shape: tuple[int, int, int], num_classes: int, scaled: _Scaled, rngs: nnx.Rngs
     ):
-        height, width, channels = image_shape
+        height, width, channels = input_shape
         conv = partial(nnx.Conv, kernel_init=xavier_normal, rngs=rngs)
         dense = partial(nnx.Linear, kernel_init=initializers.xavier_uniform(), rngs=rngs)
         self.conv1 = conv(channels, scaled(64), (5, 5), padding="VALID")
@@ -235,10 +241,10 @@ class DigitsMlp(nnx.Module):
     """Two tanh layers of 48 and 24 units for the digits of scikit-learn, whose pixels are 0..16."""
 
     def __init__(
-        self, image_shape: tuple[int, int, int], num_classes: int, scaled: _Scaled, rngs: nnx.Rngs
+        self, input_shape: tuple[int, int, int], num_classes: int, scaled: _Scaled, rngs: nnx.Rngs
     ):
         dense = partial(nnx.Linear, kernel_init=initializers.xavier_uniform(), rngs=rngs)
-        self.dense1 = dense(math.prod(image_shape), scaled(48))
+        self.dense1 = dense(math.prod(input_shape), scaled(48))
         self.dense2 = dense(scaled(48), scaled(24))
         self.dense3 = dense(scaled(24), num_classes)
 
@@ -254,9 +260,9 @@ class SmallCnn(nnx.Module):
     """A small net for images of any size and range: two convolutions, one dense layer."""
 
     def __init__(
-        self, image_shape: tuple[int, int, int], num_classes: int, scaled: _Scaled, rngs: nnx.Rngs
+        self, input_shape: tuple[int, int, int], num_classes: int, scaled: _Scaled, rngs: nnx.Rngs
     ):
-        height, width, channels = image_shape
+        height, width, channels = input_shape
         conv = partial(nnx.Conv, kernel_size=(3, 3), kernel_init=xavier_normal, rngs=rngs)
         self.conv1 = conv(channels, scaled(8))
         self.conv2 = conv(scaled(8), scaled(16))
@@ -271,6 +277,62 @@ class SmallCnn(nnx.Module):
         x = _max_pool_2(nnx.relu(self.conv1(x)))
         x = _max_pool_2(nnx.relu(self.conv2(x)))
         return self.dense(x.reshape(len(x), -1))
+
+
+class Decoder(nnx.Module):
+    """A decoder for bytes: 6 layers of 256 features, 4 heads; 4.8 million parameters at width 1.
+
+    Layers are normalised before (Xiong et al. 2020), places are learned, and the embedding of the
+    bytes is that of the logits too.
+    """
+
+    def __init__(self, input_shape: tuple[int], num_classes: int, scaled: _Scaled, rngs: nnx.Rngs):
+        heads, layers = 4, 6
+        features = heads * scaled(64)
+        embed = partial(nnx.Embed, features=features, rngs=rngs)
+        self.bytes = embed(num_classes, embedding_init=initializers.normal(0.02))
+        self.places = embed(input_shape[0], embedding_init=initializers.normal(0.02))
+        self.layers = nnx.List(DecoderLayer(features, heads, layers, rngs) for _ in range(layers))
+        self.norm = nnx.LayerNorm(features, rngs=rngs)
+
+    def __call__(self, sequences: Array) -> Array:
+        """Logits (n, length, num_classes) of what follows each byte of sequences (n, length)."""
+        x = (
+            self.bytes(sequences.astype(jnp.int32))
+            + self.places(jnp.arange(sequences.shape[1]))[None]
+        )
+        for layer in self.layers:
+            x = layer(x)
+        logits: Array = self.bytes.attend(self.norm(x))
+        return logits
+
+
+class DecoderLayer(nnx.Module):
+    """Causal attention and a perceptron of four times the features, each added to its input."""
+
+    def __init__(self, features: int, heads: int, layers: int, rngs: nnx.Rngs):
+        def dense(inputs: int, outputs: int, stddev: float = 0.02) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, kernel_init=initializers.normal(stddev), rngs=rngs)
+
+        self.heads = heads
+        self.norm1 = nnx.LayerNorm(features, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(features, rngs=rngs)
+        # What is added up over layers starts smaller the more there are (Radford et al. 2019).
+        added = 0.02 / math.sqrt(2 * layers)
+        self.queries_keys_values = dense(features, 3 * features)
+        self.out = dense(features, features, added)
+        self.up = dense(features, 4 * features)
+        self.down = dense(4 * features, features, added)
+
+    def __call__(self, x: Array) -> Array:
+        """The layer's outputs, (n, length, features) as x."""
+        n, length, features = x.shape
+        joint = self.queries_keys_values(self.norm1(x))
+        shape = (n, length, 3, self.heads, features // self.heads)
+        queries, keys, values = jnp.moveaxis(joint.reshape(shape), 2, 0)
+        attended = jax.nn.dot_product_attention(queries, keys, values, is_causal=True)
+        x = x + self.out(attended.reshape(x.shape))
+        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
 
 
 def central_crop(images: Array, size: int) -> Array:
@@ -293,12 +355,13 @@ def standardize(images: Array) -> Array:
     return (images - mean) / jnp.maximum(images.std(axes, keepdims=True), smallest)
 
 
-# With the smallest height and width of images each can take.
+# With the smallest height and width of images each can take; 0 is of sequences.
 _NETS: dict[str, tuple[Callable[..., nnx.Module], int]] = {
     "mnist_2c2d": (Mnist2c2d, 1),
     "cifar10_2c3d": (Cifar2c3d, Cifar2c3d.crop),
     "3c3d": (Net3c3d, 9),
     "digits_mlp": (DigitsMlp, 1),
     "small_cnn": (SmallCnn, 1),
+    "decoder": (Decoder, 0),
 }
 NAMES = tuple(_NETS)

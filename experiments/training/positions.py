@@ -18,16 +18,16 @@ from experiments.training import models
 
 
 def squares_over_positions(
-    name: str, image_shape: tuple[int, int, int], num_classes: int, width: float = 1.0
+    name: str, input_shape: tuple[int, ...], num_classes: int, width: float = 1.0
 ) -> Callable[[PyTree, Mapping[str, jax.Array]], jax.Array]:
     """`(params, batch) -> (1/m) Σ_i Σ_t ‖a_t δ_t‖²`, a float32 scalar, of a net of `models.build`.
 
     Less the squared norm of the mean gradient it is the authors' ξ.
     """
-    model = models.build(name, image_shape, num_classes, width, call_layer=_squaring)
+    model = models.build(name, input_shape, num_classes, width, call_layer=_squaring)
 
     def total_loss(params: PyTree, batch: Mapping[str, jax.Array]) -> jax.Array:
-        logits = model.predict(params, batch["image"])
+        logits = model.predict(params, batch["input"])
         labels = batch["label"]
         return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 

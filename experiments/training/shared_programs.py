@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import cabs_jax
 from cabs_jax.statistics import PyTree
 from experiments.training import methods, models
-from experiments.training.config import RunConfig
+from experiments.training.config import RISING_METHODS, RunConfig
 from experiments.training.evaluate import make_evaluate
 from experiments.training.step import StepInfo, make_update, mean_loss
 
@@ -76,7 +76,7 @@ def cache_settings(folder: Path) -> dict[str, Any]:
 
 def measured_variance(config: RunConfig) -> Literal["none", "trace", "diagonal"]:
     """What of the gradient's covariance the method's batch size depends on."""
-    needed = not config.fixed_size and config.method != "geometric_growth"
+    needed = not config.fixed_size and config.method not in RISING_METHODS
     if not (needed or config.record_variance):
         return "none"
     return methods.variance(config)

@@ -57,7 +57,7 @@ def set_up(
         dataset = datasets.load(config.dataset, data_dir=data_dir)
     model = models.build(
         config.model,
-        dataset.image_shape,
+        dataset.input_shape,
         dataset.num_classes,
         width=config.width,
         seed=config.seed,

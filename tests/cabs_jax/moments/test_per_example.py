@@ -49,7 +49,7 @@ def papers_net():
     model = models.build("mnist_2c2d", (28, 28, 1), 10, width=0.25)
     random = np.random.default_rng(0)
     batch = {
-        "image": random.integers(0, 256, (8, 28, 28, 1), np.uint8),
+        "input": random.integers(0, 256, (8, 28, 28, 1), np.uint8),
         "label": random.integers(0, 10, 8, np.int32),
     }
     bare = jax.vmap(jax.value_and_grad(model.loss), (None, 0))

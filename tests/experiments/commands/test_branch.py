@@ -64,12 +64,16 @@ def test_what_a_direction_remembers_goes_on_in_a_branch(runs, method, kind):
     assert origin.step == 12
     continued = branch.continued(origin, 2, 0.5, 100, 0)
     start = continued.optimizer.init(continued.model.params)
-    (saved,) = (
-        node
-        for node in jax.tree.leaves(origin.state, is_leaf=lambda node: isinstance(node, kind))
-        if isinstance(node, kind)
+    saved, found = (
+        [
+            node
+            for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
+            if isinstance(node, kind)
+        ]
+        for state in (origin.state, start)
     )
-    jax.tree.map(np.testing.assert_array_equal, start.direction, saved)
+    assert len(found) == 1
+    jax.tree.map(np.testing.assert_array_equal, found, saved)
     assert continued.config.learning_rate == pytest.approx(0.1 * 2**0.5)
 
 

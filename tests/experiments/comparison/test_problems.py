@@ -26,9 +26,9 @@ def test_the_optimum_is_one():
 
 def test_a_search_that_ends_on_a_slope_is_no_minimum():
     def endless(params, example):
-        return jnp.exp(params["w"]) * example["image"] - params["w"]
+        return jnp.exp(params["w"]) * example["input"] - params["w"]
 
-    data = {"image": jnp.full((3,), jnp.nan)}
+    data = {"input": jnp.full((3,), jnp.nan)}
     with pytest.raises(ArithmeticError, match="L-BFGS ended at a slope of nan"):
         problems.minimum(endless, {"w": jnp.zeros(())}, data)
 

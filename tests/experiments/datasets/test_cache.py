@@ -33,15 +33,15 @@ def test_what_was_made_is_found_again_under_any_name(tmp_path):
     found = cache.load_or_make("other", KEY, tmp_path, must_not_make)
     assert (made.name, found.name) == ("toy", "other")
     assert fingerprint(made) == fingerprint(found) == fingerprint(make())
-    assert not found.train["image"].flags.writeable
+    assert not found.train["input"].flags.writeable
     other = cache.load_or_make("toy", OTHER_KEY, tmp_path, lambda: make(1))
     assert fingerprint(other) == fingerprint(make(1))
 
 
 def flip_a_pixel(folder):
-    content = bytearray((folder / "train_image.npy").read_bytes())
+    content = bytearray((folder / "train_input.npy").read_bytes())
     content[-7] ^= 1
-    (folder / "train_image.npy").write_bytes(content)
+    (folder / "train_input.npy").write_bytes(content)
 
 
 def flip_a_label(folder):
@@ -67,9 +67,9 @@ def cut_a_header(folder):
         lambda folder: (folder / "manifest.json").write_text("[" * 100_000),
         flip_a_label,
         rename_a_class,
-        lambda folder: os.truncate(folder / "train_image.npy", 300),
+        lambda folder: os.truncate(folder / "train_input.npy", 300),
         lambda folder: os.truncate(folder / "train_label.npy", 0),
-        lambda folder: (folder / "test_image.npy").unlink(),
+        lambda folder: (folder / "test_input.npy").unlink(),
         lambda folder: (folder / "manifest.json").unlink(),
         lambda folder: (folder / "manifest.json").write_text("[]"),
         lambda folder: (folder / "manifest.json").write_text("{}"),
@@ -175,7 +175,7 @@ def test_what_dead_writers_left_is_removed_and_what_living_ones_write_is_not(tmp
     dead, living = (tmp_path / f"decoded/.{OTHER_KEY}-{name}" for name in ("dead", "living"))
     for folder in (dead, living):
         folder.mkdir()
-        (folder / "train_image.npy").write_bytes(bytes(10))
+        (folder / "train_input.npy").write_bytes(bytes(10))
     os.utime(dead, (1e9, 1e9))
     cache.load_or_make("toy", KEY, tmp_path, make)
     assert (dead.exists(), living.exists()) == (False, True)

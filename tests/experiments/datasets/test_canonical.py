@@ -28,9 +28,9 @@ DATA_DIR = os.environ.get("CABS_JAX_DATA")
 
 def test_digits_have_their_real_values_and_a_fixed_split():
     dataset = datasets.load("digits")
-    assert dataset.image_shape == (8, 8, 1)
-    assert (len(dataset.train["image"]), len(dataset.test["image"])) == (1437, 360)
-    assert (dataset.train["image"].min(), dataset.train["image"].max()) == (0, 16)
+    assert dataset.input_shape == (8, 8, 1)
+    assert (len(dataset.train["input"]), len(dataset.test["input"])) == (1437, 360)
+    assert (dataset.train["input"].min(), dataset.train["input"].max()) == (0, 16)
     assert dataset.num_classes == 10
     assert np.bincount(dataset.test["label"]).min() >= 34
     assert datasets.fingerprint(dataset) == datasets.fingerprint(datasets.load("digits"))
@@ -42,7 +42,7 @@ def test_noisy_digits_differ_from_the_digits_in_a_fifth_of_the_training_labels_a
     assert noisy.name == "digits_noisy"
     for split in ("train", "test"):
         np.testing.assert_array_equal(
-            getattr(noisy, split)["image"], getattr(clean, split)["image"]
+            getattr(noisy, split)["input"], getattr(clean, split)["input"]
         )
     np.testing.assert_array_equal(noisy.test["label"], clean.test["label"])
     wrong = noisy.train["label"] != clean.train["label"]
@@ -70,19 +70,19 @@ def test_mnist_loads_from_the_data_folder(load, tmp_path, tiny_mnist, compressed
         else:
             put(tmp_path / f"data/mnist/{name}", content)
     dataset = load("mnist")
-    np.testing.assert_array_equal(dataset.train["image"][..., 0], some_images(0, 5, 28, 28))
+    np.testing.assert_array_equal(dataset.train["input"][..., 0], some_images(0, 5, 28, 28))
     np.testing.assert_array_equal(dataset.test["label"], [7, 2, 1])
     for split in (dataset.train, dataset.test):
-        assert split["image"].dtype == np.uint8
+        assert split["input"].dtype == np.uint8
         assert split["label"].dtype == np.int32
-        assert split["image"].flags.c_contiguous
+        assert split["input"].flags.c_contiguous
 
 
 def test_the_data_folder_may_come_from_the_environment(tmp_path, monkeypatch, tiny_mnist):
     for name, content in tiny_mnist.items():
         put(tmp_path / f"mnist/{name}", content)
     monkeypatch.setenv("CABS_JAX_DATA", str(tmp_path))
-    assert len(datasets.load("mnist").train["image"]) == 5
+    assert len(datasets.load("mnist").train["input"]) == 5
     monkeypatch.setenv("CABS_JAX_DATA", str(tmp_path / "absent"))
     with pytest.raises(NotADirectoryError, match="absent does not exist"):
         datasets.load("mnist")
@@ -101,7 +101,7 @@ def test_cifar10_loads_from_its_archive_or_its_files(load, tmp_path, tiny_cifar1
     put(tmp_path / "data/cifar10/cifar-10-binary.tar.gz", archive)
     from_archive = load("cifar10")
     np.testing.assert_array_equal(from_archive.train["label"], [0, 9, 1, 9, 2, 9, 3, 9, 4, 9])
-    np.testing.assert_array_equal(from_archive.test["image"], some_images(5, 2, 32, 32, 3))
+    np.testing.assert_array_equal(from_archive.test["input"], some_images(5, 2, 32, 32, 3))
     (tmp_path / "data/cifar10/cifar-10-binary.tar.gz").unlink()
     for name, content in contents.items():
         put(tmp_path / "data/cifar10" / name, content)
@@ -188,7 +188,7 @@ def tiny_svhn(tmp_path, monkeypatch):
 
 def test_svhn_loads_from_the_data_folder(load, tiny_svhn):
     dataset = load("svhn")
-    np.testing.assert_array_equal(dataset.train["image"], some_images(0, 4, 32, 32, 3))
+    np.testing.assert_array_equal(dataset.train["input"], some_images(0, 4, 32, 32, 3))
     np.testing.assert_array_equal(dataset.test["label"], [0, 1, 2, 9])
 
 
@@ -214,7 +214,7 @@ def test_a_mutated_svhn_file_is_refused_before_it_is_parsed(load, tiny_svhn, dat
 )
 def test_the_real_mnist_has_its_known_statistics():
     dataset = datasets.load("mnist", data_dir=DATA_DIR)
-    assert dataset.train["image"].shape == (60_000, 28, 28, 1)
-    assert dataset.test["image"].shape == (10_000, 28, 28, 1)
-    np.testing.assert_allclose(dataset.train["image"].mean() / 255, 0.1307, atol=1e-4)
+    assert dataset.train["input"].shape == (60_000, 28, 28, 1)
+    assert dataset.test["input"].shape == (10_000, 28, 28, 1)
+    np.testing.assert_allclose(dataset.train["input"].mean() / 255, 0.1307, atol=1e-4)
     np.testing.assert_array_equal(dataset.train["label"][:5], [5, 0, 4, 1, 9])

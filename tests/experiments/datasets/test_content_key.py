@@ -27,7 +27,7 @@ def test_a_second_load_decodes_nothing(tmp_path, load, monkeypatch):
     monkeypatch.setattr(images_module, "_open_image", None)
     second = load(path)
     assert datasets.fingerprint(second) == datasets.fingerprint(first)
-    assert not second.train["image"].flags.writeable
+    assert not second.train["input"].flags.writeable
 
 
 def test_a_changed_file_is_decoded_again(tmp_path, load):
@@ -37,7 +37,7 @@ def test_a_changed_file_is_decoded_again(tmp_path, load):
     changed.write_bytes(encode(pixels(77, 5, 4)))
     os.utime(changed, ns=(1, 1))
     after = load(path)
-    np.testing.assert_array_equal(after.train["image"][0, :, :, 0], pixels(77, 5, 4))
+    np.testing.assert_array_equal(after.train["input"][0, :, :, 0], pixels(77, 5, 4))
     assert datasets.fingerprint(after) != datasets.fingerprint(before)
 
 

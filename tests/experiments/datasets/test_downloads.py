@@ -76,7 +76,7 @@ def test_a_download_that_is_cut_off_is_refused_and_not_kept(
         with pytest.raises(FileNotFoundError, match=r"cifar10 is not in .*could not be downloaded"):
             load("cifar10")
     assert list((tmp_path / "cache/cifar10").iterdir()) == []
-    assert len(load("cifar10").test["image"]) == 2
+    assert len(load("cifar10").test["input"]) == 2
 
 
 def test_a_damaged_download_of_before_is_fetched_again(
@@ -86,7 +86,7 @@ def test_a_damaged_download_of_before_is_fetched_again(
     serve_tiny_cifar10(monkeypatch, server, archive)
     put(tmp_path / "web/cifar-10-binary.tar.gz", archive)
     put(tmp_path / "cache/cifar10/cifar-10-binary.tar.gz", archive[:100])
-    assert len(load("cifar10").test["image"]) == 2
+    assert len(load("cifar10").test["input"]) == 2
 
 
 def test_downloads_at_the_same_time_do_not_disturb_each_other(

@@ -38,9 +38,9 @@ def test_a_folder_gives_its_images_with_alphabetical_labels(tmp_path, load):
     assert dataset.name == "animals"
     assert dataset.class_names == ("ant", "zebra")
     assert dataset.num_classes == 2
-    assert dataset.image_shape == (5, 4, 3)
+    assert dataset.input_shape == (5, 4, 3)
     expected = np.stack([pixels(number, 5, 4, 3) for number in (0, 1, 2, 0, 1, 2)])
-    np.testing.assert_array_equal(dataset.train["image"], expected)
+    np.testing.assert_array_equal(dataset.train["input"], expected)
     np.testing.assert_array_equal(dataset.train["label"], [0, 0, 0, 1, 1, 1])
     np.testing.assert_array_equal(dataset.test["label"], [0, 1])
     assert dataset.train["label"].dtype == np.int32
@@ -58,21 +58,21 @@ def test_a_tar_gives_the_same_data_as_the_folder(tmp_path, load):
 def test_grey_images_have_one_channel_and_mixed_ones_three(tmp_path, load):
     files = make_files(5, 4)
     grey = load(write_folder(tmp_path / "grey", files))
-    assert grey.image_shape == (5, 4, 1)
-    np.testing.assert_array_equal(grey.train["image"][1, :, :, 0], pixels(1, 5, 4))
+    assert grey.input_shape == (5, 4, 1)
+    np.testing.assert_array_equal(grey.train["input"][1, :, :, 0], pixels(1, 5, 4))
     files["train/zebra/colour.jpg"] = encode(pixels(9, 5, 4, 3), "JPEG")
     mixed = load(write_folder(tmp_path / "mixed", files))
-    assert mixed.image_shape == (5, 4, 3)
+    assert mixed.input_shape == (5, 4, 3)
     np.testing.assert_array_equal(
-        mixed.train["image"][1], np.repeat(pixels(1, 5, 4)[:, :, None], 3, axis=2)
+        mixed.train["input"][1], np.repeat(pixels(1, 5, 4)[:, :, None], 3, axis=2)
     )
 
 
 def test_hidden_files_and_files_above_the_classes_are_ignored(tmp_path, load):
     files = make_files(5, 4)
-    extra = {"README.md": b"hello", "train/notes.txt": b"hello", "train/ant/.DS_Store": b"\0"}
+    extra = {"README.md": b"hello", "train/notes.tar": b"hello", "train/ant/.DS_Store": b"\0"}
     path = write_tar(tmp_path / "a.tar", files | extra, mode="w")
-    assert len(load(path).train["image"]) == 6
+    assert len(load(path).train["input"]) == 6
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ def test_a_missing_split_is_named(tmp_path, load, split):
 
 
 def test_a_file_that_is_no_archive_is_refused(tmp_path, load):
-    path = tmp_path / "notes.txt"
+    path = tmp_path / "notes.tar"
     path.write_text("hello " * 200)
-    with pytest.raises(ValueError, match=r"notes\.txt: damaged, unsafe or not a tar archive"):
+    with pytest.raises(ValueError, match=r"notes\.tar: damaged, unsafe or not a tar archive"):
         load(path)
 
 
@@ -153,7 +153,7 @@ def test_folders_whose_name_starts_with_a_dot_are_no_classes(tmp_path, load, hid
     else:
         dataset = load(write_folder(tmp_path / "animals", files))
     assert dataset.class_names == ("ant", "zebra")
-    assert len(dataset.train["image"]) == 6
+    assert len(dataset.train["input"]) == 6
 
 
 def encode_rotated(upright: np.ndarray, orientation: int, file_format: str) -> bytes:
@@ -175,7 +175,7 @@ def test_images_are_rotated_as_their_exif_data_ask(tmp_path, load, orientation, 
     files = make_files(5, 4, 3)
     files["train/ant/0000.png"] = encode_rotated(pixels(0, 5, 4, 3), orientation, file_format)
     dataset = load(write_folder(tmp_path / "animals", files))
-    np.testing.assert_array_equal(dataset.train["image"][0], pixels(0, 5, 4, 3))
+    np.testing.assert_array_equal(dataset.train["input"][0], pixels(0, 5, 4, 3))
 
 
 def test_a_tar_of_large_images_takes_no_more_memory_than_is_kept(tmp_path):
@@ -191,7 +191,7 @@ def test_a_tar_of_large_images_takes_no_more_memory_than_is_kept(tmp_path):
     dataset = images_module._decode_all(path, "large")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert sum(split["image"].nbytes for split in (dataset.train, dataset.test)) == kept
+    assert sum(split["input"].nbytes for split in (dataset.train, dataset.test)) == kept
     assert peak < 1.25 * kept
 
 
@@ -243,7 +243,7 @@ def test_colours_of_a_ppm_are_refused_above_eight_bits_alone(tmp_path, load, kin
     files = dict.fromkeys(("train/a/0.ppm", "test/a/0.ppm"), ppm(255))
     expected = 3 * np.arange(60, dtype=np.uint8).reshape(1, 5, 4, 3)
     np.testing.assert_array_equal(
-        load(write_folder(tmp_path / "8", files)).train["image"], expected
+        load(write_folder(tmp_path / "8", files)).train["input"], expected
     )
     path = write_folder(tmp_path / "16", files | {"test/a/1.ppm": ppm(65535)})
     with pytest.raises(ValueError, match="do not fit into 8 bits"):
@@ -269,7 +269,7 @@ def test_palettes_become_their_colours_and_transparency_is_dropped(tmp_path, loa
     files["train/ant/0001.png"] = save(image, "PNG", transparency=bytes(range(20)))
     files["train/ant/0002.png"] = save(image.convert("RGBA"), "PNG")
     dataset = load(write_folder(tmp_path / "palette", files))
-    for decoded in dataset.train["image"][:3]:
+    for decoded in dataset.train["input"][:3]:
         np.testing.assert_array_equal(decoded, palette[indices])
 
 

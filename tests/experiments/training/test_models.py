@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import cabs_jax
 from experiments import datasets
 from experiments.training import models
 
@@ -21,7 +22,7 @@ SHAPES = {
 LARGE = ("cifar10_2c3d", "3c3d")
 all_models = pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in models.NAMES],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in SHAPES],
 )
 
 
@@ -78,12 +79,12 @@ def test_one_image_and_a_batch_give_the_same_logits(name):
 @all_models
 def test_loss_is_a_cross_entropy_with_a_gradient_in_every_layer(name):
     model, images = small(name), some_images(3, SHAPES[name])
-    batch = {"image": images, "label": np.array([0, 7, 9], np.int32)}
+    batch = {"input": images, "label": np.array([0, 7, 9], np.int32)}
 
     @jax.jit
     def evaluate(params, batch):
         per_example = jax.vmap(jax.value_and_grad(model.loss), (None, 0))
-        return per_example(params, batch), model.predict(params, batch["image"])
+        return per_example(params, batch), model.predict(params, batch["input"])
 
     with jax.numpy_dtype_promotion("strict"):
         (losses, grads), logits = evaluate(model.params, batch)
@@ -230,16 +231,47 @@ def test_small_nets_learn_the_digits(name, rate):
     ("change", "message"),
     [
         ({"name": "lenet"}, "unknown model 'lenet': choose one of mnist_2c2d, cifar10_2c3d"),
-        ({"image_shape": (28, 28)}, r"image_shape must be .* got \(28, 28\)"),
-        ({"image_shape": (28, 0, 1)}, r"image_shape must be .* got \(28, 0, 1\)"),
+        ({"input_shape": (28, 28)}, r"must have a shape .* got \(28, 28\)"),
+        ({"input_shape": (28, 0, 1)}, r"must have a shape .* got \(28, 0, 1\)"),
         ({"num_classes": 0}, "num_classes must be positive, got 0"),
         ({"width": 0.0}, "width must be positive and finite, got 0.0"),
         ({"width": math.nan}, "width must be positive and finite, got nan"),
-        ({"name": "cifar10_2c3d", "image_shape": (23, 32, 3)}, "at least 24x24 pixels"),
-        ({"name": "3c3d", "image_shape": (8, 8, 3)}, "at least 9x9 pixels"),
+        ({"name": "cifar10_2c3d", "input_shape": (23, 32, 3)}, "at least 24x24 pixels"),
+        ({"name": "3c3d", "input_shape": (8, 8, 3)}, "at least 9x9 pixels"),
     ],
 )
 def test_bad_arguments_are_refused_with_their_value(change, message):
-    arguments = {"name": "mnist_2c2d", "image_shape": (28, 28, 1), "num_classes": 10}
+    arguments = {"name": "mnist_2c2d", "input_shape": (28, 28, 1), "num_classes": 10}
     with pytest.raises(ValueError, match=message):
         models.build(**(arguments | change))
+
+
+def small_decoder():
+    return models.build("decoder", (6,), 256, width=0.05)
+
+
+def test_the_decoder_has_five_million_parameters_and_starts_knowing_nothing():
+    params = parameter_shapes("decoder", (128,), 256)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 4_837_376
+    model, example = small_decoder(), {"input": np.arange(6, dtype=np.uint8), "label": np.arange(6)}
+    assert model.loss(model.params, example) == pytest.approx(math.log(256), rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_decoder_sees_no_byte_that_comes_later():
+    model, sequence = small_decoder(), some_images(1, (6,))[0]
+    changed = sequence.copy()
+    changed[4] ^= 1
+    before, after = (model.apply(model.params, text) for text in (sequence, changed))
+    np.testing.assert_allclose(before[:4], after[:4], rtol=1e-5, atol=1e-6)
+    assert (np.abs(before[4:] - after[4:]).max(1) > 1e-4).all()
+
+
+@pytest.mark.slow
+def test_the_moments_of_the_decoder_are_those_of_its_per_example_gradients():
+    model, inputs = small_decoder(), some_images(5, (6,))
+    batch = {"input": inputs, "label": np.roll(inputs, -1, 1).astype(np.int32)}
+    found = jax.jit(cabs_jax.gradient_moments(model.loss))(model.params, batch)
+    gradients = jax.jit(jax.vmap(jax.grad(model.loss), (None, 0)))(model.params, batch)
+    flat = [np.asarray(g, np.float64).reshape(5, -1) for g in jax.tree.leaves(gradients)]
+    np.testing.assert_allclose(found.variance, sum(g.var(0).sum() for g in flat), rtol=1e-4)

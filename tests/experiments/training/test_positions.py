@@ -15,7 +15,7 @@ SHAPE = (6, 6, 1)
 def batch_of(shape, size=3):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 17, (size, *shape), dtype=np.uint8)
-    return {"image": jnp.asarray(image), "label": jnp.arange(size)}
+    return {"input": jnp.asarray(image), "label": jnp.arange(size)}
 
 
 def per_example_gradients(model, batch):
@@ -50,10 +50,10 @@ def test_of_convolutions_each_position_is_squared_alone():
             return outputs + shifts[index]
 
         net = models.build("small_cnn", SHAPE, 4, width=0.25, call_layer=shifted)
-        return net.loss(params, {"image": image, "label": label}), dict(seen)
+        return net.loss(params, {"input": image, "label": label}), dict(seen)
 
     total = 0.0
-    for image, label in zip(batch["image"], batch["label"], strict=True):
+    for image, label in zip(batch["input"], batch["label"], strict=True):
         seen = {}
         zeros = {"conv1": jnp.zeros((1, 6, 6, 2)), "conv2": jnp.zeros((1, 3, 3, 4))}
         cotangents, inputs = jax.jit(jax.grad(loss, has_aux=True))(
@@ -66,7 +66,7 @@ def test_of_convolutions_each_position_is_squared_alone():
                 patch = padded[row : row + 3, column : column + 3]
                 total += np.sum(patch**2) * np.sum(delta[row, column] ** 2)  # the kernel's
                 total += np.sum(delta[row, column] ** 2)  # the bias's
-        dense = jax.grad(model.loss)(model.params, {"image": image, "label": label})["dense"]
+        dense = jax.grad(model.loss)(model.params, {"input": image, "label": label})["dense"]
         total += sum(np.sum(np.square(np.asarray(g, np.float64))) for g in dense.values())
     assert float(found) == pytest.approx(total / 3, rel=1e-5)
 
