@@ -147,20 +147,26 @@ def tree_squared_norm(tree: PyTree) -> jax.Array:
     >>> float(tree_squared_norm({"w": jnp.array([3.0, 4.0])}))
     25.0
     """
-
-    def squared_norm(leaf: jax.Array) -> jax.Array:
-        x = leaf.astype(jnp.float32)
-        if x.ndim == 0 or x.shape[-1] % LANES or jax.typeof(x).sharding.spec[-1] is not None:
-            return jnp.sum(jnp.square(x))
-        # As products of short rows: on CPU XLA would write the squares to memory, and adds up the
-        # product of two long vectors in sequence, which costs three digits.
-        rows = x.reshape(*x.shape[:-1], x.shape[-1] // LANES, LANES)
-        batch, contracted = tuple(range(x.ndim)), (x.ndim,)
-        numbers = ((contracted, contracted), (batch, batch))
-        return jnp.sum(jax.lax.dot_general(rows, rows, numbers, jax.lax.Precision.HIGHEST))
-
-    norms = map(squared_norm, jax.tree.leaves(tree))
+    norms = (squared_norms(leaf, 0) for leaf in jax.tree.leaves(tree))
     return sum(norms, start=jnp.zeros((), jnp.float32))
+
+
+def squared_norms(x: jax.Array, lead: int) -> jax.Array:
+    """Returns Σ x² over all axes but the first `lead`, accumulated in float32.
+
+    >>> squared_norms(jnp.array([[3.0, 4.0], [0.0, 1.0]]), 1).tolist()
+    [25.0, 1.0]
+    """
+    x, summed = x.astype(jnp.float32), tuple(range(lead, x.ndim))
+    if not summed or x.shape[-1] % LANES or jax.typeof(x).sharding.spec[-1] is not None:
+        return jnp.sum(jnp.square(x), axis=summed)
+    # As products of short rows: on CPU XLA would write the squares to memory, and adds up the
+    # product of two long vectors in sequence, which costs three digits.
+    rows = x.reshape(*x.shape[:-1], x.shape[-1] // LANES, LANES)
+    batch, contracted = tuple(range(x.ndim)), (x.ndim,)
+    numbers = ((contracted, contracted), (batch, batch))
+    products = jax.lax.dot_general(rows, rows, numbers, jax.lax.Precision.HIGHEST)
+    return jnp.sum(products, axis=summed)
 
 
 def tree_dot(tree: PyTree, other: PyTree) -> jax.Array:

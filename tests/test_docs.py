@@ -59,7 +59,7 @@ SLOW = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.every_case
 @pytest.mark.parametrize(
     "page",
     [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in PAGES[1:]],

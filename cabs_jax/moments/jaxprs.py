@@ -65,6 +65,11 @@ def is_literal(atom: Atom) -> bool:
     return isinstance(atom, core.Literal)
 
 
+def is_traced(value: Any) -> bool:
+    """Whether the numbers of a value are not known while tracing."""
+    return isinstance(value, jax.core.Tracer)
+
+
 def carries_gradient(atom: Atom) -> bool:
     """Whether a value can have a gradient, being of a real or complex type."""
     return bool(jnp.issubdtype(atom.aval.dtype, jnp.inexact))
@@ -75,10 +80,17 @@ def name(equation: Equation) -> str:
     return str(equation.primitive.name)
 
 
-def needed(jaxpr: Jaxpr) -> tuple[Jaxpr, list[bool]]:
-    """Returns the jaxpr without what its outputs do not need, and which inputs they need."""
-    without, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+def needed(jaxpr: Jaxpr, outputs: Sequence[bool] | None = None) -> tuple[Jaxpr, list[bool]]:
+    """Returns the jaxpr of some outputs, by default all, and which inputs it needs and takes."""
+    without, used = dce_jaxpr(jaxpr, list(outputs or [True] * len(jaxpr.outvars)))
     return without, list(used)
+
+
+def dependent(jaxpr: Jaxpr, places: Sequence[int]) -> list[bool]:
+    """Which outputs of a jaxpr depend on the inputs at some places."""
+    count = len(jaxpr.outvars)
+    used = [needed(jaxpr, [i == j for j in range(count)])[1] for i in range(count)]
+    return [any(one[place] for place in places) for one in used]
 
 
 def inner_jaxpr(equation: Equation) -> tuple[Jaxpr, Sequence[Any]]:
@@ -273,5 +285,8 @@ def platform(mesh: Any) -> str | None:
     """The platform of the devices of a mesh, or None where an abstract one does not tell."""
     if isinstance(mesh, jax.sharding.Mesh):
         return str(mesh.devices.flat[0].platform)
-    device = getattr(mesh, "abstract_device", None)
-    return getattr(device, "platform", None)
+    if getattr(mesh, "abstract_device", None) is None:
+        return None
+    # jax 0.9 knows no more than the kind: "cpu", "TPU v5 lite" or a GPU's model.
+    kind = mesh.abstract_device.device_kind.lower()
+    return next((name for name in ("cpu", "tpu") if kind.startswith(name)), "gpu")

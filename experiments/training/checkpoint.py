@@ -148,11 +148,14 @@ class Checkpoints:
             with _as_os_error(f"cannot write a checkpoint in {self._folder}"):
                 self._lazy_manager.wait_until_finished()
 
-    def restore(self, arrays: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+    def restore(
+        self, arrays: PyTree, last: int | None = None
+    ) -> tuple[PyTree, dict[str, Any]] | None:
         """The newest whole checkpoint; damaged ones are named on stderr and deleted.
 
         Args:
           arrays: A pytree of the structure, shapes and dtypes that were saved.
+          last: Leaves out the checkpoints of later steps.
 
         Returns:
           The saved arrays and progress, or None if there is no checkpoint.
@@ -161,7 +164,7 @@ class Checkpoints:
           OSError: There are checkpoints, but all are damaged.
         """
         template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), arrays)
-        found = None if self._folder is None else self._newest_whole(template)
+        found = None if self._folder is None else self._newest_whole(template, last)
         return found if jax.process_count() == 1 else _from_first_process(found, template)
 
     def __enter__(self) -> Self:
@@ -227,11 +230,13 @@ class Checkpoints:
             raise ValueError("its digest does not match.")
         return arrays, progress
 
-    def _newest_whole(self, template: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+    def _newest_whole(
+        self, template: PyTree, last: int | None
+    ) -> tuple[PyTree, dict[str, Any]] | None:
         assert self._folder is not None
         if not self._folder.exists():
             return None
-        steps = sorted(self.steps(), reverse=True)
+        steps = sorted((n for n in self.steps() if last is None or n <= last), reverse=True)
         for number, step in enumerate(steps):
             try:
                 arrays, progress = self._read(step, template)

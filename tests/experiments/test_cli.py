@@ -11,7 +11,7 @@ from experiments import cli
 from experiments.commands import bench, compare, run
 from experiments.errors import Interrupted, UserError
 
-COMMANDS = ("run", "sweep", "report", "soak", "bench", "compare", "variances")
+COMMANDS = ("run", "sweep", "report", "soak", "bench", "compare", "variances", "branch")
 BENCHMARKS = ("loader", "moments", "peers", "scaling", "step")
 FILES = {"config.json", "metrics.jsonl", "evaluations.jsonl", "summary.json", "figure.png"}
 

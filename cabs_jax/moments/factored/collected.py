@@ -20,7 +20,7 @@ from cabs_jax.moments.factored.choice import Choice, Mode, Use
 from cabs_jax.moments.factored.primitives import Factors
 from cabs_jax.moments.factored.values import Sample
 from cabs_jax.moments.target import Target
-from cabs_jax.statistics import PyTree
+from cabs_jax.statistics import PyTree, squared_norms
 
 
 def empty_factors(choices: Sequence[Choice], sample: Sample) -> dict[int, Factors]:
@@ -73,7 +73,7 @@ def _norms(uses: Sequence[Use], factors: dict[int, Factors], target: Target) -> 
         if not direct:
             return (), outer_products.gram_norms(operands)
         g = sum(outer_products.gradients(of_use, p) for of_use in operands)
-        return (), jnp.sum(jnp.square(g), axis=(1, 2, 3))  # (m, groups, p, q) to (m,)
+        return (), squared_norms(jnp.asarray(g), 1)  # (m, groups, p, q) to (m,)
 
     needed = cost.norm_bytes(sizes, direct=direct)
     norms: jax.Array = sum_in_cache(block, [sided(use) for use in uses], needed, target)[1]

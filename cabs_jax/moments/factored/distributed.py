@@ -3,18 +3,24 @@
 Of a weight that is computed, such as a merged low-rank update, the gradient of each example would
 be formed and pulled back. Multiplied out, every weight meets the example in a product of its own,
 whose norm follows from factors. That is done where it is less work.
+
+So it is with weights that are repeated or padded (see `spread`), and with complex ones, made of
+two parameters: x·(A + iB) = x·A + i(x·B), where the two parts of x meet A in one product.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from cabs_jax.moments import jaxprs
+from cabs_jax.moments.factored import spread
 from cabs_jax.statistics import PyTree
 
 
@@ -47,12 +53,18 @@ class Known(NamedTuple):
       of_example: Whether it may depend on the example.
       of_params: Whether it may depend on parameters.
       terms: For a matrix of parameters alone, what adds up to it, one of these a product; else ().
+      spread: For a weight of parameters alone, what it is made of along its axes, or None.
+      parts: For a complex one, its real and its imaginary part, or None.
+      constant: Evaluates what depends on nothing and is known while tracing, else None.
     """
 
     value: Any
     of_example: bool = False
     of_params: bool = False
     terms: tuple[Term, ...] = ()
+    spread: spread.Spread | None = None
+    parts: tuple[Any, Any] | None = None
+    constant: Callable[[], Any] | None = None
 
 
 def trace(function: Callable[..., PyTree], params: PyTree, example: PyTree) -> tuple[Any, Any]:
@@ -61,7 +73,7 @@ def trace(function: Callable[..., PyTree], params: PyTree, example: PyTree) -> t
     shared, changed = len(jax.tree.leaves(params)), False
 
     def run(jaxpr: jaxprs.Jaxpr, consts: Sequence[Any], inputs: Sequence[Known]) -> list[Known]:
-        return jaxprs.walk(jaxpr, consts, inputs, jaxpr.eqns, visit, Known)
+        return jaxprs.walk(jaxpr, consts, inputs, jaxpr.eqns, visit, _constant)
 
     def visit(equation: jaxprs.Equation, operands: list[Known]) -> list[Known]:
         nonlocal changed
@@ -74,14 +86,24 @@ def trace(function: Callable[..., PyTree], params: PyTree, example: PyTree) -> t
         if of_example and name in jaxprs.CHECKPOINTS:
             return _checkpoint(run, equation, operands)
         if of_example and name == "dot_general":
-            product = _multiplied_out(equation, operands)
+            product = _product(equation, operands)
             if product is not None:
                 changed = True
                 return [Known(product, of_example=True)]
         of_params = any(operand.of_params for operand in operands)
-        terms = _terms(equation, operands) if of_params and not of_example else ()
-        outputs = jaxprs.evaluate(equation, values)
-        return [Known(output, of_example, of_params, terms) for output in outputs]
+        if of_example or not of_params:
+            outputs = jaxprs.evaluate(equation, values)
+            constants = [None] * len(outputs) if of_example else _constants(equation, operands)
+            return [
+                Known(output, of_example, of_params, constant=constant)
+                for output, constant in zip(outputs, constants, strict=True)
+            ]
+        if name == "gather" and _takes_distinct(equation, operands):
+            equation, changed = _promised_distinct(equation), True
+        outputs, terms = jaxprs.evaluate(equation, values), _terms(equation, operands)
+        spread_out = _spread(equation, operands)
+        parts = (values[0], values[1]) if name == "complex" else None
+        return [Known(output, False, True, terms, spread_out, parts) for output in outputs]
 
     def rewritten(params: PyTree, example: PyTree) -> list[Any]:
         values = jax.tree.leaves((params, example))
@@ -90,10 +112,37 @@ def trace(function: Callable[..., PyTree], params: PyTree, example: PyTree) -> t
 
     values = jax.tree.leaves((params, example))
     of_params = [i < shared for i in range(len(values))]
-    if not jaxprs.any_of_inputs_alone(closed, of_params, _multiplies):
+    if not jaxprs.any_of_inputs_alone(closed, of_params, _is_followed):
         return closed, out_tree
     again, _ = jaxprs.trace(rewritten, params, example)
     return (again if changed else closed), out_tree
+
+
+def _constant(value: Any) -> Known:
+    """A constant of a jaxpr."""
+    return Known(value, constant=None if jaxprs.is_traced(value) else lambda: value)
+
+
+def _constants(
+    equation: jaxprs.Equation, operands: list[Known]
+) -> Sequence[Callable[[], Any] | None]:
+    """Evaluates the outputs of an equation of constants, once it is asked to."""
+    known = [operand.constant for operand in operands]
+    if None in known:
+        return [None] * len(equation.outvars)
+
+    @functools.cache
+    def evaluated() -> list[Any]:
+        with jax.ensure_compile_time_eval():
+            return jaxprs.evaluate(equation, [value() for value in known if value is not None])
+
+    return [functools.partial(lambda i: evaluated()[i], i) for i in range(len(equation.outvars))]
+
+
+def _is_followed(equation: jaxprs.Equation) -> bool:
+    """Whether an equation of parameters alone makes a weight that is taken apart here."""
+    made_complex = jaxprs.name(equation) == "complex"
+    return made_complex or _multiplies(equation) or spread.spreads(equation)
 
 
 def _multiplies(equation: jaxprs.Equation) -> bool:
@@ -134,6 +183,63 @@ def _terms(equation: jaxprs.Equation, operands: list[Known]) -> tuple[Term, ...]
     if name == "div" and known[0] and not jnp.ndim(operands[1].value):
         return tuple(term.times(1 / operands[1].value) for term in known[0])
     return ()
+
+
+def _spread(equation: jaxprs.Equation, operands: list[Known]) -> spread.Spread | None:
+    """What the output of an equation of parameters is made of along its axes."""
+    weight, *others = operands
+    if not weight.of_params or not (weight.spread or spread.spreads(equation)):
+        return None
+    if jaxprs.name(equation) not in {"gather", "pad"}:
+        others = []
+    constants = [np.asarray(o.constant()) if o.constant else None for o in others]
+    return spread.through(weight.spread or spread.whole(weight.value), equation, constants)
+
+
+def _takes_distinct(equation: jaxprs.Equation, operands: list[Known]) -> bool:
+    """Whether entries of a parameter are taken that are known to differ."""
+    table, indices = operands
+    if not table.of_params or indices.constant is None:
+        return False
+    return spread.takes_distinct(equation, np.asarray(indices.constant()))
+
+
+def _promised_distinct(equation: jaxprs.Equation) -> jaxprs.Equation:
+    """The same gather, which says that its indices differ and that none is outside."""
+    mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    promised = {"unique_indices": True, "mode": mode, "fill_value": None}
+    return equation.replace(params=equation.params | promised)
+
+
+def _product(equation: jaxprs.Equation, operands: list[Known]) -> Any:
+    """The example's operand times a weight that is taken apart, or None where none is."""
+    place = 0 if operands[1].of_example else 1
+    x, weight = operands[1 - place], operands[place]
+    if weight.of_example:
+        return None
+    if weight.parts is not None:
+        return _by_parts(equation, x.value, place, weight.parts)
+    if weight.spread is not None and any(weight.spread.maps):
+        return spread.product(equation, x.value, place, weight.spread)
+    return _multiplied_out(equation, operands)
+
+
+def _by_parts(equation: jaxprs.Equation, x: Any, place: int, parts: tuple[Any, Any]) -> Any:
+    """The product with a complex weight."""
+    names = "dimension_numbers", "precision"
+    options = {name: equation.params[name] for name in names}
+
+    def real(w: Any) -> tuple[Any, Any]:
+        """The parts of x·w, for a real weight."""
+
+        def product(x: jax.Array) -> jax.Array:
+            return lax.dot_general(*((w, x) if place == 0 else (x, w)), **options)
+
+        re, im = jax.vmap(product)(jnp.stack([x.real, x.imag]))
+        return re, im
+
+    (re, im), (across, back) = map(real, parts)
+    return lax.complex(re - back, im + across)
 
 
 def _single(operand: Known) -> Term:
@@ -197,7 +303,8 @@ def _scan(run: Run, equation: jaxprs.Equation, operands: list[Known]) -> list[Kn
 def _checkpoint(run: Run, equation: jaxprs.Equation, operands: list[Known]) -> list[Known]:
     def inside(values: list[Any]) -> list[Any]:
         known = [
-            k._replace(value=value, terms=()) for k, value in zip(operands, values, strict=True)
+            k._replace(value=value, terms=(), spread=None, parts=None)
+            for k, value in zip(operands, values, strict=True)
         ]
         return [k.value for k in run(*jaxprs.inner_jaxpr(equation), known)]
 

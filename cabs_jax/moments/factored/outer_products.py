@@ -27,6 +27,7 @@ from jax import lax
 
 from cabs_jax.moments import jaxprs, sharding
 from cabs_jax.moments.factored.primitives import Factors
+from cabs_jax.statistics import squared_norms
 
 HIGHEST = lax.Precision.HIGHEST
 Precision = lax.Precision | None
@@ -86,9 +87,9 @@ def gram_norms(uses: Sequence[Factors], precision: Precision = HIGHEST) -> jax.A
     """Squared norms (examples,) of Σ over uses, without forming a gradient."""
     if len(uses) == 1 and uses[0][1].shape[2] == 1:  # ‖left ⊗ right‖² = ‖left‖²·‖right‖²
         left, right = uses[0]
-        across = jnp.sum(_square(right), axis=(2, 3))
+        across = squared_norms(right, 2)
         if not _is_indices(left):
-            across = across * jnp.sum(_square(left), axis=(2, 3))
+            across = across * squared_norms(left, 2)
         return jnp.sum(across, axis=1)
     # ‖Σ_t left_t ⊗ right_t‖² = Σ_{s,t} ⟨left_s, left_t⟩⟨right_s, right_t⟩, s and t over all uses.
     total = jnp.zeros((), jnp.float32)
@@ -124,7 +125,7 @@ def one_hot_norms(factors: Factors, apart: bool) -> jax.Array:
     """Squared norms (examples,) of rows put to places; with `apart`, no two to the same."""
     if not apart:
         return gram_norms([factors])
-    return jnp.sum(_square(factors[1]), axis=(1, 2, 3))
+    return squared_norms(factors[1], 1)
 
 
 def weighted_norms(factors: Factors, scale: jax.Array) -> jax.Array:

@@ -150,10 +150,7 @@ def of_held(sites: Sequence[Site], size: int, pulled: int) -> Price:
             added = len(sites) * repeats > 1
             extra += repeats * size * (added - (site.rule.positions == 1))
         elif site.equation is not None and jaxprs.name(site.equation) != "scan":
-            once = repeats * flops.of_equation(site.equation)
-            plain += 3 * once
-            if not copies_are_cheap(site) and jaxprs.subjaxprs(site.equation):
-                extra += once  # its forward pass again
+            plain += 3 * repeats * flops.of_equation(site.equation)
     return Price(("small" if small else "per example",), extra, 0 if small else plain, 4 * size)
 
 

@@ -28,7 +28,7 @@ Where a rule of `primitives` covers f, the g_i are sums of outer products of fac
 
 Where none does, the mode is PER_EXAMPLE. If copies of w are no larger than what f puts out (a bias,
 say), every example is given one, and plain differentiation tells the gradients apart; else f is
-differentiated one example at a time (`_by_derivative`).
+differentiated one example at a time (`site_derivatives`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ from cabs_jax.moments.factored import cost, outer_products
 from cabs_jax.moments.factored.choice import Mode, copies_are_cheap
 from cabs_jax.moments.factored.primitives import Rule
 from cabs_jax.moments.factored.program import Site
+from cabs_jax.moments.factored.site_derivatives import evaluate_by_derivative
 from cabs_jax.moments.factored.values import (
     Batched,
     Context,
@@ -54,11 +55,9 @@ from cabs_jax.moments.factored.values import (
     Shared,
     Value,
     evaluate_batched,
-    slot_dtype,
     to_batched,
 )
-from cabs_jax.moments.rewriting import without_batched_convolutions
-from cabs_jax.statistics import PyTree
+from cabs_jax.statistics import PyTree, squared_norms
 
 
 def evaluate_site(context: Context, number: int, values: list[Value]) -> list[Batched]:
@@ -67,7 +66,7 @@ def evaluate_site(context: Context, number: int, values: list[Value]) -> list[Ba
     if site.rule is not None:
         return [_by_rule(context, number, site, site.rule, values)]
     if not copies_are_cheap(site):
-        return _by_derivative(context.sample, site, values)
+        return evaluate_by_derivative(context.sample, site, values)
     places = {place for place, _ in site.parameters}
     copied = [to_batched(context.sample, v) if i in places else v for i, v in enumerate(values)]
     return evaluate_batched(context.sample, site.equation, copied)
@@ -192,7 +191,7 @@ def _weighted_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Arra
             ends = itertools.accumulate(g.shape[-2] for g in pieces[:-1])
             scales = jnp.split(scale, list(ends), axis=-2)
             weighted = (g * s[None] for g, s in zip(pieces, scales, strict=True))
-            norms = sum(jnp.sum(jnp.square(g), axis=(1, 2, 3)) for g in weighted)
+            norms = sum(squared_norms(g, 1) for g in weighted)
             return pieces, norms
         left, right = rule.factors(*operands)
         if rule.one_hot:  # row by row, before the rows are added up
@@ -224,7 +223,7 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
         if direct:
             pieces = _gradients_in_pieces(sample, rule, at, operands)
-            norms = sum(jnp.sum(jnp.square(g), axis=(1, 2, 3)) for g in pieces)
+            norms = sum(squared_norms(g, 1) for g in pieces)
             return pieces, norms
         factors = rule.factors(*operands)
         if alike and sizes[1] == 1:
@@ -319,54 +318,3 @@ def _gradients(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, ja
     """The examples' gradients; that of the batch is their sum, taken at the end."""
     g = jnp.concatenate(_gradients_in_pieces(sample, rule, at, at.operands), axis=-2)
     return jnp.zeros_like(at.w), rule.assemble(g, at.w.shape)  # from (m, groups, p, q)
-
-
-def _by_derivative(sample: Sample, site: Site, values: list[Value]) -> list[Batched]:
-    """A site without a rule: its own derivative, taken example by example.
-
-    The operands are sorted, by place, into the parameters to be measured, what else is the same
-    for all examples, and what is the example's own.
-    """
-    equation = site.equation
-    slots = {i: v.gradient_slots for i, _ in site.parameters if isinstance(v := values[i], Shared)}
-    parameters = {i: values[i].value for i in slots}
-    fixed = {i: v.value for i, v in enumerate(values) if isinstance(v, Shared) and i not in slots}
-    examples = {i: v.value for i, v in enumerate(values) if isinstance(v, Batched)}
-    smooth = [i for i, x in examples.items() if jnp.issubdtype(x.dtype, jnp.inexact)]
-    floating = [i for i, v in enumerate(equation.outvars) if jaxprs.carries_gradient(v)]
-
-    @jax.custom_vjp
-    def apply(parameters: Any, fixed: Any, examples: Any, slots: Any) -> list[Any]:
-        operands: dict[int, Value] = {i: Batched(x) for i, x in examples.items()}
-        operands |= {i: Shared(x) for i, x in (parameters | fixed).items()}
-        values = [operands[i] for i in range(len(operands))]
-        outputs = evaluate_batched(sample, equation, values)
-        return [output.value for output in outputs]
-
-    def forward(parameters: Any, fixed: Any, examples: Any, slots: Any) -> tuple[list[Any], Any]:
-        return apply(parameters, fixed, examples, slots), (parameters, fixed, examples)
-
-    def of_one(shared: Any, example: Any, cotangents: Any) -> Any:
-        """The cotangents of the parameters and of the smooth operands, for one example."""
-        parameters, fixed = shared
-
-        def function(parameters: Any, smoothly: Any) -> list[Any]:
-            operands = fixed | example | parameters | smoothly
-            return jaxprs.floating_outputs(equation, operands)
-
-        _, pull = jax.vjp(function, parameters, {i: example[i] for i in smooth})
-        return pull(cotangents)
-
-    def backward(saved: Any, cotangents: Any) -> tuple[Any, Any, Any, Any]:
-        parameters, fixed, examples = saved
-        of_all = sample.target.vmap(without_batched_convolutions(of_one), (None, 0, 0))
-        floats = [cotangents[i] for i in floating]
-        gradients, into_smooth = of_all((parameters, fixed), examples, floats)  # g: (m, *w.shape)
-        # As in `_gradients`, the sum over the slots will be the gradient of the batch.
-        into_parameters = jax.tree.map(jnp.zeros_like, parameters)
-        into_examples = {i: into_smooth.get(i) for i in examples}
-        into_slots = {i: g.astype(slot_dtype(g.dtype)) for i, g in gradients.items()}
-        return into_parameters, None, into_examples, into_slots
-
-    apply.defvjp(forward, backward)
-    return [Batched(output) for output in apply(parameters, fixed, examples, slots)]

@@ -19,13 +19,23 @@ from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import GatherScatterMode
 
 from cabs_jax.moments import jaxprs
 
 Dim = tuple[int, int]  # (size, stride)
 IDENTITIES = {"copy", "copy_p", "name", "optimization_barrier", "pvary", "reduce_precision"}
 ADDING = {"add", "add_any"}
-REARRANGING = {"dynamic_slice", "reshape", "rev", "slice", "split", "squeeze", "transpose"}
+REARRANGING = {
+    "dynamic_slice",
+    "gather",
+    "reshape",
+    "rev",
+    "slice",
+    "split",
+    "squeeze",
+    "transpose",
+}
 
 
 class Window(NamedTuple):
@@ -220,6 +230,9 @@ def _is_mosaic(equation: jaxprs.Equation, places: set[int]) -> bool:
             return alike and places == {0}
         case "dynamic_update_slice":
             return places <= {0, 1}
+        case "gather":  # of entries that differ, none of them outside
+            promised = equation.params["mode"] == GatherScatterMode.PROMISE_IN_BOUNDS
+            return places == {0} and promised and bool(equation.params["unique_indices"])
         case "broadcast_in_dim":
             return bool(math.prod(shape) == math.prod(equation.invars[0].aval.shape))
     return places == {0} and primitive in {"pad", *REARRANGING}

@@ -282,6 +282,7 @@ def test_with_lag_a_size_that_cannot_be_cut_is_refused_once(first):
 
 @pytest.mark.slow
 def test_a_source_that_holds_its_loader_is_collected_with_it():
+    gc.freeze()  # so that what is collected below is this test's alone, and soon
     records = Records()
     records.loader = BatchLoader(records, 4)
     next(records.loader)
@@ -294,6 +295,7 @@ def test_a_source_that_holds_its_loader_is_collected_with_it():
         return reference() is None and not reading_threads()
 
     wait_until(is_gone)
+    gc.unfreeze()
 
 
 @pytest.mark.filterwarnings("ignore:the batches hold values")

@@ -15,7 +15,7 @@ from tests.cabs_jax.moments.oracle import assert_close
 
 @pytest.mark.slow  # compiles many
 @given(convolutions(batch_groups=True))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_a_convolution_of_every_kind_is_jaxs_own(geometry):
     lhs, rhs, options = geometry
 

@@ -1,5 +1,7 @@
 """The little of JAX's less stable surface that is relied on."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,3 +131,20 @@ def test_slices_that_a_loop_takes_in_turn(take, start, counts):
 
     (scan,) = jax.make_jaxpr(loop)(jnp.ones((4, 4))).eqns
     assert len(jaxprs.counted_slices(scan)) == counts
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform"),
+    [("cpu", "cpu"), ("TPU v5 lite", "tpu"), ("TPU7x", "tpu"), ("NVIDIA H100 80GB HBM3", "gpu")],
+)
+def test_the_platform_of_a_mesh_is_told_by_the_kind_of_its_devices(kind, platform):
+    mesh = SimpleNamespace(abstract_device=SimpleNamespace(device_kind=kind))
+    assert jaxprs.platform(mesh) == platform
+
+
+def test_outputs_depend_on_inputs_through_calls():
+    closed = jax.make_jaxpr(jax.jit(lambda x, y: (x, x + 1, x * y)))(1.0, 2.0)
+    assert jaxprs.dependent(closed.jaxpr, [1]) == [False, False, True]
+    without, used = jaxprs.needed(closed.jaxpr, [True, True, False])
+    assert used == [True, False]
+    assert len(without.outvars) == 2

@@ -24,6 +24,7 @@ def side(diff, sign):
     return "\n".join(line[1:] for line in diff.splitlines() if line[:1] in ("", " ", sign))
 
 
+@pytest.mark.every_case
 @pytest.mark.slow  # compiles a step of every library, and again for every batch size
 @pytest.mark.filterwarnings("ignore:::(keras|haiku|datasets|torch|multiprocessing|pyarrow)")
 @pytest.mark.parametrize("sign", ["-", "+"], ids=["before", "after"])

@@ -19,7 +19,7 @@ def batch_of(shape, size=3):
 
 
 def per_example_gradients(model, batch):
-    return jax.vmap(jax.grad(model.loss), (None, 0))(model.params, batch)
+    return jax.jit(jax.vmap(jax.grad(model.loss), (None, 0)))(model.params, batch)
 
 
 @pytest.mark.slow
@@ -56,7 +56,9 @@ def test_of_convolutions_each_position_is_squared_alone():
     for image, label in zip(batch["image"], batch["label"], strict=True):
         seen = {}
         zeros = {"conv1": jnp.zeros((1, 6, 6, 2)), "conv2": jnp.zeros((1, 3, 3, 4))}
-        cotangents, inputs = jax.grad(loss, has_aux=True)(zeros, model.params, image, label)
+        cotangents, inputs = jax.jit(jax.grad(loss, has_aux=True))(
+            zeros, model.params, image, label
+        )
         for name, delta in cotangents.items():
             delta = np.asarray(delta[0], np.float64)
             padded = np.pad(np.asarray(inputs[name][0], np.float64), ((1, 1), (1, 1), (0, 0)))

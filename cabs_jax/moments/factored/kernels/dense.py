@@ -18,6 +18,10 @@ LARGEST = (256, 512, 1024)  # positions, rows and columns of a product
 READ_BYTES = 2**20  # of one operand in VMEM
 UNROLLED = 512  # passes through the matrix unit in one piece of straight code
 SMALLEST_LIMIT = 16 * 2**20  # bytes of VMEM, as the compiler grants by itself
+FUSE_TRANSPOSE = "fuse_transposed_lhs_in_matmul"  # a hint, which jax 0.9.0 cannot give
+HINTS: dict[str, Any] = (
+    {FUSE_TRANSPOSE: True} if hasattr(pltpu.CompilerParams, FUSE_TRANSPOSE) else {}
+)
 
 
 class Tiles(NamedTuple):
@@ -108,7 +112,7 @@ def weight_gradient(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * 3 + ("arbitrary",) * 2,
             vmem_limit_bytes=vmem_limit(4 * READ_BYTES + 3 * 4 * cut.p * cut.q),
-            fuse_transposed_lhs_in_matmul=True,
+            **HINTS,
         ),
         **costs(
             products=2 * left.size * q,

@@ -92,7 +92,7 @@ def geometries(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=8)
+@settings(max_examples=3)
 @given(geometries(), dtypes)
 def test_filter_gradients_of_any_geometry_and_dtype(geometry, dtype):
     x_shape, w_shape, padding, dilation = geometry

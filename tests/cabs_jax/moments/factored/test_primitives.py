@@ -52,7 +52,7 @@ def check(function, operand, weight, x):
 
 @pytest.mark.slow
 @given(products(), st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_dot_general_in_every_layout(product, weight_first):
     dimension_numbers, lhs, rhs = product
 
@@ -65,7 +65,7 @@ def test_dot_general_in_every_layout(product, weight_first):
 
 @pytest.mark.slow  # compiles many
 @given(convolutions())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_convolution_of_every_kind(geometry):
     lhs, rhs, options = geometry
 

@@ -81,7 +81,7 @@ shapes = st.lists(small, min_size=1, max_size=3).map(tuple)
 
 @pytest.mark.slow
 @given(shapes.flatmap(lambda s: st.tuples(st.just(s), looks(s))))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_view_sees_what_the_array_holds(drawn):
     shape, steps = drawn
     view, seen = follow(steps, shape)
@@ -90,7 +90,7 @@ def test_a_view_sees_what_the_array_holds(drawn):
 
 @pytest.mark.slow
 @given(shapes.flatmap(lambda s: st.tuples(st.just(s), looks(s), looks(s))))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_disjoint_views_share_no_entry(drawn):
     shape, *both = drawn
     (first, seen), (second, other) = (follow(steps, shape) for steps in both)
@@ -101,7 +101,7 @@ def test_disjoint_views_share_no_entry(drawn):
 
 @pytest.mark.slow
 @given(shapes.flatmap(lambda s: st.tuples(st.just(s), looks(s))), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_layout_is_a_normal_form_of_the_entries_some_axes_run_through(drawn, data):
     shape, steps = drawn
     view, _ = follow(steps, shape)
@@ -146,7 +146,7 @@ def test_what_does_more_than_look_is_no_view(function):
     [
         lambda x: lax.mul(x, jnp.ones((4, 3))),
         lambda x: lax.div(x, jnp.ones((4, 3))),
-        lambda x: x[::2],
+        lambda x: lax.slice_in_dim(x, 0, 4, 2),  # x[::2] is a gather on jax 0.9
         lambda x: lax.rev(x, (0,)),
         lambda x: lax.pad(x, jnp.float32(0), [(1, 2, 1), (-1, 0, 0)]),
         lambda x: lax.concatenate([x, jnp.ones((4, 3))], 0),

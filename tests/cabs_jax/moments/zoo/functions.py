@@ -85,14 +85,15 @@ def fourier_layer(draw):
     return loss, {"real": draw(4, 3), "imaginary": draw(4, 3)}, draw.batch(6, 3)
 
 
-@case(held="w")
+@case()
 def fourier_layer_with_a_product_for_each_frequency(draw):
     def loss(p, x):
         weights = lax.complex(p["w"][0], p["w"][1])
         spectrum = jnp.einsum("kc,kcd->kd", jnp.fft.rfft(x, axis=0), weights)
-        return squares(jnp.fft.irfft(spectrum, 6, axis=0))
+        mixed = lax.complex(p["a"], p["b"]) @ spectrum.T
+        return squares(jnp.fft.irfft(spectrum, 6, axis=0)) + squares(mixed.real - mixed.imag)
 
-    return loss, {"w": draw(2, 4, 3, 5)}, draw.batch(6, 3)
+    return loss, {"w": draw(2, 4, 3, 5), "a": draw(2, 5), "b": draw(2, 5)}, draw.batch(6, 3)
 
 
 @case(held="kernel")

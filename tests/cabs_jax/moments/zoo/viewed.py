@@ -78,16 +78,18 @@ def padded_weights(draw):
     def loss(p, x):
         padded = jnp.pad(p["w"], ((0, 0), (1, 2)), constant_values=0.3)
         placed = lax.dynamic_update_slice(jnp.ones((5, 6), x.dtype), p["v"], (0, 2))
-        return squares(x @ padded) + squares(jnp.tanh(x) @ placed)
+        zeros_around = jnp.pad(p["u"], ((0, 1), (2, 0)))
+        h = jnp.tanh(x @ padded @ zeros_around)
+        return squares(h) + squares(jnp.tanh(x) @ placed)
 
-    return loss, {"w": draw(5, 3), "v": draw(5, 3)}, draw.batch(5)
+    return loss, {"w": draw(5, 3), "v": draw(5, 3), "u": draw(5, 3)}, draw.batch(5)
 
 
 @case()
 def flipped_and_rolled_weights(draw):
     def loss(p, x):
         h = x @ p["w"][:, ::-1] + jnp.sin(x) @ jnp.roll(p["v"], 2, axis=0)
-        return squares(h @ p["u"][::2])
+        return squares(h @ lax.slice_in_dim(p["u"], 0, 6, 2))  # u[::2] is a gather on jax 0.9
 
     return loss, {"w": draw(5, 3), "v": draw(5, 3), "u": draw(6, 4)}, draw.batch(5)
 
@@ -140,16 +142,53 @@ def sum_with_its_own_transpose(draw):
     return lambda p, x: squares(x @ (p["w"] + p["w"].T)), {"w": draw(5, 5)}, draw.batch(5)
 
 
-@case(held="w v k")
-def permuted_and_repeated_heads(draw):
+@case()
+def permuted_weights(draw):
     order = np.array([2, 0, 3, 1], np.int32)
 
     def loss(p, x):
         h = jnp.tanh(x @ p["w"][:, order]) @ p["v"][np.ix_(order, order[::-1])]
-        repeated = p["k"][:, np.array([0, 0, 1, 1], np.int32)]
-        return squares(h) + squares(jnp.einsum("i,ihd->hd", x, repeated))
+        return squares(h) + squares(x @ jnp.take(p["u"], order[:3], axis=1))
 
-    return loss, {"w": draw(5, 4), "v": draw(4, 4), "k": draw(5, 2, 3)}, draw.batch(5)
+    return loss, {"w": draw(5, 4), "v": draw(4, 4), "u": draw(5, 4)}, draw.batch(5)
+
+
+@case()
+def repeated_heads(draw):
+    shared = np.array([0, 0, 1, 1, 1], np.int32)
+
+    def loss(p, x):
+        k = jnp.einsum("td,dhk->thk", x, jnp.repeat(p["k"], 2, axis=1))
+        out = jnp.einsum("thk,hkd->td", k, jnp.repeat(p["out"], 2, axis=0))
+        v = jnp.einsum("td,dhk->thk", x, p["v"][:, shared])
+        tiled = x @ jnp.tile(p["t"], (1, 2)).reshape(5, -1)
+        return (
+            squares(out) + squares(v) + squares(tiled) + squares(jnp.tile(p["t"].T, (3, 1)) @ x.T)
+        )
+
+    params = {"k": draw(5, 2, 3), "out": draw(2, 3, 4), "v": draw(5, 2, 3), "t": draw(5, 2)}
+    return loss, params, draw.batch(4, 5)
+
+
+@case()
+def heads_repeated_in_a_checkpointed_scan(draw):
+    def loss(p, x):
+        @jax.checkpoint
+        def layer(h, p):
+            w = jnp.repeat(p["w"], 2, axis=1).astype(h.dtype)
+            return jnp.tanh(h @ jnp.pad(w, ((2, 0), (1, 1)))), None
+
+        return squares(lax.scan(layer, x, p)[0])
+
+    return loss, {"w": draw(3, 6, 3)}, draw.batch(8)
+
+
+@case(held="w")
+def weights_repeated_over_groups(draw):
+    def loss(p, x):
+        return squares(jnp.einsum("gi,gij->gj", x, jnp.broadcast_to(p["w"], (3, 5, 4))))
+
+    return loss, {"w": draw(5, 4)}, draw.batch(3, 5)
 
 
 @case(held="w v b")

@@ -1,0 +1,126 @@
+"""What the moments cost for losses that people write, as multiples of the plain gradient's."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from cabs_jax import gradient_moments
+from cabs_jax.moments import jaxprs
+from cabs_jax.moments.flops import flops
+from tests.cabs_jax.moments.zoo.case import squares
+
+
+def plain(loss):
+    return jax.value_and_grad(lambda p, batch: jnp.mean(jax.vmap(loss, (None, 0))(p, batch)))
+
+
+EXAMPLES, WIDTH = 64, 32
+ORDER = np.random.default_rng(0).permutation(WIDTH).astype(np.int32)
+HEADS = np.array([0, 0, 0, 0, 1, 1, 1, 1], np.int32)
+
+
+def largest(function, *args):
+    """The number of entries of the largest array that a program makes on its way."""
+
+    def of(jaxpr):
+        sizes = [math.prod(v.aval.shape) for e in jaxpr.eqns for v in e.outvars]
+        inner = [of(each) for e in jaxpr.eqns for each in jaxprs.subjaxprs(e)]
+        return max([*sizes, *inner], default=0)
+
+    return of(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def permuted(p, x):
+    return squares(jnp.tanh(x @ p["w"][:, ORDER]) @ jnp.take(p["v"], ORDER, axis=0))
+
+
+def padded(p, x):
+    return squares(jnp.tanh(x @ p["w"]) @ jnp.pad(p["v"], ((0, 0), (0, 8))))
+
+
+def repeated(p, x):
+    heads = jnp.tensordot(x, jnp.repeat(p["w"].reshape(WIDTH, 2, -1), 4, axis=1), 1)
+    return squares(jnp.tensordot(heads, jnp.repeat(p["v"].reshape(2, 16, -1), 4, axis=0)))
+
+
+def picked(p, x):
+    w = p["w"].reshape(WIDTH, 2, -1)[:, HEADS]
+    return squares(jnp.tensordot(x, w, 1).reshape(-1) @ jnp.tile(p["v"], (4, 1)))
+
+
+def spectral(p, x):
+    weights = lax.complex(p["w"], p["v"])
+    return squares((lax.complex(x, jnp.flip(x)) @ weights).real)
+
+
+# Multiples of the operations of the plain gradient: of the trace and of the diagonal. A product of
+# complex numbers is counted once there, and is four of real ones here.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("loss", "trace", "diagonal"),
+    [
+        (permuted, 1.1, 1.5),
+        (padded, 1.1, 1.5),
+        (repeated, 1.0, 1.5),
+        (picked, 1.0, 1.5),
+        (spectral, 4.2, 5.5),
+    ],
+)
+def test_weights_that_are_moved_about_cost_what_they_cost_themselves(loss, trace, diagonal):
+    params = {"w": jnp.ones((WIDTH, WIDTH)), "v": jnp.ones((WIDTH, WIDTH))}
+    batch = jnp.ones((EXAMPLES, WIDTH))
+    once = flops(plain(loss), params, batch)
+    for variance, price in (("trace", trace), ("diagonal", diagonal)):
+        measure = gradient_moments(loss, variance=variance)
+        assert flops(measure, params, batch) < price * once
+        assert largest(measure, params, batch) < EXAMPLES * WIDTH * WIDTH
+
+
+@jax.custom_vjp
+def layer(w, x):
+    return jnp.tanh(x @ w)
+
+
+def layer_forward(w, x):
+    y = layer(w, x)
+    return y, (w, x, y)
+
+
+def layer_backward(saved, cotangent):
+    w, x, y = saved
+    cotangent = cotangent * (1 - jnp.square(y))
+    return x.T @ cotangent, cotangent @ w.T
+
+
+layer.defvjp(layer_forward, layer_backward)
+
+
+@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+def test_a_custom_derivative_rule_goes_forward_once(variance):
+    def loss(w, x):
+        return squares(layer(w, layer(w, x)))
+
+    arguments = jnp.ones((32, 32)), jnp.ones((4, 64, 32))
+    once = flops(plain(loss), *arguments)
+    assert flops(gradient_moments(loss, variance=variance), *arguments) < 1.1 * once
+
+
+def mlp(p, x):
+    for w in p:
+        x = jnp.tanh(x @ w)
+    return squares(x)
+
+
+@pytest.mark.slow
+def test_memory_of_a_perceptron_is_that_of_the_plain_gradient():
+    def memory(function):
+        params, batch = [jnp.ones((256, 256))] * 2, jnp.ones((128, 256))
+        compiled = jax.jit(function).lower(params, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # Squares of activations are added up as they are made, and not written to memory.
+    assert memory(gradient_moments(mlp)) < 1.3 * memory(plain(mlp))
