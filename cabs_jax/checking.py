@@ -121,7 +121,7 @@ def _check_state(losses: Callable[..., Any], params: PyTree, batch: PyTree) -> N
         raise ValueError(
             "loss_fn is another function at its second call: it changes something outside of it, "
             "such as a counter, or draws from numpy or random. jax.jit keeps what it saw first. "
-            "Pass what changes as an argument, and draw from jax.random by a key of the example."
+            "Pass what changes as an argument, and draw from jax.random by the key of rng=."
         )
 
 

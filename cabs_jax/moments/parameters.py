@@ -132,8 +132,8 @@ def check_randomness(
         raise TypeError(
             "the loss draws random numbers that are the same for all examples, such as one dropout"
             f" mask for the whole batch, by a key among the parameters: {', '.join(parts.keys)}."
-            " Put a key into each example and draw by that, as in model(x, rngs=nnx.Rngs(example"
-            '["key"])), or draw none, as after model.eval().'
+            " Draw by the key that loss_fn(params, example, rng) is given where the call has rng=,"
+            " as after nnx.reseed(model, default=rng), or draw none, as after model.eval()."
         )
 
 

@@ -194,9 +194,9 @@ def _explaining_mutation(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
             raise TypeError(
                 f"the loss changes a module that was made outside of it ({refused}). A BatchStat is"
                 " of batch normalisation: let it run in evaluation mode, after model.eval(). An"
-                " RngCount is of dropout: give it a key of the example's, model(x,"
-                " rngs=nnx.Rngs(key)). Anything else: make the module inside the loss,"
-                " nnx.merge(graphdef, params, rest)."
+                " RngCount is of dropout: pass rng= beside the batch, and let loss_fn(params,"
+                " example, rng) call model(x, rngs=nnx.Rngs(rng)). Anything else: make the module"
+                " inside the loss, nnx.merge(graphdef, params, rest)."
             ) from error
 
     return explaining
