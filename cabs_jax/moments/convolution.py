@@ -76,6 +76,15 @@ def patches(lhs: jax.Array, g: Geometry) -> jax.Array:
     Returns:
       Patches of shape (batch, positions, kernel entries, groups · channels).
     """
+    # One strided slice for each kernel entry, or one for each output: whichever are fewer.
+    by_kernel = math.prod(g.kernel) <= math.prod(g.output)
+    pieces = _slices(lhs, g, by_kernel)
+    flat = [x.reshape(lhs.shape[0], -1, lhs.shape[-1]) for x in pieces]
+    return jnp.stack(flat, axis=2 if by_kernel else 1)
+
+
+def _slices(lhs: jax.Array, g: Geometry, by_kernel: bool) -> list[jax.Array]:
+    """What each kernel entry meets, (batch, *output, channels), or what each output sees."""
     zero = jnp.zeros((), lhs.dtype)
     interior = [d - 1 for d in g.lhs_dilation]
     config = [
@@ -84,22 +93,52 @@ def patches(lhs: jax.Array, g: Geometry) -> jax.Array:
         (0, 0, 0),
     ]
     lhs = lax.pad(lhs, zero, config)
-    # One strided slice for each kernel entry, or one for each output: whichever are fewer.
-    by_kernel = math.prod(g.kernel) <= math.prod(g.output)
     looped, within = (g.kernel, g.output) if by_kernel else (g.output, g.kernel)
     step, stride = (g.rhs_dilation, g.strides) if by_kernel else (g.strides, g.rhs_dilation)
     pieces = []
     for index in itertools.product(*map(range, looped)):
         start = [i * s for i, s in zip(index, step, strict=True)]
         limit = [a + (n - 1) * s + 1 for a, n, s in zip(start, within, stride, strict=True)]
-        piece = lax.slice(
-            lhs,
-            (0, *start, 0),
-            (lhs.shape[0], *limit, lhs.shape[-1]),
-            (1, *stride, 1),
-        )
-        pieces.append(piece.reshape(lhs.shape[0], math.prod(within), lhs.shape[-1]))
-    return jnp.stack(pieces, axis=2 if by_kernel else 1)
+        low, high = (0, *start, 0), (lhs.shape[0], *limit, lhs.shape[-1])
+        pieces.append(lax.slice(lhs, low, high, (1, *stride, 1)))
+    return pieces
+
+
+def is_depthwise(equation: Any) -> bool:
+    """Whether an equation is a convolution that keeps its input channels apart."""
+    if equation.primitive.name != "conv_general_dilated":
+        return False
+    groups, spec = equation.params["feature_group_count"], equation.params["dimension_numbers"][0]
+    return bool(groups > 1 and equation.invars[0].aval.shape[spec[1]] == groups)
+
+
+def gradients_by_entry(equation: Any, x: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """Gradients of a depthwise filter for each example, one entry of the kernel after the other.
+
+    With one input channel to a group there is nothing for a matrix product to share: each entry is
+    a sum over positions of image times cotangent, which needs no patches in memory.
+
+    Args:
+      equation: The convolution, of one example; one that `is_depthwise`.
+      x: Its input with a leading axis of examples.
+      cotangent: The cotangents of its output, likewise.
+
+    Returns:
+      Gradients of shape (examples, groups, kernel entries, filters of a group), float32.
+    """
+    lhs_spec, _, out_spec = equation.params["dimension_numbers"]
+    lhs, rhs, out = (v.aval.shape for v in (*equation.invars, *equation.outvars))
+    g = geometry(lhs, rhs, out, equation.params)
+    x, cotangent = channels_last(x, lhs_spec, lead=1), channels_last(cotangent, out_spec, lead=1)
+    examples, images = x.shape[0], x.reshape(-1, *x.shape[2:]).astype(jnp.float32)
+    right = cotangent.reshape(examples, g.batch, *g.output, g.groups, g.filters)
+    summed = tuple(range(1, right.ndim - 2))
+
+    def piece(seen: jax.Array) -> jax.Array:
+        left = seen.reshape(examples, g.batch, *g.output, g.groups, 1)
+        return jnp.sum(left * right.astype(jnp.float32), axis=summed)[:, :, None]
+
+    return jnp.concatenate([piece(seen) for seen in _slices(images, g, by_kernel=True)], axis=2)
 
 
 def goes_by_row(equation: Any) -> bool:

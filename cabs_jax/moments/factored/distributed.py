@@ -5,7 +5,9 @@ be formed and pulled back. Multiplied out, every weight meets the example in a p
 whose norm follows from factors. That is done where it is less work.
 
 So it is with weights that are repeated or padded (see `spread`), and with complex ones, made of
-two parameters: x·(A + iB) = x·A + i(x·B), where the two parts of x meet A in one product.
+two parameters: x·(A + iB) = x·A + i(x·B), where the two parts of x meet A in one product. And
+`lax.ragged_dot`, of rows sorted by the expert that they go to, which JAX does not vmap, becomes one
+product with all experts, in which a row is zero but for its own: as much work as it is on a CPU.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from jax import lax
 from cabs_jax.moments import jaxprs
 from cabs_jax.moments.factored import spread
 from cabs_jax.statistics import PyTree
+
+RAGGED = "ragged_dot_general"
 
 
 class Term(NamedTuple):
@@ -85,6 +89,9 @@ def trace(function: Callable[..., PyTree], params: PyTree, example: PyTree) -> t
             return _scan(run, equation, operands)
         if of_example and name in jaxprs.CHECKPOINTS:
             return _checkpoint(run, equation, operands)
+        if of_example and name == RAGGED and _goes_to_experts(equation):
+            changed = True
+            return [Known(_with_all_experts(equation, *values), of_example=True)]
         if of_example and name == "dot_general":
             product = _product(equation, operands)
             if product is not None:
@@ -112,7 +119,8 @@ def trace(function: Callable[..., PyTree], params: PyTree, example: PyTree) -> t
 
     values = jax.tree.leaves((params, example))
     of_params = [i < shared for i in range(len(values))]
-    if not jaxprs.any_of_inputs_alone(closed, of_params, _is_followed):
+    ragged = jaxprs.contains(closed.jaxpr, RAGGED)
+    if not ragged and not jaxprs.any_of_inputs_alone(closed, of_params, _is_followed):
         return closed, out_tree
     again, _ = jaxprs.trace(rewritten, params, example)
     return (again if changed else closed), out_tree
@@ -240,6 +248,26 @@ def _by_parts(equation: jaxprs.Equation, x: Any, place: int, parts: tuple[Any, A
 
     (re, im), (across, back) = map(real, parts)
     return lax.complex(re - back, im + across)
+
+
+def _goes_to_experts(equation: jaxprs.Equation) -> bool:
+    """Whether a ragged product is one of rows with matrices, each with that of its group."""
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    ragged, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    plain = (((1,), (1,)), ((), ()))
+    found = (*(tuple(map(tuple, pair)) for pair in numbers.dot_dimension_numbers),)
+    alone = equation.params["group_offset"] is None
+    return alone and found == plain and (tuple(ragged), tuple(groups)) == ((0,), (0,))
+
+
+def _with_all_experts(equation: jaxprs.Equation, x: Any, w: Any, sizes: Any) -> jax.Array:
+    """Rows (t, p) times matrices (groups, p, q), each row with that of its group."""
+    row, ends = jnp.arange(x.shape[0])[:, None], jnp.cumsum(sizes)[None]
+    own = (row >= ends - sizes[None]) & (row < ends)  # (t, groups)
+    apart = jnp.where(own[:, :, None], x[:, None], jnp.zeros((), x.dtype))  # (t, groups, p)
+    numbers = (((1, 2), (0, 1)), ((), ()))
+    options = {name: equation.params[name] for name in ("precision", "preferred_element_type")}
+    return lax.dot_general(apart, w, numbers, **options)
 
 
 def _single(operand: Known) -> Term:

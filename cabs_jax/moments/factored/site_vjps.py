@@ -243,7 +243,7 @@ def _in_cache(
     direct: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Gradient of the batch and norms, from blocks that give norms and, if direct, gradients."""
-    needed = cost.norm_bytes(rule.sizes(), direct=direct)
+    needed = _bytes(rule, at, direct=direct)
     total, norms = sum_in_cache(block, at.operands, needed, sample.target)
     return (at.assembled(rule, total) if direct else at.into_w()), norms
 
@@ -274,7 +274,7 @@ def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
         pieces = _gradients_in_pieces(sample, rule, at, operands)
         return (pieces, tuple(map(jnp.square, pieces))), ()
 
-    needed = cost.norm_bytes(rule.sizes(), direct=True)
+    needed = _bytes(rule, at, direct=True)
     (total, squares), _ = sum_in_cache(block, at.operands, needed, sample.target)
     squares = rule.assemble(jnp.concatenate(squares, axis=-2), at.w.shape)
     return at.assembled(rule, total), squares
@@ -284,6 +284,14 @@ def _rounds_alike(sample: Sample, at: Residuals) -> bool:
     """Whether the products of a norm see the operands as the product of the mean does, rounded."""
     model = outer_products.model_precision(at.equation)
     return sample.target.costs.rounds_alike and outer_products.is_default(model)
+
+
+def _bytes(rule: Rule, at: Residuals, *, direct: bool) -> int:
+    """What one example needs while its norm is computed."""
+    groups, positions, p, q = rule.sizes()
+    if direct and convolution.is_depthwise(at.equation):  # nothing is laid out
+        return cost.norm_bytes((groups, 1, p, q), direct=True)
+    return cost.norm_bytes((groups, positions, p, q), direct=direct)
 
 
 def _goes_by_row(sample: Sample, at: Residuals) -> bool:
@@ -299,6 +307,8 @@ def _gradients_in_pieces(
     They are rounded as the model's are, for their sum is the gradient of the batch.
     """
     precision = outer_products.model_precision(at.equation)
+    if convolution.is_depthwise(at.equation):
+        return (convolution.gradients_by_entry(at.equation, *operands),)
     if _goes_by_row(sample, at):
         return convolution.pieces_by_row(at.equation, *operands, precision)
     factors = rule.factors(*operands)

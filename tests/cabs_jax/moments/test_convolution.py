@@ -102,3 +102,41 @@ def test_other_convolutions_do_not_go_by_row(shape, kernel, options):
 
     (equation,) = jax.make_jaxpr(convolved)(jnp.zeros(shape), jnp.zeros(kernel)).eqns
     assert not convolution.goes_by_row(equation)
+
+
+DEPTHWISE = {  # image of 3 channels, kernel with 2 filters for each, options
+    "of images": ((2, 7, 6, 3), (3, 2, 1, 6), {"dimension_numbers": LAST}),
+    "strided": ((1, 7, 8, 3), (3, 3, 1, 6), {"dimension_numbers": LAST, "strides": (2, 1)}),
+    "transposed": ((1, 4, 4, 3), (3, 3, 1, 6), {"dimension_numbers": LAST, "lhs_dilation": (2, 2)}),
+    "channels first": ((2, 3, 7, 6), (6, 1, 2, 3), {"dimension_numbers": FIRST}),
+    "of sequences": ((1, 9, 3), (4, 1, 6), {"dimension_numbers": ("NWC", "WIO", "NWC")}),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_gradients_by_entry_are_those_of_a_depthwise_filter(name):
+    shape, kernel, options = DEPTHWISE[name]
+    strides = options.get("strides", (1,) * (len(shape) - 2))
+    more = {key: value for key, value in options.items() if key != "strides"}
+
+    def convolved(x, w):
+        padding = ((1, 2),) * len(strides)
+        return lax.conv_general_dilated(x, w, strides, padding, feature_group_count=3, **more)
+
+    x, w = numbers(2, *shape), numbers(*kernel)
+    (equation,) = jax.make_jaxpr(convolved)(x[0], w).eqns
+    assert convolution.is_depthwise(equation)
+    cotangent = numbers(2, *equation.outvars[0].aval.shape)
+
+    @jax.jit
+    def both(x, cotangent):
+        ours = convolution.gradients_by_entry(equation, x, cotangent)
+        return ours, jax.vmap(lambda x, c: jax.vjp(lambda w: convolved(x, w), w)[1](c)[0])(
+            x, cotangent
+        )
+
+    ours, wanted = both(x, cotangent)
+    spec = equation.params["dimension_numbers"][1]
+    wanted = channels_last(wanted, (spec[0], spec[1], *spec[2:]), lead=1)  # (2, 6, *kernel, 1)
+    wanted = wanted.reshape(2, 3, 2, -1).swapaxes(2, 3)
+    assert_close(ours, wanted, 1e-5)

@@ -1,0 +1,46 @@
+"""Products with weights that are taken apart before the loss is sorted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from cabs_jax import explain, gradient_moments
+from tests.cabs_jax.moments.oracle import assert_close, moments
+from tests.cabs_jax.moments.zoo.case import squares
+
+
+def dropless_experts(p, e):
+    x, sizes = e["x"][jnp.argsort(e["expert"])], jnp.bincount(e["expert"], length=3)
+    hidden = lax.ragged_dot(x, p["w"], sizes.astype(jnp.int32))
+    # Rows that go to no expert are zero.
+    few = lax.ragged_dot(jnp.tanh(hidden), p["v"], jnp.array([2, 0, 1], jnp.int32))
+    return squares(hidden) + squares(few)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variance", ["trace", "diagonal"])
+def test_rows_meet_their_own_expert_in_a_ragged_product(variance, capsys):
+    random = np.random.default_rng(0)
+    params = {
+        "w": random.normal(size=(3, 4, 5)).astype(np.float32),
+        "v": random.normal(size=(3, 5, 2)).astype(np.float32),
+    }
+    batch = {
+        "x": random.normal(size=(8, 6, 4)).astype(np.float32),
+        "expert": random.integers(0, 3, (8, 6)).astype(np.int32),
+    }
+    examples = [jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), batch) for i in range(8)]
+    # Not by vmap, which JAX does not know for this product.
+    found = jax.jit(lambda p: [jax.value_and_grad(dropless_experts)(p, e) for e in examples])(
+        params
+    )
+    losses, grads = jax.tree.map(lambda *each: np.stack(each).astype(np.float64), *found)
+    measured = jax.jit(gradient_moments(dropless_experts, variance=variance))(params, batch)
+    assert_close(measured, moments(losses, grads, variance), 1e-4)
+    assert {row.form for row in explain(dropless_experts, params, examples[0])} <= {
+        "Gram",
+        "direct",
+    }
+    assert "dot_general" in capsys.readouterr().out
