@@ -31,9 +31,9 @@ from experiments.training import methods, run_folder
 from experiments.training.checkpoint import FOLDER, Checkpoints
 from experiments.training.config import RunConfig
 from experiments.training.figure import blank, doubling, finish
-from experiments.training.train import Experiment, set_up, train
+from experiments.training.train import TRAIN_EXAMPLES_EVALUATED, Experiment, set_up, train
 
-MEASURED_EXAMPLES, CHUNK = 4_000, 500  # behind the noise scale
+MEASURED_EXAMPLES, CHUNK = 2_000, 500  # behind the noise scale
 
 
 class Origin(NamedTuple):
@@ -184,7 +184,8 @@ def continued(origin: Origin, factor: float, power: float, examples: int, seed: 
         learning_rate=float(methods.learning_rate(state)) * factor**power,
         steps=None,
         examples=examples,
-        test_evaluations=1,
+        evaluation_examples=experiment.config.evaluation_examples or TRAIN_EXAMPLES_EVALUATED,
+        test_evaluations=None,
         averages=False,
         record_variance=False,
         stop_without_progress=False,
