@@ -183,7 +183,7 @@ def gradient_moments(
       the effective size n = (Σ w_i)²/Σ w_i², rounded, and the variance that of one of so many
       examples, ξ = Σ_i w_i²‖g_i − ḡ‖²/Σ w_i²: to first order, ξ/n estimates E‖ḡ − ∇F‖². Weights
       of 0 are padding; a negative one makes all results NaN. The exact methods take one more
-      product for each use of a parameter: the operations of 1.3 to 1.4 plain gradients in all.
+      product for each use of a parameter: the operations of 1.3 to 1.5 plain gradients in all.
 
       With `averaged_params`, a running average of the parameters such as `optax.ema` keeps,
       `averaged_value` is their mean loss on the same batch, keys and weights included, for one more
