@@ -9,14 +9,15 @@ What happens to a loss, `loss_fn(params, example) -> scalar`:
    The plain one holds every gradient (`per_example`); what follows is the factored one
    (`factored`), which gives the same numbers without holding them.
 3. The loss is traced to a jaxpr for one example, products with merged weights multiplied out
-   (`distributed`), and its equations are sorted (`program`): where do parameters meet the example?
-   These are the sites. What do they look like there (`views`)?
+   (`distributed`), repeated and padded ones made products with the weights themselves (`spread`),
+   and its equations are sorted (`program`): where do parameters meet the example? These are the
+   sites. What do they look like there (`views`)?
 4. For each parameter a way to measure it is chosen (`choice`): by the rules of the primitives at
    its sites (`primitives`), by what these cost (`cost`), or as per-example gradients where no rule
    goes.
 5. The jaxpr is evaluated for the whole batch (`interpreter`). At each site a derivative rule is put
-   in (`site_vjps`) that also measures the gradients of the examples (`outer_products`), and hands
-   out what it finds through a slot (`values`).
+   in (`site_vjps`, `site_derivatives`) that also measures the gradients of the examples
+   (`outer_products`), and hands out what it finds through a slot (`values`).
 6. One backward pass gives the gradient and fills the slots (`batch_sums`). Norms of parameters that
    are used several times are put together at the end (`collected`), and penalties added (`shift`).
 7. Sums become moments: tr Σ̂ = (1/m) Σ_i ‖g_i‖² − ‖ḡ‖².

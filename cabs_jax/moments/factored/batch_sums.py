@@ -24,7 +24,7 @@ from cabs_jax.moments.factored.primitives import Factors
 from cabs_jax.moments.factored.program import trace_program
 from cabs_jax.moments.factored.shift import shift_gradient
 from cabs_jax.moments.factored.values import Batched, Context, Sample, Shared, Value, to_batched
-from cabs_jax.statistics import PyTree, Variance
+from cabs_jax.statistics import PyTree, Variance, squared_norms
 
 
 class BatchSums(NamedTuple):
@@ -126,7 +126,11 @@ def batch_sums(
         squares: PyTree = treedef.unflatten(_or_zeros(slots.squares | summed, leaves))
     else:
         norms = slots.norms | norms_of_sums(choices, slots.factors, sample.target)
-        norms |= {i: jnp.sum(g, axis=range(1, g.ndim)) for i, g in held_squares.items()}
+        # Those of a bias are cotangents as they are; others are added up and squared in one pass.
+        norms |= {
+            i: squared_norms(g, 1) if g.ndim == 2 else jnp.sum(held_squares[i], range(1, g.ndim))
+            for i, g in held
+        }
         none = sample.zeros((sample.examples,))
         if variance == "trace":
             squares = sum(norms.values(), start=none)

@@ -4,10 +4,10 @@ A reshape, transpose, cast or slice of a parameter is a view: each entry of the 
 entry of the parameter. The squared norm of the gradient is then the same for both, and two uses of
 one parameter can be compared by the strides with which they walk through it.
 
-Where entries are scaled or masked by constants, reversed, padded, or put together from several
-parameters (`concatenate`), each entry u of the result is still one entry w of a parameter times a
-constant c, or a constant. Then ∂ℓ/∂w = c ∂ℓ/∂u, and squared norms are weighted sums of squares. So
-they are where parameters are added up, u = Σ_k c_k w_k: then c² is Σ_k c_k².
+Where entries are scaled or masked by constants, reversed, permuted, padded, or put together from
+several parameters (`concatenate`), each entry u of the result is still one entry w of a parameter
+times a constant c, or a constant. Then ∂ℓ/∂w = c ∂ℓ/∂u, and squared norms are weighted sums of
+squares. So they are where parameters are added up, u = Σ_k c_k w_k: then c² is Σ_k c_k².
 Such a result is a mosaic: its pieces are known, but not where each of their entries went.
 """
 

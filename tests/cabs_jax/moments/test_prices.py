@@ -121,15 +121,15 @@ def test_depthwise_convolutions_lay_out_no_patches():
 
 
 def mlp(p, x):
-    for w in p:
-        x = jnp.tanh(x @ w)
+    for w, b in p:
+        x = jnp.tanh(x @ w + b)
     return squares(x)
 
 
 @pytest.mark.slow
 def test_memory_of_a_perceptron_is_that_of_the_plain_gradient():
     def memory(function):
-        params, batch = [jnp.ones((256, 256))] * 2, jnp.ones((128, 256))
+        params, batch = [(jnp.ones((256, 256)), jnp.ones(256))] * 2, jnp.ones((128, 256))
         compiled = jax.jit(function).lower(params, batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
