@@ -44,9 +44,9 @@ def joined(
 
     If a process fails in its block, dies or is cut off, all end within seconds, and each prints
     why. Left to itself, a step waits for ever for a process that is gone. Only if process 0 is
-    killed outright is it JAX that ends the others, by SIGABRT: with the store goes the connection
-    whose loss JAX's client answers so, before any thread of ours hears of it, and the callback that
-    it takes for this cannot be written in Python.
+    killed outright is it JAX that ends the others, by SIGABRT or status 1: with the store goes
+    the connection whose loss JAX's client answers so, before any thread of ours hears of it,
+    and the callback that it takes for this cannot be written in Python.
 
     Returns:
       One axis over all devices of all processes.
