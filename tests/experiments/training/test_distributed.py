@@ -215,5 +215,5 @@ def test_jax_ends_the_others_where_the_first_process_is_killed(tmp_path, pod):
     first, second = pod.pair("--steps", "100000")
     wait_until(lambda: steps_written(tmp_path / "from-0") > 3, first)
     os.kill(first.pid, signal.SIGKILL)
-    assert status(second, SOON) in (-signal.SIGABRT, 1)  # jax 0.9 exits, newer ones abort
+    assert status(second, SOON) in (-signal.SIGABRT, 1)  # 1 was seen on jax 0.9
     assert "another task died" in second.said.read_text()
