@@ -172,7 +172,8 @@ def test_the_headers_of_an_archive_are_not_kept(tmp_path):
         tracemalloc.stop()
         return peak
 
-    assert peak_bytes(4000) < 1.2 * peak_bytes(400)
+    # Python 3.12 never forgets the 46 bytes of a name; a header is fifty times that.
+    assert peak_bytes(4000) - peak_bytes(400) < 100 * 3600
 
 
 def test_an_extended_header_larger_than_any_name_is_refused(tmp_path):
