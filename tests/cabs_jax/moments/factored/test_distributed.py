@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 from cabs_jax import explain, gradient_moments
+from cabs_jax.moments.factored import distributed
 from tests.cabs_jax.moments.oracle import assert_close, moments
 from tests.cabs_jax.moments.zoo.case import squares
 
@@ -44,3 +45,33 @@ def test_rows_meet_their_own_expert_in_a_ragged_product(variance, capsys):
         "direct",
     }
     assert "dot_general" in capsys.readouterr().out
+
+
+PLACES = np.array([[2, 1, 0], [0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("stacked", "used"),
+    [
+        (lambda w: jnp.repeat(w[:, :1], 3, axis=1), lambda x, w, u: x @ w),
+        (lambda w: jnp.pad(w, ((0, 0), (0, 0), (1, 2))), lambda x, w, u: (x @ w)[:3]),
+        (lambda w: lax.complex(w, 2 * w), lambda x, w, u: jnp.abs(x.astype(w.dtype) @ w)),
+        (lambda w: w[:, 0] @ w[0], lambda x, w, u: x * jnp.dot(x, w)),
+        (lambda w: jnp.asarray(PLACES), lambda x, place, u: x @ u[:, place]),
+    ],
+)
+def test_a_slice_is_not_taken_for_the_stack_that_a_scan_goes_through(stacked, used):
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 3)), jnp.float32)
+    x = jnp.ones(3)
+
+    def loss(w, x):
+        def step(x, one):
+            x = jnp.tanh(used(x, one, w[1]))
+            return x, x
+
+        return lax.scan(step, x, stacked(w))[1]
+
+    closed, _ = distributed.trace(loss, w, x)
+    run = jax.extend.core.jaxpr_as_fun(closed)
+    (found,), wanted = jax.jit(lambda *given: (run(*given), loss(*given)))(w, x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
