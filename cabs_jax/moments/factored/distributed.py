@@ -136,7 +136,7 @@ def _constants(
 ) -> Sequence[Callable[[], Any] | None]:
     """Evaluates the outputs of an equation of constants, once it is asked to."""
     known = [operand.constant for operand in operands]
-    if None in known:
+    if None in known or jaxprs.depends_on_place(equation):
         return [None] * len(equation.outvars)
 
     @functools.cache

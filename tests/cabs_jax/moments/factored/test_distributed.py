@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from cabs_jax import explain, gradient_moments
 from cabs_jax.moments.factored import distributed
@@ -75,3 +76,24 @@ def test_a_slice_is_not_taken_for_the_stack_that_a_scan_goes_through(stacked, us
     run = jax.extend.core.jaxpr_as_fun(closed)
     (found,), wanted = jax.jit(lambda *given: (run(*given), loss(*given)))(w, x)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_places_that_differ_over_a_mesh_are_not_constant(check_vma):
+    w, x = jnp.arange(12.0).reshape(3, 4), jnp.arange(3.0)
+
+    def product(w, x):
+        return x @ w[:, jnp.arange(2) + 2 * lax.axis_index("data")]
+
+    def traced(w, x):
+        return jax.extend.core.jaxpr_as_fun(distributed.trace(product, w, x)[0])(w, x)[0]
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    over_mesh = jax.shard_map(
+        traced,
+        mesh=mesh,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec("data"),
+        check_vma=check_vma,
+    )
+    np.testing.assert_array_equal(jax.jit(over_mesh)(w, x), x @ w)
