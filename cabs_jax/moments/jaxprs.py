@@ -261,8 +261,16 @@ def any_of_inputs_alone(
 
 def varying_axes(x: Any) -> frozenset[str]:
     """The axes of the enclosing shard_map over which an array is known to differ."""
-    aval = jax.typeof(x)
+    return _varying(jax.typeof(x))
+
+
+def _varying(aval: Any) -> frozenset[str]:
     return frozenset(aval.mat.varying if hasattr(aval, "mat") else aval.vma)
+
+
+def depends_on_place(equation: Equation) -> bool:
+    """Whether an equation asks where on a mesh it runs, or has another effect."""
+    return bool(equation.effects) or any(_varying(v.aval) for v in equation.outvars)
 
 
 def shape_varying_like(shape: tuple[int, ...], dtype: Any, operands: PyTree) -> Any:

@@ -136,7 +136,7 @@ def _constants(
 ) -> Sequence[Callable[[], Any] | None]:
     """Evaluates the outputs of an equation of constants, once it is asked to."""
     known = [operand.constant for operand in operands]
-    if None in known:
+    if None in known or jaxprs.depends_on_place(equation):
         return [None] * len(equation.outvars)
 
     @functools.cache
@@ -318,7 +318,10 @@ def _scan(run: Run, equation: jaxprs.Equation, operands: list[Known]) -> list[Kn
 
     def step(state: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
         inside = [Known(value, of_example=True) for value in state]
-        inside += [x._replace(value=value) for x, value in zip(xs, slices, strict=True)]
+        # What is known of a whole stack does not hold for one of its slices.
+        inside += [
+            Known(value, x.of_example, x.of_params) for x, value in zip(xs, slices, strict=True)
+        ]
         values = [known.value for known in run(*body, [*consts, *inside])]
         return values[: len(carry)], values[len(carry) :]
 

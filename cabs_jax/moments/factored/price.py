@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from cabs_jax.moments import convolution, flops, jaxprs
-from cabs_jax.moments.factored import cost, outer_products, views
+from cabs_jax.moments import flops, jaxprs
+from cabs_jax.moments.factored import cost, views
 from cabs_jax.moments.factored.choice import Choice, Mode, Use, copies_are_cheap
 from cabs_jax.moments.factored.program import (
     CONSTANT,
@@ -23,6 +23,7 @@ from cabs_jax.moments.factored.program import (
     SortedJaxpr,
     Step,
 )
+from cabs_jax.moments.factored.site_vjps import is_direct
 from cabs_jax.moments.target import Target
 from cabs_jax.statistics import Variance
 
@@ -100,7 +101,7 @@ def _in_place(use: Use, variance: Variance, target: Target) -> Price:
     weighted = views.is_weighted(use.view)
     direct = not rule.one_hot and t > 1
     if variance != "diagonal" and not weighted and direct | rule.one_hot:
-        direct = not rule.apart and _is_direct(use, target)
+        direct = not rule.apart and is_direct(use.site.equation, rule, target)
     memory = cost.norm_bytes(sizes, direct=direct)
     if direct:  # squares, their sum, and that of the gradients; products with padding
         padding = 0
@@ -114,21 +115,6 @@ def _in_place(use: Use, variance: Variance, target: Target) -> Price:
         return Price(("Gram",), groups * t**2 * (2 * across + 3), 0, memory)
     products = 2 * p * q if weighted or variance == "diagonal" else 0
     return Price(("one position",), groups * (2 * (p + q) + products), 0, 4 * groups * (p + q))
-
-
-def _is_direct(use: Use, target: Target) -> bool:
-    """Whether the direct form is chosen for the norm, as `site_vjps` does."""
-    equation, costs = use.site.equation, target.costs
-    default = outer_products.is_default(outer_products.model_precision(equation))
-    others = [v.aval.dtype for i, v in enumerate(equation.invars) if i != use.rule.operand]
-    narrow = all(dtype.itemsize == 2 for dtype in [*others, equation.outvars[0].aval.dtype])
-    return cost.prefers_direct(
-        use.rule.sizes(),
-        target,
-        rounded=narrow or (costs.rounds_alike and default),
-        one_hot=use.rule.one_hot,
-        patches=costs.patch_traffic > 0 and convolution.goes_by_row(equation),
-    )
 
 
 def of_held(sites: Sequence[Site], size: int, pulled: int) -> Price:

@@ -57,6 +57,7 @@ from cabs_jax.moments.factored.values import (
     evaluate_batched,
     to_batched,
 )
+from cabs_jax.moments.target import Target
 from cabs_jax.statistics import PyTree, squared_norms
 
 
@@ -182,7 +183,7 @@ def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Ar
 def _weighted_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Norms of gradients whose entries are multiplied by a scale, one for each."""
     assert at.scale is not None
-    scale, alike = rule.lay_out(at.scale), _rounds_alike(sample, at)
+    scale, alike = rule.lay_out(at.scale), _rounds_alike(at.equation, sample.target)
     direct = not rule.one_hot and rule.positions > 1
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
@@ -210,15 +211,8 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
     if found := _by_kernel(sample, rule, at):
         total, norms = found
         return at.assembled(rule, (total,)), norms
-    sizes, alike = rule.sizes(), _rounds_alike(sample, at)
-    narrow = alike or all(v.dtype.itemsize == 2 for v in jax.tree.leaves((at.x, at.cotangent)))
-    direct = cost.prefers_direct(
-        sizes,
-        sample.target,
-        rounded=narrow,
-        one_hot=rule.one_hot,
-        patches=_goes_by_row(sample, at),
-    )
+    sizes, alike = rule.sizes(), _rounds_alike(at.equation, sample.target)
+    direct = is_direct(at.equation, rule, sample.target)
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
         if direct:
@@ -266,7 +260,7 @@ def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
         return at.into_w(), rule.assemble(squares, at.w.shape)
     if rule.positions == 1:  # (left ⊗ right)² = left² ⊗ right²
         factors = rule.factors(*at.operands)
-        if _rounds_alike(sample, at):
+        if _rounds_alike(at.equation, sample.target):
             factors = outer_products.rounded(factors)
         return at.into_w(), rule.assemble(outer_products.square_sums(factors), at.w.shape)
 
@@ -280,10 +274,23 @@ def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
     return at.assembled(rule, total), squares
 
 
-def _rounds_alike(sample: Sample, at: Residuals) -> bool:
+def is_direct(equation: jaxprs.Equation, rule: Rule, target: Target) -> bool:
+    """Whether norms at a site are taken of gradients, not by their Gram form."""
+    others = [v.aval.dtype for i, v in enumerate(equation.invars) if i != rule.operand]
+    narrow = all(dtype.itemsize == 2 for dtype in [*others, equation.outvars[0].aval.dtype])
+    return cost.prefers_direct(
+        rule.sizes(),
+        target,
+        rounded=narrow or _rounds_alike(equation, target),
+        one_hot=rule.one_hot,
+        patches=_goes_by_row(equation, target),
+    )
+
+
+def _rounds_alike(equation: jaxprs.Equation, target: Target) -> bool:
     """Whether the products of a norm see the operands as the product of the mean does, rounded."""
-    model = outer_products.model_precision(at.equation)
-    return sample.target.costs.rounds_alike and outer_products.is_default(model)
+    model = outer_products.model_precision(equation)
+    return target.costs.rounds_alike and outer_products.is_default(model)
 
 
 def _bytes(rule: Rule, at: Residuals, *, direct: bool) -> int:
@@ -294,9 +301,9 @@ def _bytes(rule: Rule, at: Residuals, *, direct: bool) -> int:
     return cost.norm_bytes((groups, positions, p, q), direct=direct)
 
 
-def _goes_by_row(sample: Sample, at: Residuals) -> bool:
+def _goes_by_row(equation: jaxprs.Equation, target: Target) -> bool:
     """Whether the site is a convolution that is best measured row by row of its kernel."""
-    return sample.target.costs.patch_traffic > 0 and convolution.goes_by_row(at.equation)
+    return target.costs.patch_traffic > 0 and convolution.goes_by_row(equation)
 
 
 def _gradients_in_pieces(
@@ -309,7 +316,7 @@ def _gradients_in_pieces(
     precision = outer_products.model_precision(at.equation)
     if convolution.is_depthwise(at.equation):
         return (convolution.gradients_by_entry(at.equation, *operands),)
-    if _goes_by_row(sample, at):
+    if _goes_by_row(at.equation, sample.target):
         return convolution.pieces_by_row(at.equation, *operands, precision)
     factors = rule.factors(*operands)
     return (outer_products.gradients(factors, rule.sizes()[2], precision),)
