@@ -19,6 +19,7 @@ from cabs_jax.moments.factored.batch_sums import batch_sums
 from cabs_jax.moments.factored.values import Sample
 from cabs_jax.moments.parameters import LossAndAux
 from cabs_jax.moments.per_example import batch_size_of, per_example_value_and_grad
+from cabs_jax.moments.shards import Layouts
 from cabs_jax.moments.target import Target
 from cabs_jax.statistics import PyTree, Variance, sum_entries
 
@@ -55,6 +56,7 @@ class Task(NamedTuple):
       axis_names: Mesh axes that split the batch, inside a shard_map.
       target: The machine, and how the batch lies on it.
       weighted: Whether the shares of the examples may differ.
+      layouts: How each parameter lies on the devices; () where all are whole.
       coupled: Whether `loss_fn` takes all examples of a block at once, as one group.
     """
 
@@ -64,6 +66,7 @@ class Task(NamedTuple):
     target: Target
     weighted: bool = False
     coupled: bool = False
+    layouts: Layouts = ()
 
 
 def losses_of(task: Task, params: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:
@@ -83,14 +86,20 @@ def factored(
     weights = jnp.where(keep, shares, 0.0)
     sample = Sample(keep.shape[0], task.axis_names, task.target)
     result = batch_sums(
-        task.loss_fn, params, batch, weights, task.variance, sample, twice=task.weighted
+        task.loss_fn,
+        params,
+        batch,
+        weights,
+        task.variance,
+        sample,
+        twice=task.weighted,
+        layouts=task.layouts,
     )
     squares = result.squares
     if task.variance != "diagonal":
         squares = jax.tree.map(jnp.sum, squares)
-    shift = jax.tree.map(lambda g: g * jnp.sum(weights), result.shift)
     value = kept_sum(times(result.losses, shares), keep)
-    return Sums(value, result.gradient, squares, shift, result.again), result.aux
+    return Sums(value, result.gradient, squares, result.shift, result.again), result.aux
 
 
 def per_example(

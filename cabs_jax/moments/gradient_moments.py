@@ -8,10 +8,9 @@ from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import keystr
 from jax.typing import ArrayLike
 
-from cabs_jax.moments import parameters, sharding, split
+from cabs_jax.moments import parameters, sharding, shards, split
 from cabs_jax.moments.blocks import over_blocks
 from cabs_jax.moments.estimators import ESTIMATORS, Sums, Task, kept_sum, losses_of, times
 from cabs_jax.moments.parameters import LossAndAux
@@ -21,6 +20,7 @@ from cabs_jax.moments.per_example import (
     per_example_value_and_grad,
 )
 from cabs_jax.moments.randomness import check_rng, keys_of_examples, with_key
+from cabs_jax.moments.shards import Layouts
 from cabs_jax.moments.split import Method
 from cabs_jax.moments.target import (
     AxisNames,
@@ -36,7 +36,6 @@ from cabs_jax.statistics import (
     PyTree,
     Variance,
     moments_from_per_example,
-    squares_of,
     sum_over,
 )
 
@@ -70,6 +69,7 @@ class Options(TypedDict, total=False):
     examples_per_loss: int | None
     axis_name: AxisNames | None
     mesh: jax.sharding.Mesh | None
+    param_specs: PyTree
     spmd_axis_name: AxisNames | None
     platform: Platform | None
     kernels: Kernels
@@ -99,6 +99,7 @@ def gradient_moments(
     examples_per_loss: int | None = None,
     axis_name: AxisNames | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    param_specs: PyTree = None,
     spmd_axis_name: AxisNames | None = None,
     platform: Platform | None = None,
     kernels: Kernels = False,
@@ -154,10 +155,15 @@ def gradient_moments(
       mesh: Wrap a `shard_map` over this mesh. Not needed where the sharding is visible (Explicit
         axes); on Auto meshes all methods are right without it, and "between" uses it to find its
         groups.
+      param_specs: With `mesh`, how the parameters are split over the axes of the batch (FSDP): a
+        `PartitionSpec` for all, or a tree of them that is a prefix of `params`; read off the arrays
+        where these axes are Explicit. Such parameters are gathered where they are used, those of a
+        `scan` layer by layer, in the dtype that the loss casts them to; each device is left with
+        its part of the mean and of a diagonal variance, added up in float32. For "factored"; other
+        methods, and `averaged_params`, gather all at the start.
       spmd_axis_name: Auto mesh axis or axes that split the batch, as in `jax.vmap`: the work is
-        left to the compiler, which is told to keep the examples where they are. It is what
-        parameters need that are split over the same axis (FSDP), and are then gathered where they
-        are used; `mesh` would gather them all at the start.
+        left to the compiler, which is told to keep the examples where they are, and gathers
+        parameters that are split over the same axis (FSDP) where they are used.
       platform: What is compiled for, "cpu", "gpu" or "tpu". By default that of the devices of the
         mesh which the arrays are on, or else JAX's default backend. It chooses between ways of
         equal result; to be given where a process compiles for one device that it does not have.
@@ -210,12 +216,14 @@ def gradient_moments(
     split.check_coupling(examples_per_loss, method, groups, keep_batch_dim)
     check_platform(platform)
     sharding.check_spmd(spmd_axis_name, mesh, axis_name)
+    shards.check_specs(param_specs, mesh, method)
     of_tree = loss_and_aux(_of_one(loss_fn, has_aux) if keep_batch_dim else loss_fn, has_aux)
 
     def on_shard(
         axis_names: tuple[str, ...],
         target: Target,
         parts: parameters.Split,
+        layouts: Layouts,
         given: tuple[PyTree, PyTree, jax.Array | None, list[jax.Array]],
         batch: PyTree,
         mask: jax.Array | None,
@@ -247,7 +255,7 @@ def gradient_moments(
             weight_sums = sum_over(both, axis_names or None)
             shares = weights / jnp.where(weight_sums[0] == 0, 1.0, weight_sums[0])
         coupled = examples_per_loss is not None
-        task = Task(loss, variance, axis_names, target, weights is not None, coupled)
+        task = Task(loss, variance, axis_names, target, weights is not None, coupled, layouts)
         estimate = functools.partial(ESTIMATORS[method], task, params)
 
         def of_block(examples: tuple[PyTree, jax.Array, jax.Array]) -> tuple[PyTree, PyTree]:
@@ -267,11 +275,14 @@ def gradient_moments(
         )
         if mask is not None:
             sums = jax.tree.map(lambda s: jnp.where(real > 0, s, jnp.zeros_like(s)), sums)
-        total, averaged_value = sum_over(sums, axis_names or None)
+        local, averaged_value = sums
+        total = shards.sum_over_devices(local, variance, layouts, axis_names)
+        averaged_value = sum_over(averaged_value, axis_names or None)
+        squares = functools.partial(shards.squares_of_parts, layouts, variance)
         if weights is None:
-            moments = _moments(total, count, params, method, variance)
+            moments = _moments(total, count, params, method, squares)
         else:
-            moments = weighted_moments(total, weight_sums, params, variance)
+            moments = weighted_moments(total, weight_sums, params, squares)
         return moments._replace(averaged_value=averaged_value), aux
 
     def compute(
@@ -287,7 +298,7 @@ def gradient_moments(
         check_rng(rng, loss_fn)
         if averaged_params is not None:
             averaged_params = parameters.split(averaged_params).parameters
-            _check_like_parameters(averaged_params, parts.parameters)
+            parameters.check_like(averaged_params, parts.parameters)
         split.check_mask(mask, batch_size_of(batch))
         check_weights(weights, batch_size_of(batch))
         split.check_coupled(examples_per_loss, mask=mask, weights=weights, rng=rng)
@@ -295,26 +306,19 @@ def gradient_moments(
         mesh_used, axis_names = sharding.resolve(mesh, axis_name, batch)
         target = sharding.target(platform, mesh_used, axis_names, spmd_axis_name, (batch, given))
         target = with_kernels(target, kernels)
-        measure: Callable[..., Any] = functools.partial(on_shard, axis_names, target, parts)
+        late = mesh_used is not None and method in {"auto", "factored"}
+        specs = shards.read(param_specs, parts.parameters, axis_names) if late else None
+        layouts = shards.layouts_of(specs, parts.parameters)
+        measure: Callable[..., Any] = functools.partial(
+            on_shard, axis_names, target, parts, layouts
+        )
         if mesh_used is not None:
-            out_specs = sharding.WHOLE, sharding.SPLIT
-            measure = sharding.per_shard(measure, mesh_used, axis_names, out_specs)
+            ins, outs = shards.specs_for(specs, variance, weights is not None)
+            measure = sharding.per_shard(measure, mesh_used, axis_names, outs, ins)
         moments, aux = measure(given, batch, mask, weights)
         return (moments, aux) if has_aux else moments
 
     return compute
-
-
-def _check_like_parameters(averaged_params: PyTree, params: PyTree) -> None:
-    shapes, wanted = (
-        [(keystr(path), x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
-        for tree in (averaged_params, params)
-    )
-    if shapes != wanted:
-        raise ValueError(
-            f"averaged_params must be a tree like the parameters, of shapes {wanted}, got shapes "
-            f"{shapes}."
-        )
 
 
 def _reference(
@@ -337,7 +341,11 @@ def _reference(
 
 
 def _moments(
-    total: Sums, count: jax.Array, params: PyTree, method: Method, variance: Variance
+    total: Sums,
+    count: jax.Array,
+    params: PyTree,
+    method: Method,
+    squares_of: Callable[[PyTree], PyTree],
 ) -> GradientMoments:
     """Turns sums over the whole batch into moments; there are none of an empty one."""
     examples = jnp.maximum(count, 1).astype(jnp.float32)
@@ -354,7 +362,7 @@ def _moments(
         estimate = jnp.where(~finite & ~jnp.isnan(squared_mean), jnp.inf, estimate)
         return jnp.where(count > 0, jnp.maximum(estimate, 0.0), 0.0)
 
-    spreads = jax.tree.map(spread, total.squares, squares_of(mean, variance))
+    spreads = jax.tree.map(spread, total.squares, squares_of(mean))
     if jax.tree.leaves(total.shift):
         mean = jax.tree.map(jnp.add, mean, total.shift)
     mean = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), mean, params)

@@ -92,6 +92,19 @@ def split(tree: PyTree) -> Split:
     )
 
 
+def check_like(averaged_params: PyTree, params: PyTree) -> None:
+    """Raises ValueError unless averaged parameters have the shapes of the parameters."""
+    shapes, wanted = (
+        [(keystr(path), x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+        for tree in (averaged_params, params)
+    )
+    if shapes != wanted:
+        raise ValueError(
+            f"averaged_params must be a tree like the parameters, of shapes {wanted}, got shapes "
+            f"{shapes}."
+        )
+
+
 def of_parameters(
     loss_fn: Callable[[PyTree, PyTree], Result], parts: Split, arrays: Sequence[Any]
 ) -> Callable[[PyTree, PyTree], Result]:

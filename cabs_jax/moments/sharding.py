@@ -147,6 +147,7 @@ def per_shard(
     mesh: Mesh | AbstractMesh,
     axis_names: tuple[str, ...],
     out_specs: PyTree,
+    params_specs: PyTree = WHOLE,
 ) -> Callable[..., PyTree]:
     """Wraps `function(params, *batches)` in a shard_map over the batch axes of the mesh.
 
@@ -154,22 +155,23 @@ def per_shard(
     there, and may for example start a scan with zeros.
 
     Args:
-      function: Sees replicated parameters and its shard of every batch.
+      function: Sees its part of the parameters and its shard of every batch.
       mesh: The mesh; axes other than `axis_names` stay with the compiler.
       axis_names: Axes that split the leading axis of the batches.
       out_specs: A tree prefix of the output: `SPLIT` where there is a leading example axis,
-        `WHOLE` where every device holds the same.
+        `WHOLE` where every device holds the same, or a `PartitionSpec`.
+      params_specs: A tree prefix of the parameters, likewise.
     """
     split: Any = P(axis_names)
 
-    def spec(output: str) -> Any:
-        return split if output == SPLIT else P()
+    def spec(said: str | P) -> Any:
+        return split if said == SPLIT else P() if said == WHOLE else said
 
     def wrapped(params: PyTree, *batches: PyTree) -> PyTree:
         mapped = jax.shard_map(
             function,
             mesh=mesh,
-            in_specs=(P(), *(split for _ in batches)),
+            in_specs=(jax.tree.map(spec, params_specs), *(split for _ in batches)),
             out_specs=jax.tree.map(spec, out_specs),
             axis_names=set(axis_names),
             check_vma=False,

@@ -31,6 +31,7 @@ so that the quotient of the two estimates ξ, times 1 − 1/n for its own mean; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,10 +42,8 @@ from cabs_jax.moments.estimators import Sums
 from cabs_jax.statistics import (
     GradientMoments,
     PyTree,
-    Variance,
     WeightSums,
     effective_size,
-    squares_of,
 )
 
 
@@ -80,7 +79,10 @@ def usable(weights: ArrayLike, mask: jax.Array | None) -> jax.Array:
 
 
 def weighted_moments(
-    total: Sums, sums: tuple[jax.Array, jax.Array], params: PyTree, variance: Variance
+    total: Sums,
+    sums: tuple[jax.Array, jax.Array],
+    params: PyTree,
+    squares_of: Callable[[PyTree], PyTree],
 ) -> GradientMoments:
     """Turns sums over a whole batch into moments; there are none of an empty one.
 
@@ -88,7 +90,7 @@ def weighted_moments(
       total: The sums, each example with its share w_i/W.
       sums: W and S.
       params: The parameters.
-      variance: "trace", "diagonal" or "by_parameter".
+      squares_of: The squares of a tree's entries, summed as the kind of variance sums them.
     """
     weight, squares = sums
     exists = squares != 0
@@ -104,9 +106,7 @@ def weighted_moments(
             estimate = jnp.maximum(second * n - around, 0.0) + distance
             return jnp.where(exists, jnp.where(jnp.isinf(second), jnp.inf, estimate), 0.0)
 
-        spreads = jax.tree.map(
-            spread, total.squares, squares_of(square_mean, variance), squares_of(away, variance)
-        )
+        spreads = jax.tree.map(spread, total.squares, squares_of(square_mean), squares_of(away))
     else:
         square_mean = None
         freedom = jnp.where(total.groups > 1, total.square_shares - share_squares, jnp.nan)
@@ -115,7 +115,7 @@ def weighted_moments(
             estimate = jnp.maximum(second - squared_mean, 0.0) / freedom * (1 - share_squares)
             return jnp.where(exists, jnp.where(jnp.isinf(second), jnp.inf, estimate), 0.0)
 
-        spreads = jax.tree.map(spread_of_groups, total.squares, squares_of(mean, variance))
+        spreads = jax.tree.map(spread_of_groups, total.squares, squares_of(mean))
     if jax.tree.leaves(total.shift):
         mean = jax.tree.map(jnp.add, mean, total.shift)
         square_mean = jax.tree.map(jnp.add, square_mean, total.shift)

@@ -14,6 +14,8 @@ OPERATIONS = (
     "reduce-scatter",
 )
 _INSTRUCTION = re.compile(rf"= (.+?) ({'|'.join(OPERATIONS)})(?:-start)?\(")
+_DEFINITION = re.compile(r"(%[\w.-]+) = (.+?) [\w-]+\(")
+_OPERAND = re.compile(r"%[\w.-]+")
 _ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\]")  # f8e4m3fn[2,3] too
 
 
@@ -41,12 +43,16 @@ def parse(hlo: str) -> list[Collective]:
     >>> parse("%r = (f32[2,3]{1,0}, bf16[]) all-reduce(%a, %b), to_apply=%add")
     [Collective(operation='all-reduce', arrays=(24, 2))]
     """
-    found = []
+    found: list[Collective] = []
+    results = dict(_DEFINITION.findall(hlo))
     for line in hlo.splitlines():
         if match := _INSTRUCTION.search(line):
             result, operation = match.groups()
             if operation == "reduce-scatter":
-                result = line[match.end() :].partition(")")[0]
+                operands = line[match.end() :].partition(")")[0]
+                # Their types are not always repeated where they are used.
+                known = [results.get(name, "") for name in _OPERAND.findall(operands)]
+                result = operands if _ARRAY.search(operands) else " ".join(known)
             found.append(Collective(operation, tuple(map(_bytes, _ARRAY.findall(result)))))
     return found
 

@@ -24,6 +24,7 @@ from cabs_jax.moments.factored.primitives import Factors
 from cabs_jax.moments.factored.program import trace_program
 from cabs_jax.moments.factored.shift import shift_gradient
 from cabs_jax.moments.factored.values import Batched, Context, Sample, Shared, Value, to_batched
+from cabs_jax.moments.shards import Layout, Layouts, gathered, scattered
 from cabs_jax.statistics import PyTree, Variance, squared_norms
 
 
@@ -36,9 +37,11 @@ class BatchSums(NamedTuple):
       again: Σ_i w_i² g_i likewise; () where it was not asked for.
       squares: For the trace, ‖w_i g_i‖² of each example, shape (m,); by parameter, a tree of these;
         for the diagonal, Σ_i (w_i g_i)², a float32 tree like the parameters.
-      shift: Gradient of the terms of the loss that depend on parameters alone, which is in neither
-        of the two, a float32 tree like the parameters; () if there are none.
+      shift: Σ_i w_i ∇r for the terms r of the loss that depend on parameters alone, which is in
+        neither of the two, a float32 tree like the parameters; () if there are none.
       aux: Auxiliary outputs of each example.
+
+    Where the parameters are parts, so are the sums that are like them, over all devices' examples.
     """
 
     losses: jax.Array
@@ -76,6 +79,7 @@ def batch_sums(
     sample: Sample,
     *,
     twice: bool = False,
+    layouts: Layouts = (),
 ) -> BatchSums:
     """Sums losses, gradients and squared gradients over a batch.
 
@@ -88,13 +92,19 @@ def batch_sums(
         ("diagonal").
       sample: The m examples.
       twice: Whether Σ_i w_i² g_i is asked for too.
+      layouts: How each parameter lies on the devices; by default all are whole.
     """
     treedef: Any  # its stub has no methods
-    leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
-    program = trace_program(loss_fn, params, batch)
+    parts, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
+    layouts = layouts or (None,) * len(parts)
+    # Of those that are gathered here, little but their shapes is used.
+    leaves = [gathered(layout, part) for layout, part in zip(layouts, parts, strict=True)]
+    program = trace_program(loss_fn, treedef.unflatten(leaves), batch)
     choices = choose(program, len(leaves), variance)
     batched = [Batched(jnp.asarray(x)) for x in jax.tree.leaves(batch)]
-    differentiated, fixed = _split_leaves(leaves, choices)
+    # Cotangents have the dtype of what they belong to, and those of parts are sums over devices.
+    wide = [p if lay is None else _widened(p) for p, lay in zip(parts, layouts, strict=True)]
+    differentiated, fixed = _split_leaves(wide, choices)
     # In units of 1/m, so that a cotangent in float16 keeps its size.
     shares = weights * sample.examples if twice else None
 
@@ -103,7 +113,7 @@ def batch_sums(
     ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         context = Context(program, choices, variance, sample, slots.norms, slots.factors, shares)
         shared = [
-            Shared(leaf, slots.gradients.get(i), slots.squares.get(i), slots.again.get(i))
+            _shared(leaf, slots, i, layouts[i])
             for i, leaf in sorted((fixed | differentiated).items())
         ]
         inputs: list[Value] = [*shared, *batched]
@@ -113,17 +123,19 @@ def batch_sums(
         losses = losses.astype(jnp.float32)
         return jnp.where(weights != 0, losses * weights, 0.0), (losses, aux)
 
-    slots = _empty_slots(leaves, choices, variance, sample, differentiated if twice else ())
+    slots = _empty_slots(leaves, parts, choices, variance, sample, differentiated if twice else ())
     terms, pull, (losses, aux) = jax.vjp(weighted_losses, differentiated, slots, has_aux=True)
     gradients, slots = pull(jnp.ones_like(terms))
     second = {i: total / sample.examples for i, total in slots.again.items()}
     held = slots.gradients.items()
-    gradients |= {i: jnp.sum(g, axis=0) for i, g in held}
-    second |= {i: jnp.tensordot(weights, g, 1, precision=HIGHEST) for i, g in held if twice}
+    gradients |= {i: scattered(layouts[i], jnp.sum(g, axis=0)) for i, g in held}
+    if twice:
+        again_held = {i: jnp.tensordot(weights, g, 1, precision=HIGHEST) for i, g in held}
+        second |= {i: scattered(layouts[i], g) for i, g in again_held.items()}
     held_squares = {i: jnp.square(g) for i, g in held}
     if variance == "diagonal":
-        summed = {i: jnp.sum(g, axis=0) for i, g in held_squares.items()}
-        squares: PyTree = treedef.unflatten(_or_zeros(slots.squares | summed, leaves))
+        summed = {i: scattered(layouts[i], jnp.sum(g, axis=0)) for i, g in held_squares.items()}
+        squares: PyTree = treedef.unflatten(_or_zeros(slots.squares | summed, parts))
     else:
         norms = slots.norms | norms_of_sums(choices, slots.factors, sample.target)
         # Those of a bias are cotangents as they are; others are added up and squared in one pass.
@@ -137,10 +149,20 @@ def batch_sums(
         else:
             squares = treedef.unflatten([norms.get(i, none) for i in range(len(leaves))])
     shifted = shift_gradient(program, leaves)
-    shift = treedef.unflatten(shifted) if shifted else ()
-    gradient = treedef.unflatten(_or_zeros(gradients, leaves))
-    again = treedef.unflatten(_or_zeros(second, leaves)) if twice else ()
+    shifted = {i: scattered(layouts[i], g * jnp.sum(weights)) for i, g in shifted.items()}
+    shift = treedef.unflatten(_or_zeros(shifted, parts)) if shifted else ()
+    gradient = treedef.unflatten(_or_zeros(gradients, parts))
+    again = treedef.unflatten(_or_zeros(second, parts)) if twice else ()
     return BatchSums(losses, gradient, again, squares, shift, aux)
+
+
+def _shared(leaf: jax.Array, slots: Slots, i: int, layout: Layout | None) -> Shared:
+    gradients, squares, again = (s.get(i) for s in (slots.gradients, slots.squares, slots.again))
+    return Shared(leaf, gradients, squares, again, layout=layout)
+
+
+def _widened(part: jax.Array) -> jax.Array:
+    return part.astype(jnp.promote_types(part.dtype, jnp.float32))
 
 
 def _split_leaves(
@@ -158,21 +180,22 @@ def _split_leaves(
 
 def _empty_slots(
     leaves: list[jax.Array],
+    parts: list[jax.Array],
     choices: tuple[Choice, ...],
     variance: Variance,
     sample: Sample,
     twice: Iterable[int],
 ) -> Slots:
-    def shapes(mode: Mode) -> dict[int, tuple[int, ...]]:
-        return {i: leaves[i].shape for i, choice in enumerate(choices) if choice.mode is mode}
+    def shapes(arrays: list[jax.Array], mode: Mode) -> dict[int, tuple[int, ...]]:
+        return {i: arrays[i].shape for i, choice in enumerate(choices) if choice.mode is mode}
 
-    m, held = sample.examples, shapes(Mode.PER_EXAMPLE)
-    in_place, diagonal = shapes(Mode.IN_PLACE), variance == "diagonal"
+    m, held = sample.examples, shapes(leaves, Mode.PER_EXAMPLE)
+    in_place, diagonal = shapes(parts, Mode.IN_PLACE), variance == "diagonal"
     return Slots(
         norms={} if diagonal else {i: sample.zeros((m,)) for i in in_place},
         gradients={i: sample.zeros((m, *shape)) for i, shape in held.items()},
         squares={i: sample.zeros(shape) for i, shape in in_place.items()} if diagonal else {},
-        again={i: sample.zeros(leaves[i].shape) for i in twice},
+        again={i: sample.zeros(parts[i].shape) for i in twice},
         factors=empty_factors(choices, sample),
     )
 

@@ -20,6 +20,7 @@ were, and custom derivative rules of the user's are evaluated as one equation an
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ from cabs_jax.moments.factored.values import (
     evaluate_batched,
     slot_dtype,
     to_batched,
+    whole,
 )
 from cabs_jax.moments.factored.viewing import evaluate_view
 from cabs_jax.statistics import PyTree
@@ -56,10 +58,6 @@ def _evaluate(context: Context, step: Step, values: list[Value]) -> Sequence[Val
     equation, inner = step.equation, step.inner
     if step.kind is Kind.SITE:
         return evaluate_site(context, step.site, values)
-    if step.kind is Kind.SHIFT:
-        # Its gradient is the same for all examples, and is taken once, by `shift`.
-        fixed = [Shared(lax.stop_gradient(v.value)) if isinstance(v, Shared) else v for v in values]
-        return evaluate_batched(context.sample, equation, fixed)
     if inner is not None and step.kind is Kind.CALL:
         return run(context, inner, values)
     if inner is not None and step.kind is Kind.CHECKPOINT:
@@ -72,12 +70,31 @@ def _evaluate(context: Context, step: Step, values: list[Value]) -> Sequence[Val
         return outputs
     if inner is not None and step.kind is Kind.SCAN:
         return _scan(context, equation, inner, values)
+    if step.kind is Kind.VIEW and (narrowed := _cast_in_parts(equation, values[0])):
+        return [narrowed]
+    values = [whole(value) for value in values]
+    if step.kind is Kind.SHIFT:
+        # Its gradient is the same for all examples, and is taken once, by `shift`.
+        fixed = [Shared(lax.stop_gradient(v.value)) if isinstance(v, Shared) else v for v in values]
+        return evaluate_batched(context.sample, equation, fixed)
     if any(isinstance(value, Batched) for value in values):
         return evaluate_batched(context.sample, equation, values)
     shared = [v for v in values if isinstance(v, Shared)]
     if step.kind is Kind.VIEW:
         return evaluate_view(context.sample, equation, shared, step.viewed)
     return _evaluate_shared(context, equation, shared)
+
+
+def _cast_in_parts(equation: jaxprs.Equation, value: Value) -> Shared | None:
+    """A value of which every device holds a part, to be gathered in a narrower dtype."""
+    if isinstance(value, Batched) or value.layout is None:
+        return None
+    dtype = equation.params.get("new_dtype")
+    if jaxprs.name(equation) != "convert_element_type" or not jnp.issubdtype(dtype, jnp.floating):
+        return None
+    if dtype.itemsize >= value.layout.dtype.itemsize:
+        return None
+    return value._replace(layout=dataclasses.replace(value.layout, dtype=dtype))
 
 
 def _scan(
@@ -90,6 +107,8 @@ def _scan(
     every step, and add up.
     """
     consts, carry, xs = jaxprs.split_scan(equation, values)
+    consts = [whole(value) for value in consts]  # once, and not at every step
+    xs = [_by_step(value) for value in xs]
     _, carry_origins, _ = jaxprs.split_scan(equation, body.inputs)
     origins = [*carry_origins, *body.outputs[len(carry) :]]
     slots = {n: context.factors[n] for n in _numbers(body) if n in context.factors}
@@ -104,13 +123,26 @@ def _scan(
     def step(state: list[Value], scanned: PyTree) -> tuple[list[Value], list[Value]]:
         slices, factors = scanned
         within = context._replace(factors=factors)
-        outputs = settle(run(within, body, [*consts, *state, *slices]))
+        outputs = settle(run(within, body, [*consts, *state, *map(_of_a_step, slices)]))
         return outputs[: len(state)], outputs[len(state) :]
 
     options = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
     scanned = [_swap_examples(x) for x in xs], slots
     state, ys = lax.scan(step, settle(carry), scanned, **options)
     return [*state, *map(_swap_examples, ys)]
+
+
+def _by_step(value: Value) -> Value:
+    """Gathers what is split along the axis of a scan; anything else is gathered step by step."""
+    if isinstance(value, Shared) and value.layout is not None and value.layout.axes[0]:
+        return whole(value)
+    return value
+
+
+def _of_a_step(value: Value) -> Value:
+    if isinstance(value, Shared) and value.layout is not None:
+        return value._replace(layout=value.layout.of_a_step())
+    return value
 
 
 def _swap_examples(value: Value) -> Value:

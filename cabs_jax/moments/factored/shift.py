@@ -17,20 +17,18 @@ from cabs_jax.moments import jaxprs
 from cabs_jax.moments.factored.program import Kind, Program, SortedJaxpr, Step, shifting
 
 
-def shift_gradient(program: Program, leaves: Sequence[jax.Array]) -> list[jax.Array]:
-    """Gradient ∇r with respect to each parameter, float32; empty if there are no such terms."""
-    if not shifting(program.body):
-        return []
-    floating = {i: x for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)}
+def shift_gradient(program: Program, leaves: Sequence[jax.Array]) -> dict[int, jax.Array]:
+    """Gradient ∇r with respect to each parameter that is in such terms, float32."""
+    shifted = {i: leaves[i] for i in sorted(shifting(program.body))}
+    if not shifted:
+        return {}
     examples = [None] * (len(program.body.inputs) - len(leaves))
 
-    def terms(floating: dict[int, Any]) -> jax.Array:
-        values = [floating.get(i, leaf) for i, leaf in enumerate(leaves)]
+    def terms(shifted: dict[int, Any]) -> jax.Array:
+        values = [shifted.get(i, leaf) for i, leaf in enumerate(leaves)]
         return _sum_terms(program.body, [*values, *examples])[0]
 
-    gradient = jax.grad(terms)(floating)
-    zeros = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
-    return [gradient.get(i, zero).astype(jnp.float32) for i, zero in enumerate(zeros)]
+    return {i: g.astype(jnp.float32) for i, g in jax.grad(terms)(shifted).items()}
 
 
 def _sum_terms(body: SortedJaxpr, inputs: Sequence[Any]) -> tuple[jax.Array, list[Any]]:

@@ -56,7 +56,10 @@ from cabs_jax.moments.factored.values import (
     Value,
     evaluate_batched,
     to_batched,
+    whole,
+    whole_slots,
 )
+from cabs_jax.moments.shards import gathered, scattered
 from cabs_jax.moments.target import Target
 from cabs_jax.statistics import PyTree, squared_norms
 
@@ -67,7 +70,7 @@ def evaluate_site(context: Context, number: int, values: list[Value]) -> list[Ba
     if site.rule is not None:
         return [_by_rule(context, number, site, site.rule, values)]
     if not copies_are_cheap(site):
-        return evaluate_by_derivative(context.sample, site, values)
+        return evaluate_by_derivative(context.sample, site, [whole(v) for v in values])
     places = {place for place, _ in site.parameters}
     copied = [to_batched(context.sample, v) if i in places else v for i, v in enumerate(values)]
     return evaluate_batched(context.sample, site.equation, copied)
@@ -113,6 +116,7 @@ def _by_rule(context: Context, number: int, site: Site, rule: Rule, values: list
     assert isinstance(parameter, Shared)
     others = [to_batched(context.sample, v).value for i, v in enumerate(values) if i != place]
     other = others[0] if len(others) == 1 else tuple(others)
+    parameter, layout = whole_slots(parameter), parameter.layout
     measure, slot = _measure(context, number, site, parameter)
     assert slot is not None  # without a slot, what it should return would be lost
 
@@ -124,14 +128,15 @@ def _by_rule(context: Context, number: int, site: Site, rule: Rule, values: list
 
     @jax.custom_vjp
     def apply(w: jax.Array, x: PyTree, fixed: PyTree, slots: PyTree) -> jax.Array:
-        return evaluate(w, x)
+        return evaluate(gathered(layout, w), x)
 
     def forward(w: jax.Array, x: PyTree, fixed: PyTree, slots: PyTree) -> tuple[jax.Array, PyTree]:
-        return evaluate(w, x), (w, x, fixed)
+        return apply(w, x, fixed, slots), (w, x, fixed)
 
     def backward(saved: PyTree, cotangent: jax.Array) -> tuple[PyTree, PyTree, None, PyTree]:
         # The equation is linear in each operand: its derivative is its transpose.
-        w, x, (scale, shares) = saved
+        shard, x, (scale, shares) = saved
+        w = gathered(layout, shard)  # again, so that no more than a part is kept
         into_x = None
         if not rule.one_hot and jnp.issubdtype(x.dtype, jnp.inexact):
             (into_x,) = jax.linear_transpose(lambda x: evaluate(w, x), x)(cotangent)
@@ -143,6 +148,7 @@ def _by_rule(context: Context, number: int, site: Site, rule: Rule, values: list
         of_batch = functools.partial(into_w, cotangent)
         at = Residuals(site.equation, w, x, cotangent, scale, of_batch)
         gradient, statistic = measure(context.sample, rule, at)
+        gradient = scattered(layout, gradient).astype(shard.dtype)
         if shares is None:
             return gradient, into_x, None, (statistic, None)
         shaped = shares.reshape(shares.shape + (1,) * (cotangent.ndim - 1))

@@ -14,12 +14,13 @@ We only want its derivative. There are two kinds:
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cabs_jax.moments import jaxprs, sharding
+from cabs_jax.moments import jaxprs, sharding, shards
 from cabs_jax.moments.factored.choice import Choice
 from cabs_jax.moments.factored.program import Program
 from cabs_jax.moments.target import Target
@@ -30,7 +31,7 @@ class Shared(NamedTuple):
     """A value that is the same for all examples.
 
     Attributes:
-      value: The value.
+      value: The value; a device's own part of it where there is a layout.
       gradient_slots: Slots for its per-example gradients, float32, shape (m, *value.shape), or
         None.
       square_slots: Slots for the sum of their squares, float32, shaped like the value, or None.
@@ -38,6 +39,8 @@ class Shared(NamedTuple):
         value, or None.
       scale: What entries of parameters are multiplied by in entries of the value, up to the sign:
         a float32 array of its shape, or a scalar, or None for 1.
+      layout: How the value, and with it the slots for sums, lies on the devices; None where each
+        holds the whole.
     """
 
     value: Any
@@ -45,6 +48,7 @@ class Shared(NamedTuple):
     square_slots: Any = None
     again_slots: Any = None
     scale: Any = None
+    layout: shards.Layout | None = None
 
 
 class Batched(NamedTuple):
@@ -102,8 +106,29 @@ def slot_dtype(dtype: Any) -> Any:
     return jnp.complex64 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float32
 
 
+def whole(value: Value) -> Value:
+    """Gathers a value of which every device holds a part."""
+    if isinstance(value, Batched) or value.layout is None:
+        return value
+    value = whole_slots(value)
+    return value._replace(value=shards.gathered(value.layout, value.value), layout=None)
+
+
+def whole_slots(value: Shared) -> Shared:
+    """Makes slots of a whole value of those of its parts, which hold zeros."""
+    if value.layout is None:
+        return value
+    layout = dataclasses.replace(value.layout, dtype=jnp.float32)
+    squares, again = (
+        None if slots is None else shards.gathered(layout, slots)
+        for slots in (value.square_slots, value.again_slots)
+    )
+    return value._replace(square_slots=squares, again_slots=again)
+
+
 def to_batched(sample: Sample, value: Value) -> Batched:
     """Gives every example a copy of its own of a shared value."""
+    value = whole(value)
     if isinstance(value, Batched):
         return value
     copies = jnp.broadcast_to(value.value, (sample.examples, *jnp.shape(value.value)))

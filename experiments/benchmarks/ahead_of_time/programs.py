@@ -87,16 +87,17 @@ def program(column: str, work: Work, mesh: Mesh) -> Callable[[PyTree, PyTree], A
     The gradient, and a variance that is like it, keep the sharding of the parameters.
     """
     several = mesh.size > 1
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, work.params)
     by_compiler, by_shard = {"spmd_axis_name": "data"}, {"mesh": mesh}
+    in_parts = by_shard | {"param_specs": jax.tree.map(lambda s: s.spec, shardings)}
     options: dict[str, dict[str, Any]] = {
         "trace": by_compiler,
-        "kernels": {"kernels": True} | (by_shard if several else {}),
-        "trace_mesh": by_shard,
+        "kernels": {"kernels": True} | (in_parts if several else {}),
+        "trace_mesh": in_parts,
         "diagonal": by_compiler | {"variance": "diagonal"},
         "per_example": by_compiler | {"method": "per_example"},
         "between": {"method": "between"} | (by_shard if several else {"groups": GROUPS}),
     }
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, work.params)
     if column == "plain":
 
         def mean_loss(params: PyTree, batch: PyTree) -> jax.Array:

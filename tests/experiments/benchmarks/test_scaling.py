@@ -10,6 +10,8 @@ HLO = """
   %b = bf16[8]{0} all-gather-start(%x), dimensions={0}
   %c = pred[5]{0} collective-permute(%x), source_target_pairs={{0,1}}
   %d = f32[2]{0} reduce-scatter(f32[16]{0} %x), dimensions={0}
+  %h = f32[4]{0} parameter(0)
+  %g = f32[1]{0} reduce-scatter(%h), dimensions={0}
   %e = f32[100]{0} add(%all-reduce.1, %all-gather.2)
 """
 
@@ -20,6 +22,7 @@ def test_collectives_are_read_off_hlo():
         ("all-gather", (16,)),
         ("collective-permute", (5,)),
         ("reduce-scatter", (64,)),
+        ("reduce-scatter", (16,)),
     ]
 
 

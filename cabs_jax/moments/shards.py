@@ -1,0 +1,192 @@
+"""Parameters of which every device holds a part (FSDP), within a shard_map over the batch.
+
+They are gathered where they are used and no earlier: a layer of a scan at its own step, and once
+more in the backward pass rather than kept. What comes back for the whole is added up over devices,
+in float32, and each is left with its own part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from cabs_jax.moments.sharding import SPLIT, WHOLE
+from cabs_jax.statistics import GradientMoments, PyTree, Variance, WeightSums, squares_of
+
+if TYPE_CHECKING:
+    from cabs_jax.moments.estimators import Sums
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How an array lies on the devices of a shard_map.
+
+    Attributes:
+      axes: For each dimension the mesh axes that split it, none or more.
+      dtype: What the array is cast to before it is gathered.
+    """
+
+    axes: tuple[tuple[str, ...], ...]
+    dtype: Any
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All mesh axes that split it."""
+        return tuple(name for names in self.axes for name in names)
+
+    def of_a_step(self) -> Layout | None:
+        """The layout of what one step of a scan over the first dimension sees."""
+        return None if self.axes[0] else dataclasses.replace(self, axes=self.axes[1:])
+
+
+Layouts = tuple[Layout | None, ...]
+
+
+def gathered(layout: Layout | None, shard: jax.Array) -> jax.Array:
+    """The whole of an array, whose cotangent is `scattered`."""
+    return shard if layout is None else _gathered(layout, shard)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gathered(layout: Layout, shard: jax.Array) -> jax.Array:
+    whole = shard.astype(layout.dtype)
+    for dimension, names in enumerate(layout.axes):
+        if names:
+            whole = lax.all_gather(whole, names, axis=dimension, tiled=True)
+    return whole
+
+
+def _forward(layout: Layout, shard: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _gathered(layout, shard), shard[:0]  # for its dtype
+
+
+def _backward(layout: Layout, empty: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    return (scattered(layout, cotangent).astype(empty.dtype),)
+
+
+_gathered.defvjp(_forward, _backward)
+
+
+def scattered(layout: Layout | None, whole: jax.Array) -> jax.Array:
+    """The device's part of the sum over devices; without a layout the array as it is."""
+    if layout is None:
+        return whole
+    shard = whole.astype(jnp.promote_types(whole.dtype, jnp.float32))
+    for dimension, names in enumerate(layout.axes):
+        if names:
+            shard = lax.psum_scatter(shard, names, scatter_dimension=dimension, tiled=True)
+    return shard
+
+
+def sum_over_devices(
+    sums: Sums, variance: Variance, layouts: Layouts, axis_names: tuple[str, ...]
+) -> Sums:
+    """Adds up sums, those of parts over the axes that they have not been added up over."""
+    if not axis_names:
+        return sums
+    if not any(layouts):
+        everywhere: Sums = lax.psum(sums, axis_names)
+        return everywhere
+    of_entries = {"gradient", "shift", "square_mean"}
+    of_entries |= {"squares"} if variance == "diagonal" else set()
+
+    def total(leaf: jax.Array, layout: Layout | None) -> jax.Array:
+        rest = tuple(n for n in axis_names if layout is None or n not in layout.names)
+        return lax.psum(leaf, rest) if rest else leaf
+
+    def of_field(name: str, tree: PyTree) -> PyTree:
+        treedef: Any  # its stub has no methods
+        leaves, treedef = jax.tree.flatten(tree)
+        known = layouts if name in of_entries and leaves else (None,) * len(leaves)
+        return treedef.unflatten(map(total, leaves, known))
+
+    return type(sums)(*map(of_field, sums._fields, sums))
+
+
+def squares_of_parts(layouts: Layouts, variance: Variance, tree: PyTree) -> PyTree:
+    """`squares_of` a tree like the parameters, of which each device has its part."""
+    if variance == "diagonal" or not any(layouts):
+        return squares_of(tree, variance)
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(squares_of(tree, "by_parameter"))
+    norms = [
+        norm if layout is None else lax.psum(norm, layout.names)
+        for norm, layout in zip(leaves, layouts, strict=True)
+    ]
+    return sum(norms) if variance == "trace" else treedef.unflatten(norms)
+
+
+def check_specs(param_specs: PyTree, mesh: Mesh | None, method: str) -> None:
+    """Raises ValueError if parameters are said to be split where it would not be heeded."""
+    if param_specs is None:
+        return
+    if mesh is None:
+        raise ValueError(
+            f"param_specs={param_specs!r} goes with mesh=: leave it out where the arrays show how"
+            " they are split (Explicit axes) or the compiler sees to it (spmd_axis_name=)."
+        )
+    if method not in {"auto", "factored"}:
+        raise ValueError(
+            f'param_specs={param_specs!r} is for method="factored", got method={method!r}, which'
+            " holds whole gradients: leave it out, and the parameters are gathered at the start."
+        )
+
+
+def read(param_specs: PyTree, params: PyTree, axis_names: tuple[str, ...]) -> PyTree:
+    """How parameters are split over some mesh axes: as told, or else as Explicit axes show.
+
+    Returns:
+      A tree like the parameters of specs for each of their dimensions, in which no other axes
+      occur; None where no parameter is split.
+    """
+    treedef: Any  # its stub has no methods
+    leaves, treedef = jax.tree.flatten(params)
+    if param_specs is None:
+        specs = [jax.typeof(leaf).sharding.spec for leaf in leaves]
+    else:
+        specs = jax.tree.leaves(jax.tree.broadcast(param_specs, params))
+
+    def kept(spec: P, leaf: jax.Array) -> P:
+        if len(spec) > leaf.ndim:
+            raise ValueError(f"param_specs has {spec} for a parameter of shape {leaf.shape}.")
+        axes = [tuple(n for n in _names(entry) if n in axis_names) for entry in spec]
+        return P(*axes, *[()] * (leaf.ndim - len(axes)))
+
+    found = [kept(spec, leaf) for spec, leaf in zip(specs, leaves, strict=True)]
+    return treedef.unflatten(found) if any(any(map(_names, spec)) for spec in found) else None
+
+
+def layouts_of(specs: PyTree, params: PyTree) -> Layouts:
+    """The layouts of parameters by what `read` found, None for those that are not split."""
+    if specs is None:
+        return ()
+    pairs = zip(jax.tree.leaves(specs), jax.tree.leaves(params), strict=True)
+    axes = [(tuple(map(_names, spec)), leaf.dtype) for spec, leaf in pairs]
+    return tuple(Layout(names, dtype) if any(names) else None for names, dtype in axes)
+
+
+def specs_for(specs: PyTree, variance: Variance, weighted: bool) -> tuple[PyTree, PyTree]:
+    """Specs for `per_shard`, of the operands and of (moments, aux).
+
+    The mean, and a diagonal variance, are split like the parameters.
+    """
+    if specs is None:
+        return WHOLE, (WHOLE, SPLIT)
+    one: Any = WHOLE
+    spread = specs if variance == "diagonal" else one
+    weights = WeightSums(one, one, specs) if weighted else None
+    moments = GradientMoments(one, specs, spread, one, one, weights)
+    return (specs, one, one, one), (moments, SPLIT)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes in one entry of a spec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
