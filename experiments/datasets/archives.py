@@ -5,11 +5,12 @@ import gzip
 import hashlib
 import io
 import lzma
+import posixpath
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from experiments.datasets.dataset import MAX_DATASET_BYTES
@@ -84,10 +85,9 @@ def read_tar(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _checked_name(member: tarfile.TarInfo) -> str:
-    name = PurePosixPath(member.name)
-    if name.is_absolute() or ".." in name.parts:
+    if member.name.startswith("/") or ".." in member.name.split("/"):
         raise ValueError(f"member {member.name!r} points outside the archive")
-    return str(name)
+    return posixpath.normpath(member.name)  # Python 3.12 keeps all that pathlib splits for ever
 
 
 def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
