@@ -9,17 +9,18 @@ backward pass starts, so that what comes out is the mean gradient and need not b
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from cabs_jax.moments import split
 from cabs_jax.moments.factored.batch_sums import batch_sums
 from cabs_jax.moments.factored.values import Sample
 from cabs_jax.moments.parameters import LossAndAux
 from cabs_jax.moments.per_example import batch_size_of, per_example_value_and_grad
-from cabs_jax.moments.shards import Layouts
+from cabs_jax.moments.shards import Layout, Layouts
 from cabs_jax.moments.target import Target
 from cabs_jax.statistics import PyTree, Variance, sum_entries
 
@@ -45,6 +46,31 @@ class Sums(NamedTuple):
     square_mean: PyTree = ()
     groups: PyTree = ()
     square_shares: PyTree = ()
+
+
+def sum_over_devices(
+    sums: Sums, variance: Variance, layouts: Layouts, axis_names: tuple[str, ...]
+) -> Sums:
+    """Adds up sums, those of parts over the axes that they have not been added up over."""
+    if not axis_names:
+        return sums
+    if not any(layouts):
+        everywhere: Sums = lax.psum(sums, axis_names)
+        return everywhere
+    of_entries = {"gradient", "shift", "square_mean"}
+    of_entries |= {"squares"} if variance == "diagonal" else set()
+
+    def total(leaf: jax.Array, layout: Layout | None) -> jax.Array:
+        rest = tuple(n for n in axis_names if layout is None or n not in layout.names)
+        return lax.psum(leaf, rest) if rest else leaf
+
+    def of_field(name: str, tree: PyTree) -> PyTree:
+        treedef: Any  # its stub has no methods
+        leaves, treedef = jax.tree.flatten(tree)
+        known = layouts if name in of_entries and leaves else (None,) * len(leaves)
+        return treedef.unflatten(map(total, leaves, known))
+
+    return type(sums)(*map(of_field, sums._fields, sums))
 
 
 class Task(NamedTuple):

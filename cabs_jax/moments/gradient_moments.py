@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from cabs_jax.moments import parameters, sharding, shards, split
+from cabs_jax.moments import estimators, parameters, sharding, shards, split
 from cabs_jax.moments.blocks import over_blocks
 from cabs_jax.moments.estimators import ESTIMATORS, Sums, Task, kept_sum, losses_of, times
 from cabs_jax.moments.parameters import LossAndAux
@@ -276,7 +276,7 @@ def gradient_moments(
         if mask is not None:
             sums = jax.tree.map(lambda s: jnp.where(real > 0, s, jnp.zeros_like(s)), sums)
         local, averaged_value = sums
-        total = shards.sum_over_devices(local, variance, layouts, axis_names)
+        total = estimators.sum_over_devices(local, variance, layouts, axis_names)
         averaged_value = sum_over(averaged_value, axis_names or None)
         squares = functools.partial(shards.squares_of_parts, layouts, variance)
         if weights is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,6 @@ from jax.sharding import PartitionSpec as P
 
 from cabs_jax.moments.sharding import SPLIT, WHOLE
 from cabs_jax.statistics import GradientMoments, PyTree, Variance, WeightSums, squares_of
-
-if TYPE_CHECKING:
-    from cabs_jax.moments.estimators import Sums
 
 
 @jax.tree_util.register_static
@@ -84,31 +81,6 @@ def scattered(layout: Layout | None, whole: jax.Array) -> jax.Array:
         if names:
             shard = lax.psum_scatter(shard, names, scatter_dimension=dimension, tiled=True)
     return shard
-
-
-def sum_over_devices(
-    sums: Sums, variance: Variance, layouts: Layouts, axis_names: tuple[str, ...]
-) -> Sums:
-    """Adds up sums, those of parts over the axes that they have not been added up over."""
-    if not axis_names:
-        return sums
-    if not any(layouts):
-        everywhere: Sums = lax.psum(sums, axis_names)
-        return everywhere
-    of_entries = {"gradient", "shift", "square_mean"}
-    of_entries |= {"squares"} if variance == "diagonal" else set()
-
-    def total(leaf: jax.Array, layout: Layout | None) -> jax.Array:
-        rest = tuple(n for n in axis_names if layout is None or n not in layout.names)
-        return lax.psum(leaf, rest) if rest else leaf
-
-    def of_field(name: str, tree: PyTree) -> PyTree:
-        treedef: Any  # its stub has no methods
-        leaves, treedef = jax.tree.flatten(tree)
-        known = layouts if name in of_entries and leaves else (None,) * len(leaves)
-        return treedef.unflatten(map(total, leaves, known))
-
-    return type(sums)(*map(of_field, sums._fields, sums))
 
 
 def squares_of_parts(layouts: Layouts, variance: Variance, tree: PyTree) -> PyTree:

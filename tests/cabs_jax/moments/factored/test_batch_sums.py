@@ -82,7 +82,7 @@ def test_terms_of_parameters_alone_shift_the_mean_but_not_the_squares():
         loss_and_aux(loss, False), p, batch, jnp.ones(2), "trace", Sample(2, (), Target("cpu"))
     )
     np.testing.assert_allclose(sums.squares, [5.0, 25.0])
-    np.testing.assert_allclose(sums.shift, 2 * p)
+    np.testing.assert_allclose(sums.shift, 2 * (2 * p))  # of each of the two examples
 
 
 @pytest.mark.slow
