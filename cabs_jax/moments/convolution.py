@@ -66,6 +66,12 @@ def geometry(lhs_shape: Any, rhs_shape: Any, out_shape: Any, params: dict[str, A
     )
 
 
+def geometry_of(equation: Any) -> Geometry:
+    """The geometry of a convolution's equation."""
+    lhs, rhs, out = (v.aval.shape for v in (*equation.invars, *equation.outvars))
+    return geometry(lhs, rhs, out, equation.params)
+
+
 def patches(lhs: jax.Array, g: Geometry) -> jax.Array:
     """Cuts the input of a convolution into what each output position sees.
 
@@ -127,8 +133,7 @@ def gradients_by_entry(equation: Any, x: jax.Array, cotangent: jax.Array) -> jax
       Gradients of shape (examples, groups, kernel entries, filters of a group), float32.
     """
     lhs_spec, _, out_spec = equation.params["dimension_numbers"]
-    lhs, rhs, out = (v.aval.shape for v in (*equation.invars, *equation.outvars))
-    g = geometry(lhs, rhs, out, equation.params)
+    g = geometry_of(equation)
     x, cotangent = channels_last(x, lhs_spec, lead=1), channels_last(cotangent, out_spec, lead=1)
     examples, images = x.shape[0], x.reshape(-1, *x.shape[2:]).astype(jnp.float32)
     right = cotangent.reshape(examples, g.batch, *g.output, g.groups, g.filters)
@@ -169,8 +174,7 @@ def pieces_by_row(
       Pieces of shape (examples, 1, rows · width · channels, filters), in the order of the rows.
     """
     lhs_spec, _, out_spec = equation.params["dimension_numbers"]
-    lhs, rhs, out = (v.aval.shape for v in (*equation.invars, *equation.outvars))
-    g = geometry(lhs, rhs, out, equation.params)
+    g = geometry_of(equation)
     x, cotangent = channels_last(x, lhs_spec, lead=1), channels_last(cotangent, out_spec, lead=1)
     (height, width), (out_height, out_width) = g.kernel, g.output
     at_once = height if height * width * g.channels <= LANES else 1

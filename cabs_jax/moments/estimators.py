@@ -22,7 +22,7 @@ from cabs_jax.moments.parameters import LossAndAux
 from cabs_jax.moments.per_example import batch_size_of, per_example_value_and_grad
 from cabs_jax.moments.shards import Layout, Layouts
 from cabs_jax.moments.target import Target
-from cabs_jax.statistics import PyTree, Variance, sum_entries
+from cabs_jax.statistics import PyTree, Variance, sum_entries, sum_over
 
 
 class Sums(NamedTuple):
@@ -52,10 +52,8 @@ def sum_over_devices(
     sums: Sums, variance: Variance, layouts: Layouts, axis_names: tuple[str, ...]
 ) -> Sums:
     """Adds up sums, those of parts over the axes that they have not been added up over."""
-    if not axis_names:
-        return sums
     if not any(layouts):
-        everywhere: Sums = lax.psum(sums, axis_names)
+        everywhere: Sums = sum_over(sums, axis_names or None)
         return everywhere
     of_entries = {"gradient", "shift", "square_mean"}
     of_entries |= {"squares"} if variance == "diagonal" else set()
@@ -121,9 +119,7 @@ def factored(
         twice=task.weighted,
         layouts=task.layouts,
     )
-    squares = result.squares
-    if task.variance != "diagonal":
-        squares = jax.tree.map(jnp.sum, squares)
+    squares = sum_entries(result.squares, task.variance)
     value = kept_sum(times(result.losses, shares), keep)
     return Sums(value, result.gradient, squares, result.shift, result.again), result.aux
 

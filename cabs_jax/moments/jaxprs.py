@@ -65,11 +65,6 @@ def is_literal(atom: Atom) -> bool:
     return isinstance(atom, core.Literal)
 
 
-def is_traced(value: Any) -> bool:
-    """Whether the numbers of a value are not known while tracing."""
-    return isinstance(value, jax.core.Tracer)
-
-
 def carries_gradient(atom: Atom) -> bool:
     """Whether a value can have a gradient, being of a real or complex type."""
     return bool(jnp.issubdtype(atom.aval.dtype, jnp.inexact))

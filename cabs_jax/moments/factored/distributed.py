@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from cabs_jax._arguments import is_traced
 from cabs_jax.moments import jaxprs
 from cabs_jax.moments.factored import spread
 from cabs_jax.statistics import PyTree
@@ -128,7 +129,7 @@ def trace(function: Callable[..., PyTree], params: PyTree, example: PyTree) -> t
 
 def _constant(value: Any) -> Known:
     """A constant of a jaxpr."""
-    return Known(value, constant=None if jaxprs.is_traced(value) else lambda: value)
+    return Known(value, constant=None if is_traced(value) else lambda: value)
 
 
 def _constants(

@@ -76,7 +76,7 @@ def covers(equation: jaxprs.Equation) -> bool:
     """Whether the kernel is for a convolution: one image, strides of 1, not too large."""
     if not convolution.goes_by_row(equation):
         return False
-    g = _geometry(equation)
+    g = convolution.geometry_of(equation)
     if g.batch != 1 or g.strides != (1, 1):
         return False
     pixels, entries = math.prod(g.output), math.prod(g.kernel) * g.channels
@@ -109,7 +109,7 @@ def filter_gradient(
       (examples,).
     """
     lhs_spec, _, out_spec = equation.params["dimension_numbers"]
-    g = _geometry(equation)
+    g = convolution.geometry_of(equation)
     image = convolution.channels_last(x, lhs_spec, lead=1)[:, 0]  # (m, height, width, channels)
     out = convolution.channels_last(cotangent, out_spec, lead=1)[:, 0]
     at, examples = layout(g, image.shape[1:3]), x.shape[0]
@@ -150,11 +150,6 @@ def filter_gradient(
         name="filter_gradient",
     )(left, right)
     return total[None], norms[0]
-
-
-def _geometry(equation: jaxprs.Equation) -> convolution.Geometry:
-    lhs, rhs, out = (v.aval.shape for v in (*equation.invars, *equation.outvars))
-    return convolution.geometry(lhs, rhs, out, equation.params)
 
 
 def _pixels_last(x: jax.Array, width: int) -> jax.Array:
