@@ -73,8 +73,8 @@ def keys_of_examples(
     number = before + jnp.cumsum(keep, dtype=jnp.int32) - 1
     if axis_names:
         real = lax.all_gather(jnp.sum(keep, dtype=jnp.int32), axis_names)  # by shard
-        before = jnp.arange(real.size) < lax.axis_index(axis_names)
-        number = number + jnp.sum(jnp.where(before, real, 0))
+        earlier = jnp.arange(real.size) < lax.axis_index(axis_names)
+        number = number + jnp.sum(jnp.where(earlier, real, 0))
     keys: jax.Array = jax.vmap(jax.random.fold_in, (None, 0))(rng, number)
     return keys
 

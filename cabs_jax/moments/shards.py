@@ -39,9 +39,9 @@ class Layout:
         """All mesh axes that split it."""
         return tuple(name for names in self.axes for name in names)
 
-    def of_a_step(self) -> Layout | None:
-        """The layout of what one step of a scan over the first dimension sees."""
-        return None if self.axes[0] else dataclasses.replace(self, axes=self.axes[1:])
+    def of_a_step(self) -> Layout:
+        """The layout of what a step of a scan over the first dimension, which is whole, sees."""
+        return dataclasses.replace(self, axes=self.axes[1:])
 
 
 Layouts = tuple[Layout | None, ...]

@@ -10,6 +10,7 @@ the ordinary gradient and the contents of all slots, and whatever the loss does 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -130,17 +131,16 @@ def batch_sums(
     held = slots.gradients.items()
     gradients |= {i: scattered(layouts[i], jnp.sum(g, axis=0)) for i, g in held}
     if twice:
-        again_held = {i: jnp.tensordot(weights, g, 1, precision=HIGHEST) for i, g in held}
-        second |= {i: scattered(layouts[i], g) for i, g in again_held.items()}
-    held_squares = {i: jnp.square(g) for i, g in held}
+        of_weighted = functools.partial(jnp.tensordot, weights, axes=1, precision=HIGHEST)
+        second |= {i: scattered(layouts[i], of_weighted(g)) for i, g in held}
     if variance == "diagonal":
-        summed = {i: scattered(layouts[i], jnp.sum(g, axis=0)) for i, g in held_squares.items()}
+        summed = {i: scattered(layouts[i], jnp.sum(jnp.square(g), axis=0)) for i, g in held}
         squares: PyTree = treedef.unflatten(_or_zeros(slots.squares | summed, parts))
     else:
         norms = slots.norms | norms_of_sums(choices, slots.factors, sample.target)
         # Those of a bias are cotangents as they are; others are added up and squared in one pass.
         norms |= {
-            i: squared_norms(g, 1) if g.ndim == 2 else jnp.sum(held_squares[i], range(1, g.ndim))
+            i: squared_norms(g, 1) if g.ndim == 2 else jnp.sum(jnp.square(g), range(1, g.ndim))
             for i, g in held
         }
         none = sample.zeros((sample.examples,))

@@ -102,8 +102,8 @@ class Residuals(NamedTuple):
 
     def assembled(self, rule: Rule, pieces: tuple[jax.Array, ...]) -> jax.Array:
         """A gradient, shaped like w, from pieces (groups, part of p, q) cut along p."""
-        whole = jnp.concatenate(pieces, axis=-2)
-        return rule.assemble(whole, self.w.shape).astype(self.w.dtype)
+        joined = jnp.concatenate(pieces, axis=-2)
+        return rule.assemble(joined, self.w.shape).astype(self.w.dtype)
 
 
 # Returns the gradient of the batch and the statistic that goes into the slot.
