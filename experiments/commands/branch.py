@@ -31,7 +31,8 @@ from experiments.training import methods, run_folder
 from experiments.training.checkpoint import FOLDER, Checkpoints
 from experiments.training.config import RunConfig
 from experiments.training.figure import blank, doubling, finish
-from experiments.training.train import TRAIN_EXAMPLES_EVALUATED, Experiment, set_up, train
+from experiments.training.shared_programs import SharedPrograms
+from experiments.training.train import TRAIN_EXAMPLES_EVALUATED, Experiment, set_up, subset, train
 
 MEASURED_EXAMPLES, CHUNK = 2_000, 500  # behind the noise scale
 
@@ -93,8 +94,10 @@ def main(
         if power is None:
             power = 0.5 if constant_method(origin.experiment.config).endswith("adam") else 1.0
         with display.progress_bars(console) as bars:
+            shared = SharedPrograms(origin.experiment.model)
             branches = [
-                follow(origin, factor, power, examples, seeds, out, bars) for factor in factors
+                follow(origin, factor, power, examples, seeds, out, bars, shared)
+                for factor in factors
             ]
         scale = noise_scale(origin)
         lines = [_line(branch, branches[0], tolerance) for branch in branches]
@@ -155,6 +158,7 @@ def follow(
     seeds: Sequence[int],
     out: Path,
     bars: Any,
+    shared: SharedPrograms,
 ) -> Branch:
     """Trains one size over the window, once for every seed, below `out`."""
     records = []
@@ -162,7 +166,7 @@ def follow(
         branch = continued(origin, factor, power, examples, seed)
         folder = out / f"size-{branch.config.batch_size}-seed-{seed}"
         observe = display.observer(bars, folder.name, branch.config)
-        train(branch, folder, observe)
+        train(branch, folder, observe, shared=shared)
         records.append(run_folder.read(folder).evaluations)
     losses = np.stack([record["train_loss"] for record in records])
     config = branch.config
@@ -214,19 +218,19 @@ def _remembers(node: Any) -> bool:
 
 def noise_scale(origin: Origin) -> float:
     """ξ/‖∇F‖² at the checkpoint, both unbiased, from MEASURED_EXAMPLES of the training examples."""
-    data = origin.experiment.dataset.train
-    rows = np.random.default_rng(0).permutation(len(data["label"]))[:MEASURED_EXAMPLES]
+    data = subset(origin.experiment.dataset.train, MEASURED_EXAMPLES)
     moments_of = jax.jit(cabs_jax.gradient_moments(origin.experiment.model.loss))
     moments = functools.reduce(
         cabs_jax.merge_moments,
         (
-            moments_of(origin.params, {name: array[chunk] for name, array in data.items()})
-            for chunk in np.split(rows, range(CHUNK, len(rows), CHUNK))
+            moments_of(origin.params, {k: x[start : start + CHUNK] for k, x in data.items()})
+            for start in range(0, len(data["label"]), CHUNK)
         ),
     )
-    variance = moments.variance * moments.count / (moments.count - 1)  # no longer biased
-    norm = optax.tree.norm(moments.mean, squared=True) - variance / moments.count
-    return float(variance / norm) if norm > 0 else float("inf")
+    meter = cabs_jax.monitor()
+    state = meter.init(origin.params)
+    _, state = meter.update(moments.mean, state, origin.params, moments=moments)
+    return float(cabs_jax.info(state).noise_scale)
 
 
 def _line(branch: Branch, first: Branch, tolerance: float) -> dict[str, Any]:

@@ -192,10 +192,10 @@ def _under_way(
             padded=padded,
             train_step=train_step,
             evaluate_on=make_evaluate(model.predict) if shared is None else shared.evaluate,
-            train_subset=_subset(
+            train_subset=subset(
                 dataset.train, config.evaluation_examples or TRAIN_EXAMPLES_EVALUATED
             ),
-            test_subset=_subset(
+            test_subset=subset(
                 dataset.test, None if config.test_evaluations else config.evaluation_examples
             ),
             train_size=len(dataset.train["label"]),
@@ -219,7 +219,7 @@ def _shapes(config: RunConfig, shards: int) -> tuple[tuple[int, ...], bool]:
     return cabs_jax.buckets(*methods.bounds(config)), True
 
 
-def _subset(split: dict[str, np.ndarray], count: int | None) -> dict[str, np.ndarray]:
+def subset(split: dict[str, np.ndarray], count: int | None) -> dict[str, np.ndarray]:
     """The same `count` examples, drawn from all of the split, in every run; None is all of it."""
     if count is None:
         return split
