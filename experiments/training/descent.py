@@ -1,7 +1,7 @@
 """Gradient descent after `adapt_batch_size`, whose learning rate may depend on what was seen."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import cabs_jax
 from cabs_jax.state import AdaptBatchSizeState
 
 MILESTONES = (0.5, 0.75)  # fractions of the examples of a run
+QUARTERS = (0.25, 0.5, 0.75)
 STEP_DECAY = 0.1
 
 
@@ -76,9 +77,9 @@ def noise_scaled(largest: float) -> Rate:
     return rate
 
 
-def milestones(examples: int) -> list[int]:
-    """The numbers of examples after which `step_decay` and geometric growth take effect."""
-    return [math.ceil(fraction * examples) for fraction in MILESTONES]
+def milestones(examples: int, fractions: Sequence[float] = MILESTONES) -> list[int]:
+    """Fractions of a run's examples; by default those after which `step_decay` takes effect."""
+    return [math.ceil(fraction * examples) for fraction in fractions]
 
 
 def scaled(learning_rate: float, reference: int, power: float) -> Rate:
@@ -94,13 +95,16 @@ def scaled(learning_rate: float, reference: int, power: float) -> Rate:
 
 def ramp(first: int, examples: int) -> list[tuple[int, int]]:
     """For `rules.schedule`: twice the size after each quarter of the run's examples."""
-    return [(math.ceil(quarter * examples / 4), first << quarter) for quarter in range(4)]
+    return _rising(first, 2.0, milestones(examples, QUARTERS))
 
 
 def growing_sizes(first: int, examples: int) -> list[tuple[int, int]]:
     """For `rules.schedule`: ten times the size where `step_decay` takes a tenth of the rate."""
-    starts = [0, *milestones(examples)]
-    return [(start, round(first / STEP_DECAY**k)) for k, start in enumerate(starts)]
+    return _rising(first, 1 / STEP_DECAY, milestones(examples))
+
+
+def _rising(first: int, factor: float, starts: Sequence[int]) -> list[tuple[int, int]]:
+    return [(start, round(first * factor**k)) for k, start in enumerate([0, *starts])]
 
 
 class DescentState(NamedTuple):
