@@ -151,9 +151,13 @@ class RunConfig:
             raise ValueError(f"seed must be at most 2**32 - 1, got {self.seed}.")
         if not 0 < self.momentum <= LARGEST_MOMENTUM:
             raise ValueError(f"momentum must lie between 0 and 1, got {self.momentum}.")
-        for name in ("seed", "lag", "weight_decay"):
-            if not 0 <= getattr(self, name) <= LARGEST_NUMBER:
+        for name in ("seed", "lag"):
+            if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.weight_decay <= LARGEST_NUMBER:
+            raise ValueError(
+                f"weight_decay must be a number of at least 0, got {self.weight_decay}."
+            )
         if self.round_to != BUCKETS and not (isinstance(self.round_to, int) and self.round_to > 0):
             raise ValueError(
                 f"round_to must be a positive integer or {BUCKETS!r}, got {self.round_to!r}."

@@ -40,6 +40,8 @@ def test_a_resolved_configuration_reproduces_itself():
         ({"theta": 10**400}, "theta must be a positive number, got 1000"),
         ({"momentum": 1.0}, "momentum must lie between 0 and 1, got 1.0"),
         ({"momentum": 0.9999999999}, "momentum must lie between 0 and 1, got 0.9999999999"),
+        ({"weight_decay": -0.1}, "weight_decay must be a number of at least 0, got -0.1"),
+        ({"weight_decay": float("inf")}, "weight_decay must be a number of at least 0, got inf"),
         ({"max_batch_size": 2**24 + 1}, "max_batch_size must be at most 16777216, got 16777217"),
         ({"batch_size": 10**8, "method": "constant"}, "batch_size must be at most 16777216"),
         ({"examples": 2**31}, r"examples must be at most 2\*\*31 - 1, got 2147483648"),
