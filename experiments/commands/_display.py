@@ -105,10 +105,12 @@ def summary_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     ):
         table.add_column(heading, justify="right")
     for label, summary in summaries.items():
+        # A run that ended early may have none: not every evaluation is on the test examples.
+        accuracy = summary["test_accuracy"]
         table.add_row(
             for_terminal(f"{label} (diverged)" if summary["diverged"] else label),
             f"{summary['train_loss']:.4f}",
-            f"{summary['test_accuracy']:.2%}",
+            "not measured" if accuracy is None else f"{accuracy:.2%}",
             f"{summary['steps']:,}",
             f"{summary['examples'] / summary['steps']:.1f}",
             f"{summary['seconds']:.1f}",

@@ -142,6 +142,11 @@ def _bars(console: Console) -> Progress:
 def _line(run: Run, summary: dict[str, Any]) -> str:
     if summary["diverged"]:
         return f"{run.name}: diverged after {summary['steps']} steps"
+    if summary["without_progress"]:
+        return (
+            f"{run.name}: ended without progress after {summary['steps']} steps, "
+            f"loss {summary['train_loss']:.4f}"
+        )
     return (
         f"{run.name}: loss {summary['train_loss']:.4f}, accuracy {summary['test_accuracy']:.1%}, "
         f"{summary['steps']} steps, {summary['seconds']:.1f} s"

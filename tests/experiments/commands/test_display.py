@@ -53,6 +53,12 @@ def test_the_table_marks_a_diverged_run():
     assert "10.00%" in printed
 
 
+def test_the_table_says_that_an_accuracy_was_not_measured():
+    console = Console(file=io.StringIO(), width=200)
+    console.print(summary_table({"CABS": SUMMARY | {"test_accuracy": None}}))
+    assert "not measured" in console.file.getvalue()
+
+
 def test_the_figure_is_refreshed_until_it_fails_or_the_run_ends():
     drawn, twice = [], threading.Event()
 
