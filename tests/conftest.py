@@ -27,6 +27,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 MANY = 4
 
 
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores, at most four: what starts processes mostly waits for them."""
+    return min(os.cpu_count() + 1, 4)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Of a test's slow cases, where they are many, every third runs by default, by their names.

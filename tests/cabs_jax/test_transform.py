@@ -207,7 +207,7 @@ def test_info_tells_raw_size_and_bound(raw, size, bound):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "dtype", [jnp.bfloat16, jnp.float32, pytest.param(jnp.float16, marks=pytest.mark.slow)]
+    "dtype", [jnp.bfloat16, jnp.float32, pytest.param(jnp.float16, marks=pytest.mark.exhaustive)]
 )
 @pytest.mark.filterwarnings("ignore:the learning rate falls")
 def test_state_is_float32_and_int32_and_updates_keep_the_dtype(dtype):

@@ -47,12 +47,16 @@ STREAMS = {
     "batches of Grain": lambda: grain_stream(size=7),
     "an iterator": lambda: iter(grain_stream()),
 }
-OF_GRAIN = ("methods of the iterator", "batches of Grain", "an iterator")
+SLOW = {  # Grain takes its time to start
+    "methods of the iterator": pytest.mark.slow,
+    "batches of Grain": pytest.mark.exhaustive,
+    "an iterator": pytest.mark.slow,
+}
 
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=[pytest.mark.slow] * (kind in OF_GRAIN)) for kind in STREAMS],
+    [pytest.param(kind, marks=SLOW.get(kind, ())) for kind in STREAMS],
 )
 @settings(max_examples=25, deadline=None)
 @given(

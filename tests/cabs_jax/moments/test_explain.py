@@ -15,6 +15,7 @@ def first(batch):
     return jax.tree.map(lambda x: x[0], batch)
 
 
+@pytest.mark.slow  # together
 @pytest.mark.parametrize("name", ZOO)
 def test_every_parameter_is_named_and_what_falls_back_says_why(name, capsys):
     case = ZOO[name]()

@@ -54,7 +54,7 @@ def test_branches_of_a_run_are_compared_with_the_first(runs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("method", "kind"),
     [
-        ("constant_momentum", optax.TraceState),
+        pytest.param("constant_momentum", optax.TraceState, marks=pytest.mark.exhaustive),
         ("cabs_momentum", optax.TraceState),
         ("cabs_adam", optax.ScaleByAdamState),
     ],

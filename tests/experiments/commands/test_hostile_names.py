@@ -73,7 +73,7 @@ def test_run_takes_a_path_letter_by_letter_or_refuses_it(tmp_path, capsys, name)
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # trains under every name; those of a run are tested by default above
 def test_a_sweep_and_its_report_take_names_and_paths_letter_by_letter(tmp_path, capsys):
     def quoted(name):
         return '"' + "".join(f"\\U{ord(letter):08x}" for letter in name) + '"'

@@ -27,7 +27,10 @@ def side(diff, sign):
 @pytest.mark.every_case
 @pytest.mark.slow  # compiles a step of every library, and again for every batch size
 @pytest.mark.filterwarnings("ignore:::(keras|haiku|datasets|torch|multiprocessing|pyarrow)")
-@pytest.mark.parametrize("sign", ["-", "+"], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "sign",
+    [pytest.param("-", id="before", marks=pytest.mark.exhaustive), pytest.param("+", id="after")],
+)
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_both_programs_train(name, sign, monkeypatch):
     page, diff = CONVERSIONS[name]

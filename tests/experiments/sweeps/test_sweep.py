@@ -93,25 +93,10 @@ def test_a_diverged_run_is_recorded_as_diverged(folder):
     assert diverged == {name: "lr-3e+38" in name for name in DIGITS}
 
 
-def test_a_run_without_progress_is_told_as_such(tmp_path, capsys):
-    stuck = """
-    examples = 600
-    evaluations = 3
-    evaluation_examples = 100
-    test_evaluations = 1
-    stop_without_progress = true
-    learning_rates = [1e-9]
-    [datasets.digits]
-    [methods.constant-16]
-    method = "constant"
-    """
-    (tmp_path / "plan.toml").write_text(stuck)
-    out = tmp_path / "out"
-    assert cli.main(["sweep", str(tmp_path / "plan.toml"), "--out", str(out)]) == 0
-    (summary,) = map(run_folder.read_summary, out.glob("digits/*/*"))
-    assert summary["without_progress"]
-    assert summary["test_accuracy"] is None
-    assert f"ended without progress after {summary['steps']} steps" in capsys.readouterr().out
+def test_a_run_without_progress_is_told_as_such():
+    summary = {"diverged": False, "without_progress": True, "steps": 19, "train_loss": 2.3}
+    line = sweep._line(plan.parse(PLAN).runs[0], summary | {"test_accuracy": None})
+    assert line == f"{DIGITS[0]}: ended without progress after 19 steps, loss 2.3000"
 
 
 def test_methods_of_a_seed_start_alike_and_see_the_same_examples(folder):

@@ -46,7 +46,7 @@ def resume(job, out, schedule=EVERY_STEP):
 @pytest.mark.parametrize(
     ("options", "crashes"),
     [
-        ({}, (4, 6, 8)),
+        pytest.param({}, (4, 6, 8), marks=pytest.mark.exhaustive),
         ({"lag": 2, "batch_size": 64, "evaluations": 3}, (4,)),
         pytest.param({"learning_rate": 3e38, "lag": 1}, (1, 1, 1), marks=pytest.mark.exhaustive),
     ],
@@ -97,7 +97,9 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 
 @pytest.mark.slow  # trains whole runs, more than once
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive), signal.SIGTERM]
+)
 def test_a_signal_writes_a_checkpoint_and_ends_the_run(tmp_path, number):
     job, handlers = experiment(), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     train(job, tmp_path / "whole")

@@ -149,7 +149,7 @@ def test_what_the_first_process_refuses_ends_both(tmp_path, pod):
     assert second[1] == f"process 0: {first[1]}"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # what the first refuses, too, ends both
 def test_a_full_disk_ends_both_and_leaves_the_lines_before(tmp_path, pod):
     first, second = ends(pod.pair("--steps", "1000", largest_file=8 * 1024))
     assert first[0] == second[0] == 2
@@ -171,7 +171,11 @@ def test_a_full_disk_ends_both_and_leaves_the_lines_before(tmp_path, pod):
             "options: resume is False on process 0 and True",
             marks=pytest.mark.exhaustive,
         ),
-        (("--steps", "0"), "error: steps must be at least 1, got 0."),
+        pytest.param(
+            ("--steps", "0"),
+            "error: steps must be at least 1, got 0.",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_other_options_end_both_before_the_first_step(tmp_path, pod, alone, why):
@@ -198,7 +202,7 @@ def test_other_data_under_one_name_ends_both_before_the_first_step(tmp_path, pod
     assert not steps_written(tmp_path / "from-0")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # waits 15 s for signs; that a process is killed is tested by default below
 def test_a_process_that_dies_or_is_cut_off_ends_the_other(tmp_path, pod):
     numbers = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
     pairs = {name: pod.pair("--steps", "100000", name=name) for name in numbers}

@@ -52,13 +52,13 @@ def test_of_convolutions_each_position_is_squared_alone():
         net = models.build("small_cnn", SHAPE, 4, width=0.25, call_layer=shifted)
         return net.loss(params, {"input": image, "label": label}), dict(seen)
 
+    seen = {}
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    dense_gradient = jax.jit(jax.grad(model.loss))
+    zeros = {"conv1": jnp.zeros((1, 6, 6, 2)), "conv2": jnp.zeros((1, 3, 3, 4))}
     total = 0.0
     for image, label in zip(batch["input"], batch["label"], strict=True):
-        seen = {}
-        zeros = {"conv1": jnp.zeros((1, 6, 6, 2)), "conv2": jnp.zeros((1, 3, 3, 4))}
-        cotangents, inputs = jax.jit(jax.grad(loss, has_aux=True))(
-            zeros, model.params, image, label
-        )
+        cotangents, inputs = gradient(zeros, model.params, image, label)
         for name, delta in cotangents.items():
             delta = np.asarray(delta[0], np.float64)
             padded = np.pad(np.asarray(inputs[name][0], np.float64), ((1, 1), (1, 1), (0, 0)))
@@ -66,7 +66,7 @@ def test_of_convolutions_each_position_is_squared_alone():
                 patch = padded[row : row + 3, column : column + 3]
                 total += np.sum(patch**2) * np.sum(delta[row, column] ** 2)  # the kernel's
                 total += np.sum(delta[row, column] ** 2)  # the bias's
-        dense = jax.grad(model.loss)(model.params, {"input": image, "label": label})["dense"]
+        dense = dense_gradient(model.params, {"input": image, "label": label})["dense"]
         total += sum(np.sum(np.square(np.asarray(g, np.float64))) for g in dense.values())
     assert float(found) == pytest.approx(total / 3, rel=1e-5)
 
