@@ -161,7 +161,8 @@ def squared_norms(x: jax.Array, lead: int) -> jax.Array:
     if not summed or x.shape[-1] % LANES or jax.typeof(x).sharding.spec[-1] is not None:
         return jnp.sum(jnp.square(x), axis=summed)
     # As products of short rows: on CPU XLA would write the squares to memory, and adds up the
-    # product of two long vectors in sequence, which costs three digits.
+    # product of two long vectors in sequence, which costs three digits. Where shards are narrower
+    # than a row, which an Auto mesh does not show, they send each other sums, one of 16 numbers.
     rows = x.reshape(*x.shape[:-1], x.shape[-1] // LANES, LANES)
     batch, contracted = tuple(range(x.ndim)), (x.ndim,)
     numbers = ((contracted, contracted), (batch, batch))

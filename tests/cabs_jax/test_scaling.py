@@ -46,7 +46,8 @@ def conv(params, example):
 
 
 NETS = {
-    "mlp": (mlp, {"w": array(128, 16), "b": array(1, 16)[0], "out": array(16, 4)}),
+    # Of each shard, too, a row has the 16 numbers that squares are added up by.
+    "mlp": (mlp, {"w": array(128, 64), "b": array(1, 64)[0], "out": array(64, 4)}),
     "conv": (
         conv,
         {
