@@ -159,6 +159,14 @@ def test_adam_in_a_partition_takes_the_diagonal_of_its_own_leaves():
     )
 
 
+def test_small_gradients_are_rescaled_as_large_ones_are():
+    optimizer = cabs_jax.cabs(0.01)
+    moments = cabs_jax.gradient_moments(lambda p, e: 1e-4 * loss_fn(p, e))(PARAMS, batch(0))
+    seen = jax.tree.map(lambda g: 0.3 * g, moments.mean)
+    _, state = optimizer.update(seen, optimizer.init(PARAMS), PARAMS, moments=moments)
+    assert (state.info.gradient_scale, state.info.altered) == (pytest.approx(0.3), 0)
+
+
 def test_bfloat16_rounding_is_no_alteration_and_no_gradient_no_rescaling():
     optimizer = cabs_jax.cabs(0.01)
     moments = cabs_jax.gradient_moments(loss_fn)(PARAMS, batch(0))
