@@ -178,7 +178,11 @@ def test_the_size_recovers_from_one_absurd_measurement(debias, absurd, before):
     sane = {"value": 1.0, "variance": 500.0, "count": 16}
     for _ in range(before):
         state = update(state, **sane)
-    state = update(state, **sane | absurd)
+    state = update(update(state, **sane | absurd), **sane)
+    averages = {"value": state.value_average, "variance": state.gradient_variance_average}
+    for name in absurd:  # is forgotten at once
+        whole = float(state.weight) if debias else 1.0
+        assert averages[name] == pytest.approx(whole * sane[name], rel=1e-5)
     for _ in range(70):
         state = update(state, **sane)
     assert state.info.raw_batch_size == pytest.approx(50.0, rel=0.05)
