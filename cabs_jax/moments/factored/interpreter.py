@@ -116,7 +116,7 @@ def _scan(
     def settle(outputs: list[Value]) -> list[Value]:
         # A scan wants its carry alike at every step: batched from the start if ever.
         return [
-            _strong(output if origin is CONSTANT else to_batched(context.sample, output))
+            output if origin is CONSTANT else to_batched(context.sample, output)
             for output, origin in zip(outputs, origins, strict=False)
         ]
 
@@ -154,14 +154,6 @@ def _swap_examples(value: Value) -> Value:
     if value.scale is not None and not value.scale.ndim:  # the same at every step
         value = value._replace(scale=jnp.broadcast_to(value.scale, value.value.shape[:1]))
     return value
-
-
-def _strong(value: Value) -> Value:
-    """Drops weak types, which would change from one step of a scan to the next."""
-    x = value.value
-    if not jax.typeof(x).weak_type:
-        return value
-    return value._replace(value=lax.convert_element_type(x, x.dtype))
 
 
 def _numbers(body: SortedJaxpr) -> list[int]:

@@ -31,10 +31,10 @@ class InFile:
 VALUES = np.arange(3000, dtype=np.float32).reshape(1000, 3)
 
 
-def check(array, threads=1):
+def check(array, threads=1, values=VALUES):
     with (
         BatchLoader({"x": array, "i": np.arange(1000)}, 16, num_threads=threads) as loader,
-        BatchLoader({"x": VALUES, "i": np.arange(1000)}, 16) as plain,
+        BatchLoader({"x": values, "i": np.arange(1000)}, 16) as plain,
     ):
         for size in (16, 3, 700, 64):
             loader.batch_size = plain.batch_size = size
@@ -47,6 +47,13 @@ def test_no_slice_is_larger_than_a_chunk(chunks, threads):
     array = InFile(VALUES, chunks)
     check(array, threads)
     assert max(array.read) <= (chunks or (16,))[0]
+
+
+def test_labels_are_read_from_the_file_too():
+    labels = np.arange(1000)
+    array = InFile(labels, (50,))
+    check(array, values=labels)
+    assert max(array.read) <= 50
 
 
 def test_each_chunk_is_read_once_a_block_in_its_own_order():
