@@ -104,12 +104,23 @@ def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
 
 def evaluate(equation: Equation, values: Sequence[Any]) -> list[Any]:
     """Evaluates one equation as JAX itself would, custom derivative rules included."""
+    with equation.ctx.manager:
+        return _bind(equation, values)
+
+
+def evaluate_now(equation: Equation, values: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation of constants, on no mesh: one that is traced on has no devices."""
+    nowhere = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+    with jax.ensure_compile_time_eval(), nowhere:
+        return _bind(equation, values)
+
+
+def _bind(equation: Equation, values: Sequence[Any]) -> list[Any]:
     primitive = equation.primitive
     bound = primitive.get_bind_params(equation.params)
     # Before JAX 0.10, functions came apart from the other parameters.
     functions, params = bound if isinstance(bound, tuple) else ((), bound)
-    with equation.ctx.manager:
-        result = primitive.bind(*functions, *values, **params)
+    result = primitive.bind(*functions, *values, **params)
     return list(result) if primitive.multiple_results else [result]
 
 

@@ -142,8 +142,7 @@ def _constants(
 
     @functools.cache
     def evaluated() -> list[Any]:
-        with jax.ensure_compile_time_eval():
-            return jaxprs.evaluate(equation, [value() for value in known if value is not None])
+        return jaxprs.evaluate_now(equation, [value() for value in known if value is not None])
 
     return [functools.partial(lambda i: evaluated()[i], i) for i in range(len(equation.outvars))]
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cabs_jax.moments import jaxprs
+from cabs_jax.moments import jaxprs, sharding
 
 Map = Callable[[jax.Array, int], jax.Array]  # a linear function along one axis of an array
 
@@ -137,7 +137,8 @@ def product(equation: jaxprs.Equation, x: jax.Array, place: int, given: Spread) 
 def _back(along: Map, axis: int, size: int, x: jax.Array) -> jax.Array:
     """The transpose of what is done along an axis that had this size before."""
     shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
-    before = jaxprs.shape_varying_like(shape, x.dtype, x)
+    # An array, for of a shape alone JAX would forget over which axes of a shard_map it varies.
+    before = sharding.vary(jnp.zeros(shape, x.dtype), tuple(jaxprs.varying_axes(x)))
     (back,) = jax.linear_transpose(lambda y: along(y, axis), before)(x)
     return jnp.asarray(back)
 
