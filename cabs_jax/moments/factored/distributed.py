@@ -198,6 +198,13 @@ def _spread(equation: jaxprs.Equation, operands: list[Known]) -> spread.Spread |
     weight, *others = operands
     if not weight.of_params or not (weight.spread or spread.spreads(equation)):
         return None
+    mesh, here = jax.typeof(weight.value).sharding.mesh, jax.sharding.get_abstract_mesh()
+    if not (mesh.empty or here.empty or mesh == here):
+        raise ValueError(
+            f"the loss works on a parameter of shape {weight.value.shape} on a mesh of its own, as "
+            "jnp.repeat does where axes besides the batch's are Explicit: write "
+            'jnp.broadcast_to(w[:, None], ...).reshape(...), or use method="per_example".'
+        )
     if jaxprs.name(equation) not in {"gather", "pad"}:
         others = []
     constants = [np.asarray(o.constant()) if o.constant else None for o in others]

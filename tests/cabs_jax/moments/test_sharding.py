@@ -159,7 +159,7 @@ def test_the_zoo_on_every_mesh(name, way, mesh, options):
     if name in NEEDS_NO_CHECK and way == "shard_map that checks":
         pytest.skip("refused by JAX")
     if name in REPEATS and (way, mesh) == ("Explicit", TWO_AXES) and "method" not in options:
-        pytest.skip("jnp.repeat of a weight goes to another mesh there, which raises")
+        pytest.skip("refused, see below")
     check(name, way, *mesh, **options)
 
 
@@ -174,6 +174,11 @@ def test_indices_made_in_the_loss_are_constants_on_an_explicit_mesh_too():
     batch = jax.random.normal(jax.random.key(1), (16, 5))
     placed = place(mesh_of(AxisType.Explicit, (4, 2), ("data", "model")), w, batch)
     assert_close(jax.jit(gradient_moments(loss))(*placed), gradient_moments(loss)(w, batch))
+
+
+def test_a_weight_that_jax_repeats_on_a_mesh_of_its_own_is_refused():
+    with pytest.raises(ValueError, match=r"jnp\.repeat does where axes besides the batch's are"):
+        check("repeated_heads", "Explicit", *TWO_AXES)
 
 
 @pytest.mark.slow
