@@ -24,9 +24,9 @@ class Options:
     """What to compile, and what to do with the figures.
 
     Attributes:
-      nets: Nets to compile.
+      nets: Nets to compile; by default all, or none beside language models.
       batches: Batch sizes; by default the net's own.
-      lm: Language models, too.
+      lm: Language models to compile.
       columns: What to compile.
       hottest: List so many of a program's longest kernels.
       out: Writes all numbers as JSON.
@@ -34,7 +34,7 @@ class Options:
       hlo: Folder to write the compiled texts to.
     """
 
-    nets: Annotated[tuple[str, ...], _report.choice(_nets.NAMES)] = _nets.NAMES
+    nets: Annotated[tuple[str, ...], _report.choice(_nets.NAMES)] = ()
     batches: tuple[int, ...] = ()
     lm: Annotated[tuple[str, ...], _report.choice(tuple(SIZES))] = ()
     columns: Annotated[tuple[str, ...], _report.choice(programs.COLUMNS)] = programs.COLUMNS
@@ -84,7 +84,8 @@ def bench(target: targets.Target, options: Options) -> int:
 
 def jobs(target: targets.Target, options: Options) -> Iterator[Job]:
     """One for each net and batch size."""
-    nets = [*options.nets, *(programs.LM_PREFIX + size for size in options.lm)]
+    small = options.nets or (() if options.lm else _nets.NAMES)
+    nets = [*small, *(programs.LM_PREFIX + size for size in options.lm)]
     folder = None if options.hlo is None else str(options.hlo.resolve())
     for net in nets:
         for size in options.batches or programs.batch_sizes(net):

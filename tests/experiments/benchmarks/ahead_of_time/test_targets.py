@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from experiments.benchmarks import _nets
 from experiments.benchmarks.ahead_of_time import command, programs, targets
 from experiments.errors import UserError
 
@@ -13,6 +14,7 @@ CODE = """
 import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from experiments.benchmarks import _nets
 from experiments.benchmarks.ahead_of_time import targets
 from experiments.benchmarks.ahead_of_time.costs import costs
 from experiments.benchmarks.ahead_of_time.kernels import kernels
@@ -96,3 +98,11 @@ def test_options_become_one_job_for_each_net_and_batch_size():
         ("v5e:2x2", "lm-17M", 8),
         ("v5e:2x2", "lm-17M", 16),
     ]
+
+
+def test_all_nets_are_compiled_unless_language_models_are_asked_for():
+    def nets(**options):
+        return {job.net for job in command.jobs(targets.tpu("v5e:2x2"), command.Options(**options))}
+
+    assert nets() == set(_nets.NAMES)
+    assert nets(lm=("17M",)) == {"lm-17M"}
