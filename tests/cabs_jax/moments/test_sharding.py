@@ -165,14 +165,12 @@ def test_the_zoo_on_every_mesh(name, way, mesh, options):
 
 @pytest.mark.slow
 def test_indices_made_in_the_loss_are_constants_on_an_explicit_mesh_too():
-    w = jax.random.normal(jax.random.key(0), (5, 6))
-
     def loss(w, x):
         heads = jnp.array([-1, 0, 3, -2])  # to be made positive first, on a mesh without devices
         return jnp.sum(jnp.tanh(x @ w[:, heads]))
 
-    batch = jax.random.normal(jax.random.key(1), (16, 5))
-    placed = place(mesh_of(AxisType.Explicit, (4, 2), ("data", "model")), w, batch)
+    w, batch = jax.random.normal(jax.random.key(0), (5, 6)), jnp.eye(16, 5)
+    placed = place(mesh_of(AxisType.Explicit, *TWO_AXES), w, batch)
     assert_close(jax.jit(gradient_moments(loss))(*placed), gradient_moments(loss)(w, batch))
 
 
