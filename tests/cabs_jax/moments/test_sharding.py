@@ -262,15 +262,15 @@ def test_no_more_is_sent_than_by_the_plain_gradient(name, kind):
     assert gathered == 0 or (name == "convolution_inside_cond_and_scan" and kind is AxisType.Auto)
 
 
-WITH_A_PENALTY = {"a_jitted_sum_that_also_returns_its_terms", "regularised"}
-
-
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_traffic_over_the_zoo(name, kind):
-    if name in WITH_A_PENALTY and kind is AxisType.Explicit:
+    penalised = {"a_jitted_sum_that_also_returns_its_terms", "regularised"}
+    if name in penalised and kind is AxisType.Explicit:
         pytest.skip("the gradient of a penalty is reduced on its own")
+    if kind is AxisType.Auto and name in {"fourier_convolution", *ABORTS}:
+        pytest.skip("XLA gathers what is transformed, or aborts")
     check_traffic(name, kind)
 
 
