@@ -91,7 +91,7 @@ def _shares(size: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The shares of two sizes in their sum; 0 and 0 where it is."""
     whole = (size + other).astype(jnp.float32)
     whole = jnp.where(whole == 0, 1, whole)
-    return size / whole, other / whole
+    return size.astype(jnp.float32) / whole, other.astype(jnp.float32) / whole
 
 
 def _weighted(p: jax.Array, q: jax.Array, a: PyTree, b: PyTree) -> PyTree:

@@ -8,8 +8,6 @@ import pytest
 
 import cabs_jax
 
-pytestmark = pytest.mark.exhaustive  # two minutes
-
 RULES = {
     "cabs": cabs_jax.rules.cabs(0.1),
     "expected_progress": cabs_jax.rules.expected_progress(0.1, lipschitz=1.0),
@@ -33,7 +31,13 @@ def strict(x64=False):
         yield
 
 
-@pytest.fixture(params=["float64", "float32", "bfloat16"])
+@pytest.fixture(
+    params=[
+        "float32",
+        pytest.param("float64", marks=pytest.mark.exhaustive),
+        pytest.param("bfloat16", marks=pytest.mark.exhaustive),
+    ]
+)
 def dtype(request):
     with strict(x64=request.param == "float64"):
         yield jnp.dtype(request.param)
@@ -50,6 +54,7 @@ def problem(dtype):
     return params, jax.random.normal(keys[1], (8, 5), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -70,6 +75,7 @@ def test_moments(options, dtype):
     assert moments.count.dtype == jnp.int32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_within_the_transformation(rule, dtype):
     params, _ = problem(dtype)
@@ -86,6 +92,7 @@ def as_strong(number):
     return jnp.asarray(number, jnp.int32 if isinstance(number, int) else jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_cabs_on_per_example_gradients(momentum, dtype):
     params, batch = problem(dtype)
@@ -98,6 +105,7 @@ def test_cabs_on_per_example_gradients(momentum, dtype):
     assert cabs_jax.batch_size(state).dtype == jnp.int32
 
 
+@pytest.mark.slow
 def test_on_device_loop(dtype):
     params, data = problem(dtype)
     tx = cabs_jax.cabs(0.1, min_batch_size=2, max_batch_size=8)

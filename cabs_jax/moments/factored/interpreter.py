@@ -183,6 +183,7 @@ def _new_slots(
     What comes back to them is pulled back through f, one example at a time, into the slots of the
     arguments w. Nothing goes to w itself: the gradient of the batch is the sum of these.
     """
+    sample = context.sample
     floating = [i for i, v in enumerate(equation.outvars) if jaxprs.carries_gradient(v)]
     avals = [equation.outvars[i].aval for i in floating]
     inner = {i: v.gradient_slots for i, v in enumerate(values) if v.gradient_slots is not None}
@@ -191,8 +192,8 @@ def _new_slots(
 
     @jax.custom_vjp
     def slots(arguments: dict[int, Any], others: dict[int, Any], inner: Any) -> list[Any]:
-        m = context.sample.examples
-        return [context.sample.zeros((m, *aval.shape), slot_dtype(aval.dtype)) for aval in avals]
+        m = sample.examples
+        return [sample.zeros((m, *aval.shape), slot_dtype(aval.dtype)) for aval in avals]
 
     def forward(arguments: Any, others: Any, inner: Any) -> tuple[list[Any], Any]:
         return slots(arguments, others, inner), (arguments, others)
@@ -201,7 +202,7 @@ def _new_slots(
         arguments, others = saved
         _, pull = jax.vjp(lambda w: jaxprs.floating_outputs(equation, w | others), arguments)
         cast = [c.astype(aval.dtype) for c, aval in zip(cotangents, avals, strict=True)]
-        (pulled,) = context.sample.target.vmap(pull)(cast)  # (m, *u.shape) to (m, *w.shape)
+        (pulled,) = sample.target.vmap(pull)(cast)  # (m, *u.shape) to (m, *w.shape)
         into_inner = {i: g.astype(slot_dtype(g.dtype)) for i, g in pulled.items()}
         return jax.tree.map(jnp.zeros_like, arguments), None, into_inner
 

@@ -112,9 +112,10 @@ Measure = Callable[[Sample, Rule, Residuals], tuple[jax.Array, PyTree]]
 
 def _by_rule(context: Context, number: int, site: Site, rule: Rule, values: list[Value]) -> Batched:
     """A site whose primitive has a rule, and so one parameter."""
-    parameter, place = values[rule.operand], rule.operand
+    # A derivative rule must keep no tracer, as slots are: of the context it knows the sample alone.
+    parameter, place, sample = values[rule.operand], rule.operand, context.sample
     assert isinstance(parameter, Shared)
-    others = [to_batched(context.sample, v).value for i, v in enumerate(values) if i != place]
+    others = [to_batched(sample, v).value for i, v in enumerate(values) if i != place]
     other = others[0] if len(others) == 1 else tuple(others)
     parameter, layout = whole_slots(parameter), parameter.layout
     measure, slot = _measure(context, number, site, parameter)
@@ -123,7 +124,7 @@ def _by_rule(context: Context, number: int, site: Site, rule: Rule, values: list
     def evaluate(w: jax.Array, x: PyTree) -> jax.Array:
         operands: list[Value] = [Batched(operand) for operand in jax.tree.leaves(x)]
         operands.insert(place, Shared(w))
-        (output,) = evaluate_batched(context.sample, site.equation, operands)
+        (output,) = evaluate_batched(sample, site.equation, operands)
         return jnp.asarray(output.value)
 
     @jax.custom_vjp
@@ -147,7 +148,7 @@ def _by_rule(context: Context, number: int, site: Site, rule: Rule, values: list
 
         of_batch = functools.partial(into_w, cotangent)
         at = Residuals(site.equation, w, x, cotangent, scale, of_batch)
-        gradient, statistic = measure(context.sample, rule, at)
+        gradient, statistic = measure(sample, rule, at)
         gradient = scattered(layout, gradient).astype(shard.dtype)
         if shares is None:
             return gradient, into_x, None, (statistic, None)
