@@ -268,7 +268,7 @@ def gradient_moments(
 
         sums, aux = over_blocks(
             of_block,
-            (batch if mask is None else _fill(batch, keep), keep, shares),
+            (batch if mask is None else split.fill_padding(batch, keep), keep, shares),
             split.block_size(size, method, microbatch_size, groups, axis_names, examples_per_loss),
             lanes=target.lanes,
             keep=None if mask is None or method == "between" else keep,
@@ -367,22 +367,6 @@ def _moments(
         mean = jax.tree.map(jnp.add, mean, total.shift)
     mean = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), mean, params)
     return GradientMoments(total.value, mean, spreads, count)
-
-
-def _fill(batch: PyTree, keep: jax.Array) -> PyTree:
-    """Overwrites padding with the first real example, so that it computes nothing unusual."""
-    place = jnp.arange(keep.shape[0])
-    first = place == jnp.min(jnp.where(keep, place, keep.shape[0]))
-
-    def filled(x: jax.Array) -> jax.Array:
-        if jnp.issubdtype(x.dtype, jax.dtypes.extended):
-            return x
-        shape = keep.shape + (1,) * (x.ndim - 1)
-        picked = jnp.where(first.reshape(shape), x, jnp.zeros((), x.dtype))
-        row = jnp.any(picked, 0) if x.dtype == jnp.bool_ else jnp.sum(picked, 0, dtype=x.dtype)
-        return jnp.where(keep.reshape(shape), x, row[None])
-
-    return jax.tree.map(filled, batch)
 
 
 def _of_one(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:

@@ -75,6 +75,8 @@ def per_example_gradient_norms(
             given: tuple[PyTree, list[jax.Array]], batch: PyTree, mask: jax.Array | None
         ) -> jax.Array:
             params, size = sharding.vary(given[0], axis_names), batch_size_of(batch)
+            if mask is not None:
+                batch = split.fill_padding(batch, jnp.asarray(mask))
             parameters.check_randomness(of_tree, parts, given[1], batch)
             of_example = parameters.of_parameters(of_tree, parts, given[1])
             sample = Sample(size, axis_names, target)
@@ -89,7 +91,6 @@ def per_example_gradient_norms(
                     spmd_axis_name=target.spmd_axis_name,
                 )
                 squares = jax.vmap(tree_squared_norm)(gradients_of(params, batch)[1])
-            # Each example has a square of its own, so that what padding holds reaches no other.
             return jnp.sqrt(squares if mask is None else jnp.where(mask, squares, 0))
 
         measure: Callable[..., Any] = on_shard

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from cabs_jax.statistics import Variance
+from cabs_jax.statistics import PyTree, Variance
 
 Method = Literal["auto", "factored", "per_example", "between"]
 _ONE_BATCH = "Inputs and targets are one batch: pass (params, (x, y)), not (params, x, y)."
@@ -116,3 +117,19 @@ def check_mask(mask: ArrayLike | None, size: int) -> None:
         raise ValueError(
             f"mask must have shape ({size},) like the batch, got {jnp.shape(mask)}. {_ONE_BATCH}"
         )
+
+
+def fill_padding(batch: PyTree, keep: jax.Array) -> PyTree:
+    """Overwrites padding with the first real example, so that it computes nothing unusual."""
+    place = jnp.arange(keep.shape[0])
+    first = place == jnp.min(jnp.where(keep, place, keep.shape[0]))
+
+    def filled(x: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+            return x
+        shape = keep.shape + (1,) * (x.ndim - 1)
+        picked = jnp.where(first.reshape(shape), x, jnp.zeros((), x.dtype))
+        row = jnp.any(picked, 0) if x.dtype == jnp.bool_ else jnp.sum(picked, 0, dtype=x.dtype)
+        return jnp.where(keep.reshape(shape), x, row[None])
+
+    return jax.tree.map(filled, batch)
