@@ -12,9 +12,9 @@ examples the next step needs. The rooms of the library, in the order of the data
   examples, each once per epoch.
 
 Beside them, `check_loss` says before the first step what is wrong with a loss, `merge_moments`
-accumulates, `scale_with_batch_size` lets the step follow the size, `CompiledStep` compiles the
-shapes that a growing batch will need before it needs them, and `on_device_loop` makes many steps
-without the host.
+accumulates, `scale_with_batch_size` lets the step follow the size and `scale_by_adam` what Adam
+remembers, `CompiledStep` compiles the shapes that a growing batch will need before it needs them,
+and `on_device_loop` makes many steps without the host.
 """
 
 from importlib import metadata as _metadata
@@ -35,7 +35,7 @@ from cabs_jax.moments import (
 )
 from cabs_jax.on_device import OnDeviceResult, StepMetrics, on_device_loop
 from cabs_jax.optimizers import cabs, cabs_adam
-from cabs_jax.scaling import scale_with_batch_size
+from cabs_jax.scaling import scale_by_adam, scale_with_batch_size
 from cabs_jax.state import (
     AdaptBatchSizeState,
     CoupledState,
@@ -76,6 +76,7 @@ __all__ = [
     "per_example_gradient_norms",
     "per_example_value_and_grad",
     "rules",
+    "scale_by_adam",
     "scale_with_batch_size",
 ]
 

@@ -15,6 +15,7 @@ from cabs_jax._arguments import check_number
 from cabs_jax.learning_rates import ScalarOrSchedule, at_step, check_learning_rate
 from cabs_jax.rounding import RoundTo
 from cabs_jax.rules import OptimalValue
+from cabs_jax.scaling import ScaleByAdamState, scale_by_adam
 from cabs_jax.sizing import BeyondMax, Sizing, held, select, sizing, unless_empty
 from cabs_jax.state import AdaptBatchSizeState, CoupledState
 from cabs_jax.statistics import PyTree, Variance, measured, tree_sum
@@ -180,6 +181,7 @@ def cabs_adam(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     *,
+    half_life: ArrayLike | None = None,
     weight_decay: ArrayLike = 0.0,
     min_batch_size: ArrayLike = 16,
     max_batch_size: ArrayLike = 2048,
@@ -234,6 +236,8 @@ def cabs_adam(
       b1: Decay of the average of the gradients, in [0, 1).
       b2: Decay of the average of their squares, in [0, 1).
       eps: Added to √v̂; at least 0.
+      half_life: In place of b2, the examples after which a square has half its weight, as in
+        `scale_by_adam`: the larger the batches, the sooner in steps; that needs `count`.
       weight_decay: Decoupled weight decay, at least 0, multiplied by α as in `optax.adamw`.
       min_batch_size: Smallest size, at least 1.
       max_batch_size: Largest size, at most 2**31 − 1.
@@ -296,21 +300,26 @@ def cabs_adam(
         round_to=round_to,
         beyond_max=beyond_max,
     )
-    direction = optax.chain(
-        optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(weight_decay)
+    adam = (
+        optax.scale_by_adam(b1, b2, eps) if half_life is None else scale_by_adam(half_life, b1, eps)
     )
+    direction = optax.chain(adam, optax.add_decayed_weights(weight_decay))
 
     def noise(variance: PyTree, before: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
         """Returns tr(AΣ̂)/α, A being that of the steps before, and whether there were any."""
         adam, _ = before
-        second_moment = optax.tree.bias_correction(
-            optax.tree.cast(adam.nu, jnp.float32), b2, jnp.maximum(adam.count, 1)
-        )
+        squares = optax.tree.cast(adam.nu, jnp.float32)
+        if isinstance(adam, ScaleByAdamState):
+            steps, weight = adam.step, jnp.where(adam.step > 0, adam.weight, 1)
+            second_moment = jax.tree.map(lambda v: v / weight, squares)
+        else:
+            steps = adam.count
+            second_moment = optax.tree.bias_correction(squares, b2, jnp.maximum(steps, 1))
 
         def divided(spread: jax.Array, v: jax.Array) -> jax.Array:
             return jnp.where(v > 0, spread / (jnp.sqrt(jnp.where(v > 0, v, 1)) + eps), 0)
 
-        return tree_sum(jax.tree.map(divided, variance, second_moment)), adam.count > 0
+        return tree_sum(jax.tree.map(divided, variance, second_moment)), steps > 0
 
     return _coupled(rule_to_size, direction, learning_rate, axis_name, "diagonal", noise)
 
@@ -334,6 +343,7 @@ def _coupled(
       noise: `(variance, state of direction before the step) -> (ξ, known)`; where ξ is not known
         the averages and the batch size stay as they are.
     """
+    direction = optax.with_extra_args_support(direction)
 
     def init(params: PyTree) -> CoupledState:
         return CoupledState(rule_to_size.initial_state(), direction.init(params))
@@ -349,7 +359,9 @@ def _coupled(
         xi, known = noise(covariance, state.direction)
         adapted = rule_to_size.advance(state.adapt, moments, xi)
         adapted = select(jnp.asarray(known), adapted, held(state.adapt, adapted))
-        directed, direction_state = direction.update(moments.mean, state.direction, params)
+        directed, direction_state = direction.update(
+            moments.mean, state.direction, params, count=moments.count
+        )
         scaled = _scaled(directed, _step_size(learning_rate, rule_to_size, state.adapt))
         return unless_empty(moments.count, scaled, CoupledState(adapted, direction_state), state)
 
