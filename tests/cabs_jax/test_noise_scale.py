@@ -28,7 +28,7 @@ def measured(seed, steps, size, mean):
     [
         (60, 8, 1.0),
         pytest.param(20, 32, 0.2, marks=pytest.mark.slow),
-        pytest.param(300, 4, 0.5, marks=pytest.mark.slow),
+        pytest.param(300, 4, 0.5, marks=pytest.mark.exhaustive),
     ],
 )
 def test_nine_of_ten_intervals_hold_the_noise_scale(steps, size, mean):

@@ -131,7 +131,7 @@ SEESAW = adapt_batch_size(rules.seesaw(HALVINGS, SIZE), min_batch_size=SIZE)
 HALVED_STEPS = 100 + 75 // 2 + (STEPS - 175) // 4
 
 
-@pytest.mark.slow  # trains three times
+@pytest.mark.exhaustive  # trains three times, as Adam does below
 def test_gradient_descent_with_seesaw_ends_where_the_decay_it_replaces_does():
     decay, steps = noisy_regression(optax.sgd(decayed(0.1)), adaptive_size=False)
     seesaw, fewer = noisy_regression(optax.chain(SEESAW, optax.sgd(0.1)), adaptive_size=True)

@@ -75,7 +75,7 @@ def test_moments(options, dtype):
     assert moments.count.dtype == jnp.int32
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_within_the_transformation(rule, dtype):
     params, _ = problem(dtype)
@@ -92,7 +92,7 @@ def as_strong(number):
     return jnp.asarray(number, jnp.int32 if isinstance(number, int) else jnp.float32)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_cabs_on_per_example_gradients(momentum, dtype):
     params, batch = problem(dtype)

@@ -55,7 +55,7 @@ def test_branches_of_a_run_are_compared_with_the_first(runs, tmp_path, capsys):
     ("method", "kind"),
     [
         pytest.param("constant_momentum", optax.TraceState, marks=pytest.mark.exhaustive),
-        ("cabs_momentum", optax.TraceState),
+        pytest.param("cabs_momentum", optax.TraceState, marks=pytest.mark.exhaustive),
         ("cabs_adam", optax.ScaleByAdamState),
     ],
 )

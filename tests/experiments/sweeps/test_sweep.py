@@ -215,5 +215,6 @@ def test_the_committed_plans_can_be_read():
     assert texts
     for text in texts:
         assert plan.parse(text).runs
-    for compact in (folder.parent / "results").rglob("*.jsonl"):
+    compacts = (folder.parent / "results").rglob("*.jsonl")
+    for compact in (path for path in compacts if path.parent.name != "digits"):  # of no sweep
         assert json.loads(compact.read_text().splitlines()[0])["plan"] in texts

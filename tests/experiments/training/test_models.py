@@ -267,7 +267,7 @@ def test_the_decoder_sees_no_byte_that_comes_later():
     assert (np.abs(before[4:] - after[4:]).max(1) > 1e-4).all()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # the zoo has nets of its parts
 def test_the_moments_of_the_decoder_are_those_of_its_per_example_gradients():
     model, inputs = small_decoder(), some_images(5, (6,))
     batch = {"input": inputs, "label": np.roll(inputs, -1, 1).astype(np.int32)}
