@@ -105,7 +105,7 @@ def test_cabs_on_per_example_gradients(momentum, dtype):
     assert cabs_jax.batch_size(state).dtype == jnp.int32
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_on_device_loop(dtype):
     params, data = problem(dtype)
     tx = cabs_jax.cabs(0.1, min_batch_size=2, max_batch_size=8)

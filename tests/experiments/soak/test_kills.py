@@ -9,7 +9,7 @@ STEPS = 40
 OPTIONS = {"steps": STEPS, "width": 0.1, "learning_rate": 1.0, "lag": 1}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # what the soak does all along
 def test_a_run_that_is_killed_at_random_moments_writes_what_a_whole_one_does(
     tmp_path, compilation_cache
 ):
@@ -24,7 +24,7 @@ def test_a_run_that_is_killed_at_random_moments_writes_what_a_whole_one_does(
     assert kills.untimed(out) == kills.untimed(tmp_path / "whole")
 
 
-@pytest.mark.exhaustive  # what the soak does all along
+@pytest.mark.exhaustive
 def test_a_run_that_is_suspended_and_requeued_has_one_writer(tmp_path, compilation_cache):
     settings = {**compilation_cache, "jax_platforms": "cpu"}
     dice, out = random.Random(3), tmp_path / "killed"

@@ -17,6 +17,7 @@ def choices(loss, params, batch, variance="trace"):
     return choose(program, len(jax.tree.leaves(params)), variance)
 
 
+@pytest.mark.slow  # together
 @pytest.mark.parametrize("name", ZOO)
 def test_only_parameters_named_so_are_held_for_every_example(name):
     case = ZOO[name]()
