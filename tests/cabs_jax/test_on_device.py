@@ -46,6 +46,7 @@ def on_host(num_steps, **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"seed": 3}, {"shuffle": False}])
 def test_sizes_losses_and_parameters_are_those_of_the_host_loop(options):
     params, state, position, (sizes, values, variances) = on_host(60, **options)

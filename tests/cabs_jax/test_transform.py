@@ -274,6 +274,7 @@ def test_one_compilation_for_all_values():
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 @pytest.mark.parametrize("mean_loss", [False, True])
 def test_axis_name_averages_over_the_shards(axis_type, mean_loss):

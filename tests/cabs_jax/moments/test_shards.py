@@ -121,6 +121,7 @@ def measured(kind, loss=loss_fn, specs=SPECS, params=NET, keep=None, weights=Non
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_the_kinds_of_variance_with_a_mask(variance):
     keep = np.arange(EXAMPLES_OF_NET) % 5 != 1

@@ -31,6 +31,7 @@ def test_a_text_that_is_too_short_is_told(tmp_path):
         datasets.load(path)
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_a_text_of_millions_of_bytes():
     loaded = datasets.load("python")
     assert loaded.train["input"].size > 3_000_000

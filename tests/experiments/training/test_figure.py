@@ -58,6 +58,7 @@ def test_names_of_runs_are_drawn_whatever_they_are(tmp_path, first):
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", hostile.NAMES)
 def test_titles_are_drawn_whatever_they_are(name):
     drawing, png = figure.blank(2, 1), io.BytesIO()

@@ -250,6 +250,7 @@ def small_decoder():
     return models.build("decoder", (6,), 256, width=0.05)
 
 
+@pytest.mark.slow
 def test_the_decoder_has_five_million_parameters_and_starts_knowing_nothing():
     params = parameter_shapes("decoder", (128,), 256)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 4_837_376
