@@ -15,7 +15,7 @@ from cabs_jax._arguments import check_number
 from cabs_jax.learning_rates import ScalarOrSchedule, at_step, check_learning_rate
 from cabs_jax.rounding import RoundTo
 from cabs_jax.rules import OptimalValue
-from cabs_jax.scaling import ScaleByAdamState, scale_by_adam
+from cabs_jax.scaling import scale_by_adam
 from cabs_jax.sizing import BeyondMax, Sizing, held, select, sizing, unless_empty
 from cabs_jax.state import AdaptBatchSizeState, CoupledState
 from cabs_jax.statistics import PyTree, Variance, measured, tree_sum
@@ -308,18 +308,20 @@ def cabs_adam(
     def noise(variance: PyTree, before: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
         """Returns tr(AΣ̂)/α, A being that of the steps before, and whether there were any."""
         adam, _ = before
-        squares = optax.tree.cast(adam.nu, jnp.float32)
-        if isinstance(adam, ScaleByAdamState):
-            steps, weight = adam.step, jnp.where(adam.step > 0, adam.weight, 1)
-            second_moment = jax.tree.map(lambda v: v / weight, squares)
+        # The number of steps before, and what the weights of their squares add up to.
+        if half_life is None:
+            steps, weight = adam.count, 1 - b2**adam.count
         else:
-            steps = adam.count
-            second_moment = optax.tree.bias_correction(squares, b2, jnp.maximum(steps, 1))
+            steps, weight = adam.step, adam.weight
+        known = steps > 0
+        second_moment = jax.tree.map(
+            lambda v: v.astype(jnp.float32) / jnp.where(known, weight, 1), adam.nu
+        )
 
         def divided(spread: jax.Array, v: jax.Array) -> jax.Array:
             return jnp.where(v > 0, spread / (jnp.sqrt(jnp.where(v > 0, v, 1)) + eps), 0)
 
-        return tree_sum(jax.tree.map(divided, variance, second_moment)), steps > 0
+        return tree_sum(jax.tree.map(divided, variance, second_moment)), known
 
     return _coupled(rule_to_size, direction, learning_rate, axis_name, "diagonal", noise)
 
