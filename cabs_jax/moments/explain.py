@@ -14,7 +14,14 @@ from cabs_jax.moments.factored.choice import Mode, choose
 from cabs_jax.moments.factored.program import shifting, trace_program
 from cabs_jax.moments.gradient_moments import gradient_moments
 from cabs_jax.moments.per_example import loss_and_aux
-from cabs_jax.moments.target import Platform, Target, check_platform, platform_named
+from cabs_jax.moments.target import (
+    Kernels,
+    Platform,
+    Target,
+    check_platform,
+    platform_named,
+    with_kernels,
+)
 from cabs_jax.statistics import PyTree, Variance
 
 
@@ -25,11 +32,11 @@ class Explanation(NamedTuple):
       parameter: Path of the parameter in the tree.
       shape: Its shape.
       primitives: Primitives in which it meets the example.
-      form: "one position", "Gram" or "direct" (see `cost`); "rows" where it is looked up once;
-        "small" where its gradient, no larger than what it acts on (a bias, a scale), is held for
-        every example; "per example" where a large one is; "mean only" where it only adds the same
-        to the loss of every example, as a penalty does; "no gradient" where it is used and nothing
-        comes back to it; "unused" where it is not.
+      form: "one position", "Gram" or "direct" (see `cost`); "kernel" where one makes both the norm
+        and the mean; "rows" where it is looked up once; "small" where its gradient, no larger than
+        what it acts on (a bias, a scale), is held for every example; "per example" where a large
+        one is; "mean only" where it only adds the same to the loss of every example, as a penalty
+        does; "no gradient" where it is used and nothing comes back to it; "unused" where it is not.
       extra_flops: Operations per example on top of the plain gradient's, by shapes: two for a
         product in a contraction, one for any other number.
       relative_flops: The same as a fraction of what the plain gradient spends on this parameter,
@@ -57,6 +64,7 @@ def explain(
     variance: Variance = "trace",
     has_aux: bool = False,
     platform: Platform | None = None,
+    kernels: Kernels = False,
 ) -> tuple[Explanation, ...]:
     """Prints, for every parameter, how `gradient_moments` measures it and what that costs.
 
@@ -70,13 +78,14 @@ def explain(
       variance: "trace", "by_parameter" or "diagonal".
       has_aux: Whether `loss_fn` returns auxiliary data.
       platform: What is compiled for, "cpu", "gpu" or "tpu"; by default JAX's default backend.
+      kernels: Whether kernels are used where there are some, as in `gradient_moments`.
 
     Returns:
       The rows of the table.
 
     Raises:
       TypeError: If the loss is not a scalar, or a parameter is complex.
-      ValueError: If `variance` is none of these, or the platform unknown.
+      ValueError: If `variance` is none of these, the platform unknown, or without kernels.
       Exception: Whatever `gradient_moments` raises, as where the loss cannot be vmapped.
 
     Example:
@@ -93,7 +102,7 @@ def explain(
     """
     split.check_options("factored", variance, None, None)
     check_platform(platform)
-    target = Target(platform or platform_named(jax.default_backend()))
+    target = with_kernels(Target(platform or platform_named(jax.default_backend())), kernels)
     parts = parameters.split(params)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), example)
 
@@ -103,7 +112,9 @@ def explain(
         return loss(given[0], example)
 
     def moments(given: tuple[PyTree, list[jax.Array]], batch: PyTree) -> Any:
-        measure = gradient_moments(loss_fn, variance=variance, has_aux=has_aux, platform=platform)
+        measure = gradient_moments(
+            loss_fn, variance=variance, has_aux=has_aux, platform=platform, kernels=kernels
+        )
         return measure(parts.rebuild(*given), batch)
 
     given = parts.parameters, parts.arrays

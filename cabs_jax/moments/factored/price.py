@@ -23,7 +23,7 @@ from cabs_jax.moments.factored.program import (
     SortedJaxpr,
     Step,
 )
-from cabs_jax.moments.factored.site_vjps import is_direct
+from cabs_jax.moments.factored.site_vjps import is_by_kernel, is_direct
 from cabs_jax.moments.target import Target
 from cabs_jax.statistics import Variance
 
@@ -103,6 +103,8 @@ def _in_place(use: Use, variance: Variance, target: Target) -> Price:
     if variance != "diagonal" and not weighted and direct | rule.one_hot:
         direct = not rule.apart and is_direct(use.site.equation, rule, target)
     memory = cost.norm_bytes(sizes, direct=direct)
+    if variance != "diagonal" and not weighted and is_by_kernel(use.site.equation, rule, target):
+        return Price(("kernel",), 3 * groups * p * q, 0, 0)
     if direct:  # squares, their sum, and that of the gradients; products with padding
         padding = 0
         if jaxprs.name(use.site.equation) == "conv_general_dilated":

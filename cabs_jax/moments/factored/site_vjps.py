@@ -215,9 +215,8 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
     """Norms of gradients whose entries are those of the parameters' gradients."""
     if rule.apart:
         return at.into_w(), outer_products.one_hot_norms(rule.factors(*at.operands), True)
-    if found := _by_kernel(sample, rule, at):
-        total, norms = found
-        return at.assembled(rule, (total,)), norms
+    if is_by_kernel(at.equation, rule, sample.target):
+        return _by_kernel(sample, rule, at)
     sizes, alike = rule.sizes(), _rounds_alike(at.equation, sample.target)
     direct = is_direct(at.equation, rule, sample.target)
 
@@ -249,14 +248,13 @@ def _in_cache(
     return (at.assembled(rule, total) if direct else at.into_w()), norms
 
 
-def _by_kernel(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array] | None:
-    """The sum of the examples' gradients and their norms, where a kernel makes both."""
-    if not sample.target.kernels:
-        return None
-    from cabs_jax.moments.factored import kernels  # takes seconds to load, and few need it
+def _by_kernel(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
+    """Gradient of the batch and norms where a kernel makes both."""
+    from cabs_jax.moments.factored import kernels
 
     precision = outer_products.model_precision(at.equation)
-    return kernels.measured(at.equation, rule, *at.operands, precision, sample.target)
+    total, norms = kernels.measured(at.equation, rule, *at.operands, precision, sample.target)
+    return at.assembled(rule, (total,)), norms
 
 
 def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
@@ -279,6 +277,15 @@ def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
     (total, squares), _ = sum_in_cache(block, at.operands, needed, sample.target)
     squares = rule.assemble(jnp.concatenate(squares, axis=-2), at.w.shape)
     return at.assembled(rule, total), squares
+
+
+def is_by_kernel(equation: jaxprs.Equation, rule: Rule, target: Target) -> bool:
+    """Whether a kernel makes both the gradient of the batch and the norms at a site."""
+    if not target.kernels:
+        return False
+    from cabs_jax.moments.factored import kernels  # takes seconds to load, and few need it
+
+    return kernels.covered(equation, rule)
 
 
 def is_direct(equation: jaxprs.Equation, rule: Rule, target: Target) -> bool:

@@ -17,6 +17,24 @@ from cabs_jax.moments.factored.kernels.filters import covers, filter_gradient
 from cabs_jax.moments.factored.primitives import Rule
 from cabs_jax.moments.target import Target
 
+DTYPES = ("float32", "bfloat16")
+
+
+def covered(equation: jaxprs.Equation, rule: Rule) -> bool:
+    """Whether a kernel covers a site, and no other form is cheaper.
+
+    Args:
+      equation: The site's.
+      rule: Its rule.
+    """
+    others = [v.aval.dtype for i, v in enumerate(equation.invars) if i != rule.operand]
+    dtypes = [*others, equation.outvars[0].aval.dtype]
+    if rule.one_hot or not all(dtype in DTYPES for dtype in dtypes):
+        return False
+    if jaxprs.name(equation) == "conv_general_dilated":
+        return covers(equation)
+    return cost.prefers_kernel(rule.sizes())
+
 
 def measured(
     equation: jaxprs.Equation,
@@ -25,11 +43,11 @@ def measured(
     cotangent: jax.Array,
     precision: lax.Precision | None,
     target: Target,
-) -> tuple[jax.Array, jax.Array] | None:
+) -> tuple[jax.Array, jax.Array]:
     """The sum of the examples' gradients (groups, p, q), and their squared norms (examples,).
 
     Args:
-      equation: A site's.
+      equation: That of a site which is covered.
       rule: Its rule.
       x: The other operand, with a leading axis of examples.
       cotangent: The cotangents of the output, likewise.
@@ -37,20 +55,13 @@ def measured(
       target: The machine.
 
     Returns:
-      Both in float32; None where no kernel covers the site, or another form is cheaper.
+      Both in float32.
     """
-    dtypes = [x.dtype, cotangent.dtype]
-    if rule.one_hot or not all(dtype in ("float32", "bfloat16") for dtype in dtypes):
-        return None
-    if dtypes == ["bfloat16", "bfloat16"]:
+    if x.dtype == cotangent.dtype == "bfloat16":
         precision = None  # the products of such numbers are exact
     elif precision is lax.Precision.HIGH:  # which no kernel has
         precision = lax.Precision.HIGHEST
     interpret = target.kernels == "interpret"
     if jaxprs.name(equation) == "conv_general_dilated":
-        if not covers(equation):
-            return None
         return filter_gradient(equation, x, cotangent, precision, interpret)
-    if not cost.prefers_kernel(rule.sizes()):
-        return None
     return weight_gradient(*rule.factors(x, cotangent), precision, interpret)

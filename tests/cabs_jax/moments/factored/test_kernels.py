@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from cabs_jax import gradient_moments
+from cabs_jax import explain, gradient_moments
 from cabs_jax.moments.factored import cost, kernels
 from cabs_jax.moments.factored.kernels import dense
 from cabs_jax.moments.factored.primitives import find_rule
@@ -122,7 +122,8 @@ def test_other_convolutions_are_measured_without_a_kernel(options):
     channels = 2 // options.get("feature_group_count", 1)
     x, w = jnp.zeros((1, 2, 4, 4)), jnp.zeros((2, channels, 3, 3))
     jaxpr = jax.make_jaxpr(lambda x, w: lax.conv_general_dilated(x, w, **options))(x, w)
-    assert not kernels.covers(jaxpr.eqns[0])
+    (equation,) = jaxpr.eqns
+    assert not kernels.covered(equation, find_rule(equation, 1))
 
 
 def two_layers(params, example):
@@ -154,6 +155,18 @@ def test_kernels_are_what_measures_the_sites_they_cover():
     assert "name=weight_gradient" in text
     without = jax.make_jaxpr(gradient_moments(two_layers, platform="tpu"))(PARAMS, BATCH)
     assert "pallas_call" not in str(without)
+
+
+def test_the_table_of_prices_names_them():
+    def forms(**options):
+        rows = explain(two_layers, PARAMS, jax.tree.map(lambda x: x[0], BATCH), **options)
+        return {row.form for row in rows}
+
+    assert forms(platform="tpu", kernels=True) == {"kernel"}
+    assert "kernel" not in forms(platform="tpu")
+    assert "kernel" not in forms(platform="tpu", kernels=True, variance="diagonal")
+    with pytest.raises(ValueError, match="for TPUs"):
+        forms(kernels=True)
 
 
 @pytest.mark.slow
