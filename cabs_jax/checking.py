@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cabs_jax.moments import parameters, per_example_value_and_grad
+from cabs_jax.moments import parameters, per_example_value_and_grad, sharding
 from cabs_jax.moments.jaxprs import name, subjaxprs
 from cabs_jax.moments.parameters import of_parameters
 from cabs_jax.moments.per_example import batch_size_of
@@ -62,6 +62,10 @@ def check_loss(
       ...     batch_loss=lambda w, rows: jnp.mean(jnp.sum((w[None] - rows) ** 2, axis=1)))
     """
     size, parts = batch_size_of(batch), parameters.split(params)
+    # Where shardings are visible, a loss of one example need not know how to index split arrays.
+    axis_names = sharding.explicit_batch_axes(batch)[1]
+    trained, arrays, batch = sharding.gathered((parts.parameters, parts.arrays, batch), axis_names)
+    params = parts.rebuild(trained, arrays)
     losses, grads = jax.jit(per_example_value_and_grad(loss_fn))(params, batch, rng=rng)
     moments = moments_from_per_example(losses, grads)
     low_precision = losses.dtype.itemsize < 4
@@ -79,7 +83,7 @@ def check_loss(
     if not jnp.isfinite(tree_squared_norm(grads)):
         raise ValueError("the losses are finite, but some of their gradients are not.")
     loss_of_tree = loss_fn if rng is None else with_key(loss_fn)
-    of_example = of_parameters(loss_of_tree, parts, parts.arrays)
+    of_example = of_parameters(loss_of_tree, parts, arrays)
 
     def all_losses(params: PyTree, batch: PyTree) -> Any:
         if rng is not None:
@@ -87,13 +91,13 @@ def check_loss(
             batch = batch, keys_of_examples(rng, keep, ())
         return jax.vmap(of_example, (None, 0))(params, batch)
 
-    _check_state(all_losses, parts.parameters, batch)
-    _check_randomness(all_losses, parts.parameters, batch)
+    _check_state(all_losses, trained, batch)
+    _check_randomness(all_losses, trained, batch)
     if batch_loss is not None:
         coarse = low_precision or any(x.dtype.itemsize < 4 for x in jax.tree.leaves(grads))
         tolerance = 0.03 if coarse else 1e-3
-        of_batch = of_parameters(batch_loss, parts, parts.arrays)
-        _compare(of_batch, parts.parameters, batch, moments.value, moments.mean, size, tolerance)
+        of_batch = of_parameters(batch_loss, parts, arrays)
+        _compare(of_batch, trained, batch, moments.value, moments.mean, size, tolerance)
 
 
 def _check_state(losses: Callable[..., Any], params: PyTree, batch: PyTree) -> None:

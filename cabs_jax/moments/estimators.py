@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cabs_jax.moments import split
-from cabs_jax.moments.factored.batch_sums import batch_sums
+from cabs_jax.moments.factored.batch_sums import batch_losses, batch_sums
 from cabs_jax.moments.factored.values import Sample
 from cabs_jax.moments.parameters import LossAndAux
 from cabs_jax.moments.per_example import batch_size_of, per_example_value_and_grad
@@ -91,6 +91,16 @@ class Task(NamedTuple):
     weighted: bool = False
     coupled: bool = False
     layouts: Layouts = ()
+
+
+def averaged_losses(
+    task: Task, averaged_params: PyTree, batch: PyTree, keep: jax.Array, layouts: Layouts
+) -> jax.Array:
+    """Losses (m,) of averaged parameters, which may lie on the devices in their own way."""
+    if not any(layouts):
+        return losses_of(task, averaged_params, batch)[0]
+    sample = Sample(keep.shape[0], task.axis_names, task.target)
+    return batch_losses(task.loss_fn, averaged_params, batch, sample, layouts)
 
 
 def losses_of(task: Task, params: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:

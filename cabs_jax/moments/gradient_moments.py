@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from cabs_jax.moments import estimators, parameters, sharding, shards, split
 from cabs_jax.moments.blocks import over_blocks
-from cabs_jax.moments.estimators import ESTIMATORS, Sums, Task, kept_sum, losses_of, times
+from cabs_jax.moments.estimators import ESTIMATORS, Sums, Task, averaged_losses, kept_sum, times
 from cabs_jax.moments.parameters import LossAndAux
 from cabs_jax.moments.per_example import (
     batch_size_of,
@@ -159,8 +159,8 @@ def gradient_moments(
         `PartitionSpec` for all, or a tree of them that is a prefix of `params`; read off the arrays
         where these axes are Explicit. Such parameters are gathered where they are used, those of a
         `scan` layer by layer, in the dtype that the loss casts them to; each device is left with
-        its part of the mean and of a diagonal variance, added up in float32. For "factored"; other
-        methods, and `averaged_params`, gather all at the start.
+        its part of the mean and of a diagonal variance, added up in float32. `averaged_params` are
+        taken to be split likewise. For "factored"; other methods gather all at the start.
       spmd_axis_name: Auto mesh axis or axes that split the batch, as in `jax.vmap`: the work is
         left to the compiler, which is told to keep the examples where they are, and gathers
         parameters that are split over the same axis (FSDP) where they are used.
@@ -224,6 +224,7 @@ def gradient_moments(
         target: Target,
         parts: parameters.Split,
         layouts: Layouts,
+        averaged_layouts: Layouts,
         given: tuple[PyTree, PyTree, jax.Array | None, list[jax.Array]],
         batch: PyTree,
         mask: jax.Array | None,
@@ -263,7 +264,7 @@ def gradient_moments(
             if averaged_params is None:
                 return (of_params, None), rows
             batch, keep, shares = examples
-            losses, _ = losses_of(task, averaged_params, batch)
+            losses = averaged_losses(task, averaged_params, batch, keep, averaged_layouts)
             return (of_params, kept_sum(times(losses, shares), keep)), rows
 
         sums, aux = over_blocks(
@@ -307,13 +308,20 @@ def gradient_moments(
         target = sharding.target(platform, mesh_used, axis_names, spmd_axis_name, (batch, given))
         target = with_kernels(target, kernels)
         late = mesh_used is not None and method in {"auto", "factored"}
-        specs = shards.read(param_specs, parts.parameters, axis_names) if late else None
-        layouts = shards.layouts_of(specs, parts.parameters)
+        specs, averaged_specs = (
+            shards.read(param_specs, tree, axis_names) if late and tree is not None else None
+            for tree in given[:2]
+        )
         measure: Callable[..., Any] = functools.partial(
-            on_shard, axis_names, target, parts, layouts
+            on_shard,
+            axis_names,
+            target,
+            parts,
+            shards.layouts_of(specs, parts.parameters),
+            shards.layouts_of(averaged_specs, averaged_params),
         )
         if mesh_used is not None:
-            ins, outs = shards.specs_for(specs, variance, weights is not None)
+            ins, outs = shards.specs_for(specs, averaged_specs, variance, weights is not None)
             measure = sharding.per_shard(measure, mesh_used, axis_names, outs, ins)
         moments, aux = measure(given, batch, mask, weights)
         return (moments, aux) if has_aux else moments

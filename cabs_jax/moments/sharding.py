@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cabs_jax.moments import jaxprs
@@ -167,7 +167,11 @@ def per_shard(
     def spec(said: str | P) -> Any:
         return split if said == SPLIT else P() if said == WHOLE else said
 
+    def needed(said: str | P, tree: PyTree) -> PyTree:
+        return gathered(tree, axis_names) if said == WHOLE else tree
+
     def wrapped(params: PyTree, *batches: PyTree) -> PyTree:
+        params = jax.tree.map(needed, params_specs, params)
         mapped = jax.shard_map(
             function,
             mesh=mesh,
@@ -180,3 +184,19 @@ def per_shard(
         return jax.jit(mapped)(params, *batches)
 
     return wrapped
+
+
+def gathered(tree: PyTree, axis_names: tuple[str, ...]) -> PyTree:
+    """Gathers what is split over Explicit axes; over Auto ones JAX does so where it needs to."""
+
+    def whole(x: jax.Array) -> jax.Array:
+        shown = jax.typeof(x).sharding
+        split = [as_axis_names(entry) for entry in shown.spec]
+        left = [tuple(name for name in names if name not in axis_names) for names in split]
+        if left == split:
+            return x
+        spec = P(*(names or None for names in left))
+        moved: jax.Array = jax.sharding.reshard(x, NamedSharding(shown.mesh, spec))
+        return moved
+
+    return jax.tree.map(whole, tree)

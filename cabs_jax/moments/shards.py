@@ -145,18 +145,21 @@ def layouts_of(specs: PyTree, params: PyTree) -> Layouts:
     return tuple(Layout(names, dtype) if any(names) else None for names, dtype in axes)
 
 
-def specs_for(specs: PyTree, variance: Variance, weighted: bool) -> tuple[PyTree, PyTree]:
-    """Specs for `per_shard`, of the operands and of (moments, aux).
+def specs_for(
+    specs: PyTree, averaged_specs: PyTree, variance: Variance, weighted: bool
+) -> tuple[PyTree, PyTree]:
+    """Specs for `per_shard`, of (params, averaged_params, rng, arrays) and of (moments, aux).
 
     The mean, and a diagonal variance, are split like the parameters.
     """
-    if specs is None:
-        return WHOLE, (WHOLE, SPLIT)
     one: Any = WHOLE
+    ins = (*(one if s is None else s for s in (specs, averaged_specs)), one, one)
+    if specs is None:
+        return ins, (WHOLE, SPLIT)
     spread = specs if variance == "diagonal" else one
     weights = WeightSums(one, one, specs) if weighted else None
     moments = GradientMoments(one, specs, spread, one, one, weights)
-    return (specs, one, one, one), (moments, SPLIT)
+    return ins, (moments, SPLIT)
 
 
 def _names(entry: Any) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from cabs_jax.moments.factored.choice import Choice, Mode, choose
 from cabs_jax.moments.factored.collected import empty_factors, norms_of_sums
 from cabs_jax.moments.factored.outer_products import HIGHEST
 from cabs_jax.moments.factored.primitives import Factors
-from cabs_jax.moments.factored.program import trace_program
+from cabs_jax.moments.factored.program import Program, trace_program
 from cabs_jax.moments.factored.shift import shift_gradient
 from cabs_jax.moments.factored.values import Batched, Context, Sample, Shared, Value, to_batched
 from cabs_jax.moments.shards import Layout, Layouts, gathered, scattered
@@ -95,12 +95,8 @@ def batch_sums(
       twice: Whether Σ_i w_i² g_i is asked for too.
       layouts: How each parameter lies on the devices; by default all are whole.
     """
-    treedef: Any  # its stub has no methods
-    parts, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
-    layouts = layouts or (None,) * len(parts)
-    # Of those that are gathered here, little but their shapes is used.
-    leaves = [gathered(layout, part) for layout, part in zip(layouts, parts, strict=True)]
-    program = trace_program(loss_fn, treedef.unflatten(leaves), batch)
+    layouts = layouts or (None,) * len(jax.tree.leaves(params))
+    program, parts, leaves, treedef = _trace(loss_fn, params, batch, layouts)
     choices = choose(program, len(leaves), variance)
     batched = [Batched(jnp.asarray(x)) for x in jax.tree.leaves(batch)]
     # Cotangents have the dtype of what they belong to, and those of parts are sums over devices.
@@ -154,6 +150,37 @@ def batch_sums(
     gradient = treedef.unflatten(_or_zeros(gradients, parts))
     again = treedef.unflatten(_or_zeros(second, parts)) if twice else ()
     return BatchSums(losses, gradient, again, squares, shift, aux)
+
+
+def batch_losses(
+    loss_fn: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]],
+    params: PyTree,
+    batch: PyTree,
+    sample: Sample,
+    layouts: Layouts,
+) -> jax.Array:
+    """Losses (m,) of the examples, parts of parameters being gathered where they are used."""
+    program, parts, _, _ = _trace(loss_fn, params, batch, layouts)
+    shared = [Shared(part, layout=lay) for part, lay in zip(parts, layouts, strict=True)]
+    batched = [Batched(jnp.asarray(x)) for x in jax.tree.leaves(batch)]
+    unmeasured = Context(program, (), "trace", sample, {}, {})
+    loss, *_ = interpreter.run(unmeasured, program.body, [*shared, *batched])
+    losses: jax.Array = to_batched(sample, loss).value
+    return losses
+
+
+def _trace(
+    loss_fn: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]],
+    params: PyTree,
+    batch: PyTree,
+    layouts: Layouts,
+) -> tuple[Program, list[jax.Array], list[jax.Array], Any]:
+    """The sorted loss, the parts of its parameters, these gathered, and their tree."""
+    treedef: Any  # its stub has no methods
+    parts, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
+    # Of those that are gathered here, little but their shapes is used.
+    leaves = [gathered(layout, part) for layout, part in zip(layouts, parts, strict=True)]
+    return trace_program(loss_fn, treedef.unflatten(leaves), batch), parts, leaves, treedef
 
 
 def _shared(leaf: jax.Array, slots: Slots, i: int, layout: Layout | None) -> Shared:

@@ -56,7 +56,7 @@ def run(context: Context, body: SortedJaxpr, inputs: Sequence[Value]) -> list[Va
 
 def _evaluate(context: Context, step: Step, values: list[Value]) -> Sequence[Value]:
     equation, inner = step.equation, step.inner
-    if step.kind is Kind.SITE:
+    if step.kind is Kind.SITE and context.choices:
         return evaluate_site(context, step.site, values)
     if inner is not None and step.kind is Kind.CALL:
         return run(context, inner, values)

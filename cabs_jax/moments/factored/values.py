@@ -84,7 +84,7 @@ class Context(NamedTuple):
 
     Attributes:
       program: The sorted loss.
-      choices: How each parameter is measured.
+      choices: How each parameter is measured; () where nothing is.
       variance: "trace", "by_parameter" or "diagonal".
       sample: The examples.
       norms: Slots for squared norms, shape (m,), by parameter.

@@ -9,7 +9,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cabs_jax import gradient_moments
+from cabs_jax import (
+    check_loss,
+    gradient_moments,
+    per_example_gradient_norms,
+    per_example_value_and_grad,
+)
 from experiments.benchmarks._collectives import collectives
 from tests.cabs_jax.moments.oracle import assert_close, expected, moments, per_example_of
 from tests.cabs_jax.moments.zoo import EACH, EXAMPLES, ZOO
@@ -173,6 +178,60 @@ def test_half_precision_parameters_are_added_up_in_single():
     alone = jax.jit(gradient_moments(loss_fn))(half, TOKENS)
     assert {leaf.dtype for leaf in jax.tree.leaves(found.mean)} == {jnp.dtype(jnp.bfloat16)}
     np.testing.assert_allclose(found.variance, alone.variance, rtol=0.02)
+
+
+def mean_loss(params, batch):
+    params, batch = jax.tree.map(jnp.asarray, (params, batch))
+    return jnp.mean(jax.vmap(loss_fn, (None, 0))(params, batch))
+
+
+@KINDS
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"microbatch_size": 1}], ids=["at once", "microbatches"])
+def test_averaged_weights_are_gathered_where_they_are_used(kind, options):
+    mesh, averaged = mesh_of(kind), jax.tree.map(lambda x: 2 * x, NET)
+    params, batch = place(mesh, NET, SPECS, TOKENS)
+    placed, _ = place(mesh, averaged, SPECS, TOKENS)
+    moments_of = gradient_moments(rematerialised, **options_for(kind, mesh, SPECS, **options))
+    program = jax.jit(moments_of).lower(params, batch, averaged_params=placed).compile()
+    found = program(params, batch, averaged_params=placed)
+    np.testing.assert_allclose(found.averaged_value, mean_loss(averaged, TOKENS), rtol=1e-5)
+    wanted = moments(*per_example_of(loss_fn, NET, TOKENS))
+    assert_close(found._replace(averaged_value=None), wanted)
+    assert f"f32[{LAYERS},{WIDTH},{WIDTH}]" not in program.as_text()
+
+
+@pytest.mark.slow
+def test_averaged_weights_may_be_whole_where_the_parameters_are_parts():
+    mesh = mesh_of(AxisType.Explicit)
+    params, batch = place(mesh, NET, SPECS, TOKENS)
+    found = jax.jit(gradient_moments(loss_fn))(params, batch, averaged_params=NET)
+    np.testing.assert_allclose(found.averaged_value, mean_loss(NET, TOKENS), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "function",
+    [
+        gradient_moments(loss_fn, method="between", groups=1),
+        gradient_moments(loss_fn, method="per_example"),
+        per_example_gradient_norms(loss_fn),
+        per_example_value_and_grad(loss_fn),
+    ],
+    ids=["between", "per example", "norms", "gradients"],
+)
+def test_what_needs_whole_parameters_gathers_parts(function):
+    mesh = mesh_of(AxisType.Explicit)
+    found, wanted = (jax.jit(function)(*place(mesh, NET, each, TOKENS)) for each in (SPECS, P()))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, wanted)
+
+
+@pytest.mark.slow
+def test_a_loss_is_checked_on_parts_of_parameters_and_batch():
+    parts = place(mesh_of(AxisType.Explicit), NET, SPECS, TOKENS)
+    check_loss(loss_fn, *parts, mean_loss)
+    with pytest.raises(ValueError, match="the loss of the batch is"):
+        check_loss(loss_fn, *parts, lambda params, batch: 2 * mean_loss(params, batch))
 
 
 # What goes between the devices
