@@ -49,24 +49,34 @@ class Sums(NamedTuple):
 
 
 def sum_over_devices(
-    sums: Sums, variance: Variance, layouts: Layouts, axis_names: tuple[str, ...]
+    sums: Sums,
+    variance: Variance,
+    layouts: Layouts,
+    axis_names: tuple[str, ...],
+    reduce_dtype: Any,
 ) -> Sums:
-    """Adds up sums, those of parts over the axes that they have not been added up over."""
-    if not any(layouts):
+    """Adds up sums, those of parts over the axes that they have not been added up over.
+
+    Gradients are added up in `reduce_dtype`, everything else in float32, as they are for None.
+    """
+    if not any(layouts) and reduce_dtype is None:
         everywhere: Sums = sum_over(sums, axis_names or None)
         return everywhere
     of_entries = {"gradient", "shift", "square_mean"}
     of_entries |= {"squares"} if variance == "diagonal" else set()
 
-    def total(leaf: jax.Array, layout: Layout | None) -> jax.Array:
+    def total(leaf: jax.Array, layout: Layout | None, dtype: Any) -> jax.Array:
         rest = tuple(n for n in axis_names if layout is None or n not in layout.names)
-        return lax.psum(leaf, rest) if rest else leaf
+        summed: jax.Array = lax.psum(leaf.astype(dtype), rest) if rest else leaf
+        return summed.astype(leaf.dtype)
 
     def of_field(name: str, tree: PyTree) -> PyTree:
         treedef: Any  # its stub has no methods
         leaves, treedef = jax.tree.flatten(tree)
-        known = layouts if name in of_entries and leaves else (None,) * len(leaves)
-        return treedef.unflatten(map(total, leaves, known))
+        known = layouts if name in of_entries and leaves and layouts else (None,) * len(leaves)
+        narrowed = name in {"gradient", "shift"} and reduce_dtype is not None
+        dtypes = [reduce_dtype if narrowed else leaf.dtype for leaf in leaves]
+        return treedef.unflatten(map(total, leaves, known, dtypes))
 
     return type(sums)(*map(of_field, sums._fields, sums))
 

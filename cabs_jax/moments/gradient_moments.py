@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from cabs_jax.moments import estimators, parameters, sharding, shards, split
 from cabs_jax.moments.blocks import over_blocks
@@ -17,6 +17,7 @@ from cabs_jax.moments.parameters import LossAndAux
 from cabs_jax.moments.per_example import (
     batch_size_of,
     loss_and_aux,
+    of_one,
     per_example_value_and_grad,
 )
 from cabs_jax.moments.randomness import check_rng, keys_of_examples, with_key
@@ -71,6 +72,7 @@ class Options(TypedDict, total=False):
     mesh: jax.sharding.Mesh | None
     param_specs: PyTree
     spmd_axis_name: AxisNames | None
+    reduce_dtype: DTypeLike | None
     platform: Platform | None
     kernels: Kernels
 
@@ -101,6 +103,7 @@ def gradient_moments(
     mesh: jax.sharding.Mesh | None = None,
     param_specs: PyTree = None,
     spmd_axis_name: AxisNames | None = None,
+    reduce_dtype: DTypeLike | None = None,
     platform: Platform | None = None,
     kernels: Kernels = False,
 ) -> MomentsFunction[Any]:
@@ -164,6 +167,10 @@ def gradient_moments(
       spmd_axis_name: Auto mesh axis or axes that split the batch, as in `jax.vmap`: the work is
         left to the compiler, which is told to keep the examples where they are, and gathers
         parameters that are split over the same axis (FSDP) where they are used.
+      reduce_dtype: With `mesh`, `axis_name` or visible shardings, what gradients are added up in
+        over devices, float32 by default: jnp.bfloat16 sends half the bytes, as JAX's own gradient
+        does where weights are cast to it, and rounds the mean at each addition, so that a variance
+        below a hundredth of its square drowns. Everything else stays in float32.
       platform: What is compiled for, "cpu", "gpu" or "tpu". By default that of the devices of the
         mesh which the arrays are on, or else JAX's default backend. It chooses between ways of
         equal result; to be given where a process compiles for one device that it does not have.
@@ -217,7 +224,8 @@ def gradient_moments(
     check_platform(platform)
     sharding.check_spmd(spmd_axis_name, mesh, axis_name)
     shards.check_specs(param_specs, mesh, method)
-    of_tree = loss_and_aux(_of_one(loss_fn, has_aux) if keep_batch_dim else loss_fn, has_aux)
+    shards.check_reduce_dtype(reduce_dtype, spmd_axis_name, method)
+    of_tree = loss_and_aux(of_one(loss_fn, has_aux) if keep_batch_dim else loss_fn, has_aux)
 
     def on_shard(
         axis_names: tuple[str, ...],
@@ -277,7 +285,7 @@ def gradient_moments(
         if mask is not None:
             sums = jax.tree.map(lambda s: jnp.where(real > 0, s, jnp.zeros_like(s)), sums)
         local, averaged_value = sums
-        total = estimators.sum_over_devices(local, variance, layouts, axis_names)
+        total = estimators.sum_over_devices(local, variance, layouts, axis_names, reduce_dtype)
         averaged_value = sum_over(averaged_value, axis_names or None)
         squares = functools.partial(shards.squares_of_parts, layouts, variance)
         if weights is None:
@@ -317,8 +325,8 @@ def gradient_moments(
             axis_names,
             target,
             parts,
-            shards.layouts_of(specs, parts.parameters),
-            shards.layouts_of(averaged_specs, averaged_params),
+            shards.layouts_of(specs, parts.parameters, reduce_dtype),
+            shards.layouts_of(averaged_specs, averaged_params, reduce_dtype),
         )
         if mesh_used is not None:
             ins, outs = shards.specs_for(specs, averaged_specs, variance, weights is not None)
@@ -375,15 +383,3 @@ def _moments(
         mean = jax.tree.map(jnp.add, mean, total.shift)
     mean = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), mean, params)
     return GradientMoments(total.value, mean, spreads, count)
-
-
-def _of_one(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
-    """Turns a loss of a batch into a loss of one example, given to it as a batch of one."""
-
-    def of_one(params: PyTree, example: PyTree, *rng: jax.Array) -> Any:
-        result = loss_fn(params, jax.tree.map(lambda x: x[None], example), *rng)
-        loss, aux = result if has_aux else (result, ())
-        loss = loss.reshape(()) if loss.size == 1 else loss
-        return (loss, aux) if has_aux else loss
-
-    return of_one

@@ -180,6 +180,18 @@ def loss_and_aux(loss_fn: Callable[..., Any], has_aux: bool) -> LossAndAux:
     return checked
 
 
+def of_one(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """Turns a loss of a batch into a loss of one example, given to it as a batch of one."""
+
+    def of_one(params: PyTree, example: PyTree, *rng: jax.Array) -> Any:
+        result = loss_fn(params, jax.tree.map(lambda x: x[None], example), *rng)
+        loss, aux = result if has_aux else (result, ())
+        loss = loss.reshape(()) if loss.size == 1 else loss
+        return (loss, aux) if has_aux else loss
+
+    return of_one
+
+
 def _explaining_mutation(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     """The same loss, which says what to do where flax nnx refuses to change a module."""
 

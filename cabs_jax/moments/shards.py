@@ -2,7 +2,7 @@
 
 They are gathered where they are used and no earlier: a layer of a scan at its own step, and once
 more in the backward pass rather than kept. What comes back for the whole is added up over devices,
-in float32, and each is left with its own part.
+in float32 unless told otherwise, and each is left with its own part.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from cabs_jax.moments.sharding import SPLIT, WHOLE
+from cabs_jax.moments.target import AxisNames
 from cabs_jax.statistics import GradientMoments, PyTree, Variance, WeightSums, squares_of
 
 
@@ -29,10 +31,12 @@ class Layout:
     Attributes:
       axes: For each dimension the mesh axes that split it, none or more.
       dtype: What the array is cast to before it is gathered.
+      reduce_dtype: What its cotangents are cast to before they are added up; None for float32.
     """
 
     axes: tuple[tuple[str, ...], ...]
     dtype: Any
+    reduce_dtype: Any = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -42,6 +46,10 @@ class Layout:
     def of_a_step(self) -> Layout:
         """The layout of what a step of a scan over the first dimension, which is whole, sees."""
         return dataclasses.replace(self, axes=self.axes[1:])
+
+    def exact(self) -> Layout:
+        """The layout of an array of the same shape that is gathered and added up in float32."""
+        return dataclasses.replace(self, dtype=jnp.float32, reduce_dtype=None)
 
 
 Layouts = tuple[Layout | None, ...]
@@ -76,11 +84,12 @@ def scattered(layout: Layout | None, whole: jax.Array) -> jax.Array:
     """The device's part of the sum over devices; without a layout the array as it is."""
     if layout is None:
         return whole
-    shard = whole.astype(jnp.promote_types(whole.dtype, jnp.float32))
+    wide = jnp.promote_types(whole.dtype, jnp.float32)
+    shard = whole.astype(wide if layout.reduce_dtype is None else layout.reduce_dtype)
     for dimension, names in enumerate(layout.axes):
         if names:
             shard = lax.psum_scatter(shard, names, scatter_dimension=dimension, tiled=True)
-    return shard
+    return shard.astype(wide)
 
 
 def squares_of_parts(layouts: Layouts, variance: Variance, tree: PyTree) -> PyTree:
@@ -112,6 +121,21 @@ def check_specs(param_specs: PyTree, mesh: Mesh | None, method: str) -> None:
         )
 
 
+def check_reduce_dtype(
+    reduce_dtype: DTypeLike | None, spmd_axis_name: AxisNames | None, method: str
+) -> None:
+    """Raises ValueError if what gradients are added up in is no such dtype, or not heeded."""
+    if reduce_dtype is None:
+        return
+    if not jnp.issubdtype(reduce_dtype, jnp.floating):
+        raise ValueError(f"reduce_dtype must be a floating-point dtype, got {reduce_dtype!r}.")
+    if spmd_axis_name is not None or method == "per_example":
+        raise ValueError(
+            f"reduce_dtype={reduce_dtype!r} is heeded with mesh=, axis_name= or visible shardings,"
+            ' and not with spmd_axis_name=, nor with method="per_example": leave it out there.'
+        )
+
+
 def read(param_specs: PyTree, params: PyTree, axis_names: tuple[str, ...]) -> PyTree:
     """How parameters are split over some mesh axes: as told, or else as Explicit axes show.
 
@@ -136,13 +160,13 @@ def read(param_specs: PyTree, params: PyTree, axis_names: tuple[str, ...]) -> Py
     return treedef.unflatten(found) if any(any(map(_names, spec)) for spec in found) else None
 
 
-def layouts_of(specs: PyTree, params: PyTree) -> Layouts:
+def layouts_of(specs: PyTree, params: PyTree, reduce_dtype: Any) -> Layouts:
     """The layouts of parameters by what `read` found, None for those that are not split."""
     if specs is None:
         return ()
     pairs = zip(jax.tree.leaves(specs), jax.tree.leaves(params), strict=True)
-    axes = [(tuple(map(_names, spec)), leaf.dtype) for spec, leaf in pairs]
-    return tuple(Layout(names, dtype) if any(names) else None for names, dtype in axes)
+    found = [Layout(tuple(map(_names, spec)), x.dtype, reduce_dtype) for spec, x in pairs]
+    return tuple(layout if layout.names else None for layout in found)
 
 
 def specs_for(

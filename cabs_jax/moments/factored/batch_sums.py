@@ -130,7 +130,8 @@ def batch_sums(
         of_weighted = functools.partial(jnp.tensordot, weights, axes=1, precision=HIGHEST)
         second |= {i: scattered(layouts[i], of_weighted(g)) for i, g in held}
     if variance == "diagonal":
-        summed = {i: scattered(layouts[i], jnp.sum(jnp.square(g), axis=0)) for i, g in held}
+        exact = [layout and layout.exact() for layout in layouts]
+        summed = {i: scattered(exact[i], jnp.sum(jnp.square(g), axis=0)) for i, g in held}
         squares: PyTree = treedef.unflatten(_or_zeros(slots.squares | summed, parts))
     else:
         norms = slots.norms | norms_of_sums(choices, slots.factors, sample.target)

@@ -14,7 +14,6 @@ We only want its derivative. There are two kinds:
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -118,9 +117,9 @@ def whole_slots(value: Shared) -> Shared:
     """Makes slots of a whole value of those of its parts, which hold zeros."""
     if value.layout is None:
         return value
-    layout = dataclasses.replace(value.layout, dtype=jnp.float32)
+    exact = value.layout.exact()
     squares, again = (
-        None if slots is None else shards.gathered(layout, slots)
+        None if slots is None else shards.gathered(exact, slots)
         for slots in (value.square_slots, value.again_slots)
     )
     return value._replace(square_slots=squares, again_slots=again)

@@ -29,12 +29,14 @@ class Work(NamedTuple):
       batch: Those of a batch, split over the mesh's only axis.
       spread_loss: The same loss, telling the compiler where activations are; for `jax.vmap` with
         the mesh's axis as `spmd_axis_name`, outside `jax.shard_map`.
+      reduce_dtype: What gradients are added up in over devices, where the plain step does so too.
     """
 
     loss: Callable[[PyTree, PyTree], jax.Array]
     params: PyTree
     batch: PyTree
     spread_loss: Callable[[PyTree, PyTree], jax.Array]
+    reduce_dtype: Any = None
 
 
 def batch_sizes(net: str) -> tuple[int, ...]:
@@ -75,7 +77,7 @@ def work(net: str, batch_size: int, mesh: Mesh) -> Work:
         params = jax.tree.map(lambda leaf: _placed(leaf, _fully_sharded(leaf, mesh)), params)
         whole = NamedSharding(mesh, P()) if mesh.size > 1 else None
         losses = language_model.loss_fn(size), language_model.loss_fn(size, whole)
-        return Work(losses[0], params, _all(batch, split), losses[1])
+        return Work(losses[0], params, _all(batch, split), losses[1], jnp.bfloat16)
     built = _nets.build(net)
     params = _all(built.params, NamedSharding(mesh, P()))
     return Work(built.loss, params, _all(built.examples(batch_size), split), built.loss)
@@ -89,7 +91,10 @@ def program(column: str, work: Work, mesh: Mesh) -> Callable[[PyTree, PyTree], A
     several = mesh.size > 1
     shardings = jax.tree.map(lambda leaf: leaf.sharding, work.params)
     by_compiler, by_shard = {"spmd_axis_name": "data"}, {"mesh": mesh}
-    in_parts = by_shard | {"param_specs": jax.tree.map(lambda s: s.spec, shardings)}
+    in_parts = by_shard | {
+        "param_specs": jax.tree.map(lambda s: s.spec, shardings),
+        "reduce_dtype": work.reduce_dtype,
+    }
     options: dict[str, dict[str, Any]] = {
         "trace": by_compiler,
         "kernels": {"kernels": True} | (in_parts if several else {}),

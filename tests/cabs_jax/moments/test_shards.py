@@ -15,6 +15,8 @@ from cabs_jax import (
     per_example_gradient_norms,
     per_example_value_and_grad,
 )
+from cabs_jax.moments.jaxprs import name, subjaxprs
+from cabs_jax.statistics import squares_of
 from experiments.benchmarks._collectives import collectives
 from tests.cabs_jax.moments.oracle import assert_close, expected, moments, per_example_of
 from tests.cabs_jax.moments.zoo import EACH, EXAMPLES, ZOO
@@ -274,6 +276,39 @@ def test_no_device_ever_holds_all_layers(loss):
     assert f"f32[{LAYERS},{WIDTH},{WIDTH}]" not in program.as_text()
 
 
+def added_up(jaxpr):
+    """Dtypes and sizes of the arrays that a program adds up over devices."""
+    for equation in jaxpr.eqns:
+        if name(equation) in {"psum", "psum_invariant", "reduce_scatter"}:
+            yield from ((v.aval.dtype.name, v.aval.size) for v in equation.invars)
+        for inner in subjaxprs(equation):
+            yield from added_up(inner)
+
+
+@pytest.mark.parametrize("specs", [SPECS, None], ids=["parts", "whole"])
+@pytest.mark.parametrize("variance", ["trace", pytest.param("diagonal", marks=pytest.mark.slow)])
+def test_gradients_are_added_up_in_the_dtype_asked_for_and_nothing_else(specs, variance):
+    mesh = mesh_of(AxisType.Auto)
+    params, batch = place(mesh, NET, specs or P(), TOKENS)
+    options = {"mesh": mesh, "param_specs": specs, "variance": variance}
+    narrow = gradient_moments(penalised, reduce_dtype=jnp.bfloat16, **options)
+    sent = list(added_up(jax.make_jaxpr(narrow)(params, batch).jaxpr))
+    gradients = {dtype for dtype, size in sent if size > 1}
+    assert gradients == ({"bfloat16"} if variance == "trace" else {"bfloat16", "float32"})
+    assert "bfloat16" not in {dtype for dtype, size in sent if size == 1}
+    found = jax.jit(narrow)(params, batch)
+    wanted = moments(*per_example_of(penalised, NET, TOKENS), variance)
+    for a, b in zip(jax.tree.leaves(found.mean), jax.tree.leaves(wanted.mean), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02 * np.abs(b).max())
+    # The variance is what squares exceed the mean's by, which was rounded.
+    unpenalised = moments(*per_example_of(loss_fn, NET, TOKENS), variance)
+    around = squares_of(unpenalised.mean, variance)
+    jax.tree.map(
+        lambda a, b, square: np.testing.assert_array_less(np.abs(a - b), 0.02 * (b + square)),
+        *(found.variance, wanted.variance, around),
+    )
+
+
 # What is refused
 
 
@@ -287,6 +322,19 @@ def test_specs_are_for_the_method_that_gathers_late():
         gradient_moments(
             jnp.dot, mesh=mesh_of(AxisType.Auto), param_specs=P("data"), method="between"
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduce_dtype": jnp.int32}, "reduce_dtype must be a floating-point dtype, got .*int32"),
+        ({"reduce_dtype": "bfloat16", "method": "per_example"}, "is heeded with mesh="),
+        ({"reduce_dtype": "bfloat16", "spmd_axis_name": "data"}, "is heeded with mesh="),
+    ],
+)
+def test_a_dtype_to_add_up_in_is_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        gradient_moments(jnp.dot, **options)
 
 
 def test_specs_fit_the_parameters():
