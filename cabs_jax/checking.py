@@ -64,7 +64,7 @@ def check_loss(
     size, parts = batch_size_of(batch), parameters.split(params)
     # Where shardings are visible, a loss of one example need not know how to index split arrays.
     axis_names = sharding.explicit_batch_axes(batch)[1]
-    trained, arrays, batch = sharding.gathered((parts.parameters, parts.arrays, batch), axis_names)
+    trained, arrays, batch = sharding.unsplit((parts.parameters, parts.arrays, batch), axis_names)
     params = parts.rebuild(trained, arrays)
     losses, grads = jax.jit(per_example_value_and_grad(loss_fn))(params, batch, rng=rng)
     moments = moments_from_per_example(losses, grads)

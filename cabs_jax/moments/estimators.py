@@ -104,12 +104,12 @@ class Task(NamedTuple):
 
 
 def averaged_losses(
-    task: Task, averaged_params: PyTree, batch: PyTree, keep: jax.Array, layouts: Layouts
+    task: Task, averaged_params: PyTree, batch: PyTree, layouts: Layouts
 ) -> jax.Array:
     """Losses (m,) of averaged parameters, which may lie on the devices in their own way."""
     if not any(layouts):
         return losses_of(task, averaged_params, batch)[0]
-    sample = Sample(keep.shape[0], task.axis_names, task.target)
+    sample = Sample(batch_size_of(batch), task.axis_names, task.target)
     return batch_losses(task.loss_fn, averaged_params, batch, sample, layouts)
 
 

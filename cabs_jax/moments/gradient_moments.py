@@ -17,7 +17,7 @@ from cabs_jax.moments.parameters import LossAndAux
 from cabs_jax.moments.per_example import (
     batch_size_of,
     loss_and_aux,
-    of_one,
+    loss_of_one,
     per_example_value_and_grad,
 )
 from cabs_jax.moments.randomness import check_rng, keys_of_examples, with_key
@@ -225,7 +225,7 @@ def gradient_moments(
     sharding.check_spmd(spmd_axis_name, mesh, axis_name)
     shards.check_specs(param_specs, mesh, method)
     shards.check_reduce_dtype(reduce_dtype, spmd_axis_name, method)
-    of_tree = loss_and_aux(of_one(loss_fn, has_aux) if keep_batch_dim else loss_fn, has_aux)
+    of_tree = loss_and_aux(loss_of_one(loss_fn, has_aux) if keep_batch_dim else loss_fn, has_aux)
 
     def on_shard(
         axis_names: tuple[str, ...],
@@ -272,7 +272,7 @@ def gradient_moments(
             if averaged_params is None:
                 return (of_params, None), rows
             batch, keep, shares = examples
-            losses = averaged_losses(task, averaged_params, batch, keep, averaged_layouts)
+            losses = averaged_losses(task, averaged_params, batch, averaged_layouts)
             return (of_params, kept_sum(times(losses, shares), keep)), rows
 
         sums, aux = over_blocks(
@@ -326,7 +326,7 @@ def gradient_moments(
             target,
             parts,
             shards.layouts_of(specs, parts.parameters, reduce_dtype),
-            shards.layouts_of(averaged_specs, averaged_params, reduce_dtype),
+            shards.layouts_of(averaged_specs, averaged_params),
         )
         if mesh_used is not None:
             ins, outs = shards.specs_for(specs, averaged_specs, variance, weights is not None)

@@ -180,7 +180,7 @@ def loss_and_aux(loss_fn: Callable[..., Any], has_aux: bool) -> LossAndAux:
     return checked
 
 
-def of_one(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+def loss_of_one(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
     """Turns a loss of a batch into a loss of one example, given to it as a batch of one."""
 
     def of_one(params: PyTree, example: PyTree, *rng: jax.Array) -> Any:

@@ -168,7 +168,7 @@ def per_shard(
         return split if said == SPLIT else P() if said == WHOLE else said
 
     def needed(said: str | P, tree: PyTree) -> PyTree:
-        return gathered(tree, axis_names) if said == WHOLE else tree
+        return unsplit(tree, axis_names) if said == WHOLE else tree
 
     def wrapped(params: PyTree, *batches: PyTree) -> PyTree:
         params = jax.tree.map(needed, params_specs, params)
@@ -186,7 +186,7 @@ def per_shard(
     return wrapped
 
 
-def gathered(tree: PyTree, axis_names: tuple[str, ...]) -> PyTree:
+def unsplit(tree: PyTree, axis_names: tuple[str, ...]) -> PyTree:
     """Gathers what is split over Explicit axes; over Auto ones JAX does so where it needs to."""
 
     def whole(x: jax.Array) -> jax.Array:

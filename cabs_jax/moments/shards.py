@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from cabs_jax.moments.sharding import SPLIT, WHOLE
+from cabs_jax.moments.sharding import SPLIT, WHOLE, as_axis_names
 from cabs_jax.moments.target import AxisNames
 from cabs_jax.statistics import GradientMoments, PyTree, Variance, WeightSums, squares_of
 
@@ -153,19 +153,19 @@ def read(param_specs: PyTree, params: PyTree, axis_names: tuple[str, ...]) -> Py
     def kept(spec: P, leaf: jax.Array) -> P:
         if len(spec) > leaf.ndim:
             raise ValueError(f"param_specs has {spec} for a parameter of shape {leaf.shape}.")
-        axes = [tuple(n for n in _names(entry) if n in axis_names) for entry in spec]
+        axes = [tuple(n for n in as_axis_names(entry) if n in axis_names) for entry in spec]
         return P(*axes, *[()] * (leaf.ndim - len(axes)))
 
     found = [kept(spec, leaf) for spec, leaf in zip(specs, leaves, strict=True)]
-    return treedef.unflatten(found) if any(any(map(_names, spec)) for spec in found) else None
+    return treedef.unflatten(found) if any(map(any, found)) else None
 
 
-def layouts_of(specs: PyTree, params: PyTree, reduce_dtype: Any) -> Layouts:
+def layouts_of(specs: PyTree, params: PyTree, reduce_dtype: DTypeLike | None = None) -> Layouts:
     """The layouts of parameters by what `read` found, None for those that are not split."""
     if specs is None:
         return ()
     pairs = zip(jax.tree.leaves(specs), jax.tree.leaves(params), strict=True)
-    found = [Layout(tuple(map(_names, spec)), x.dtype, reduce_dtype) for spec, x in pairs]
+    found = [Layout(tuple(map(as_axis_names, spec)), x.dtype, reduce_dtype) for spec, x in pairs]
     return tuple(layout if layout.names else None for layout in found)
 
 
@@ -184,8 +184,3 @@ def specs_for(
     weights = WeightSums(one, one, specs) if weighted else None
     moments = GradientMoments(one, specs, spread, one, one, weights)
     return ins, (moments, SPLIT)
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes in one entry of a spec."""
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())

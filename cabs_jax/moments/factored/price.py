@@ -99,12 +99,13 @@ def _in_place(use: Use, variance: Variance, target: Target) -> Price:
     sizes, rule = use.rule.sizes(), use.rule
     groups, t, p, q = sizes
     weighted = views.is_weighted(use.view)
+    norms_alone = variance != "diagonal" and not weighted
+    if norms_alone and is_by_kernel(use.site.equation, rule, target):
+        return Price(("kernel",), 3 * groups * p * q, 0, 0)
     direct = not rule.one_hot and t > 1
-    if variance != "diagonal" and not weighted and direct | rule.one_hot:
+    if norms_alone and direct | rule.one_hot:
         direct = not rule.apart and is_direct(use.site.equation, rule, target)
     memory = cost.norm_bytes(sizes, direct=direct)
-    if variance != "diagonal" and not weighted and is_by_kernel(use.site.equation, rule, target):
-        return Price(("kernel",), 3 * groups * p * q, 0, 0)
     if direct:  # squares, their sum, and that of the gradients; products with padding
         padding = 0
         if jaxprs.name(use.site.equation) == "conv_general_dilated":

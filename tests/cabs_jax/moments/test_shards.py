@@ -116,13 +116,16 @@ def test_moments_from_parts_over_the_zoo(name, kind, variance):
     check(name, kind, variance)
 
 
-def measured(kind, loss=loss_fn, specs=SPECS, params=NET, keep=None, weights=None, **options):
+def measured(kind, loss=loss_fn, params=NET, keep=None, weights=None, averaged=None, **options):
     """The moments from parts, and the compiled program that gave them."""
     mesh = mesh_of(kind)
-    placed, batch, keep, weights = place(mesh, params, specs, TOKENS, keep, weights)
-    moments_of = gradient_moments(loss, **options_for(kind, mesh, specs, **options))
-    program = jax.jit(moments_of).lower(placed, batch, keep, weights=weights).compile()
-    return program(placed, batch, keep, weights=weights), program
+    placed, batch, keep, weights = place(mesh, params, SPECS, TOKENS, keep, weights)
+    if averaged is not None:
+        (averaged,) = place(mesh, averaged, SPECS)
+    given = {"weights": weights, "averaged_params": averaged}
+    moments_of = gradient_moments(loss, **options_for(kind, mesh, SPECS, **options))
+    program = jax.jit(moments_of).lower(placed, batch, keep, **given).compile()
+    return program(placed, batch, keep, **given), program
 
 
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -191,12 +194,8 @@ def mean_loss(params, batch):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"microbatch_size": 1}], ids=["at once", "microbatches"])
 def test_averaged_weights_are_gathered_where_they_are_used(kind, options):
-    mesh, averaged = mesh_of(kind), jax.tree.map(lambda x: 2 * x, NET)
-    params, batch = place(mesh, NET, SPECS, TOKENS)
-    placed, _ = place(mesh, averaged, SPECS, TOKENS)
-    moments_of = gradient_moments(rematerialised, **options_for(kind, mesh, SPECS, **options))
-    program = jax.jit(moments_of).lower(params, batch, averaged_params=placed).compile()
-    found = program(params, batch, averaged_params=placed)
+    averaged = jax.tree.map(lambda x: 2 * x, NET)
+    found, program = measured(kind, rematerialised, averaged=averaged, **options)
     np.testing.assert_allclose(found.averaged_value, mean_loss(averaged, TOKENS), rtol=1e-5)
     wanted = moments(*per_example_of(loss_fn, NET, TOKENS))
     assert_close(found._replace(averaged_value=None), wanted)
