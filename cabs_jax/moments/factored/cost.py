@@ -59,7 +59,17 @@ def prefers_kernel(sizes: Sizes) -> bool:
     return positions > 1 and KERNEL_TRAFFIC * p * q <= positions**2 * (p + q)
 
 
-def norm_bytes(sizes: Sizes, *, direct: bool) -> int:
-    """Float32 bytes that one example needs while its norm is computed."""
+def norm_bytes(sizes: Sizes, *, direct: bool, one_hot: bool = False) -> int:
+    """Float32 bytes that one example needs while its norm is computed.
+
+    Args:
+      sizes: (groups, positions, p, q).
+      direct: Whether the norm is taken of a gradient, not by its Gram form.
+      one_hot: Whether the left factors are one-hot, which are given as indices.
+
+    >>> norm_bytes((1, 32, 8192, 64), direct=False, one_hot=True)
+    16512
+    """
     groups, positions, p, q = sizes
-    return 4 * groups * (positions * (p + q) + (p * q if direct else 2 * positions**2))
+    factors = positions * ((1 if one_hot else p) + q)
+    return 4 * groups * (factors + (p * q if direct else 2 * positions**2))

@@ -105,7 +105,7 @@ def _in_place(use: Use, variance: Variance, target: Target) -> Price:
     direct = not rule.one_hot and t > 1
     if norms_alone and direct | rule.one_hot:
         direct = not rule.apart and is_direct(use.site.equation, rule, target)
-    memory = cost.norm_bytes(sizes, direct=direct)
+    memory = cost.norm_bytes(sizes, direct=direct, one_hot=rule.one_hot)
     if direct:  # squares, their sum, and that of the gradients; products with padding
         padding = 0
         if jaxprs.name(use.site.equation) == "conv_general_dilated":

@@ -312,7 +312,7 @@ def _bytes(rule: Rule, at: Residuals, *, direct: bool) -> int:
     groups, positions, p, q = rule.sizes()
     if direct and convolution.is_depthwise(at.equation):  # nothing is laid out
         return cost.norm_bytes((groups, 1, p, q), direct=True)
-    return cost.norm_bytes((groups, positions, p, q), direct=direct)
+    return cost.norm_bytes((groups, positions, p, q), direct=direct, one_hot=rule.one_hot)
 
 
 def _goes_by_row(equation: jaxprs.Equation, target: Target) -> bool:
