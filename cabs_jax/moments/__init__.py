@@ -19,7 +19,8 @@ What happens to a loss, `loss_fn(params, example) -> scalar`:
    in (`site_vjps`, `site_derivatives`) that also measures the gradients of the examples
    (`outer_products`), and hands out what it finds through a slot (`values`).
 6. One backward pass gives the gradient and fills the slots (`batch_sums`). Norms of parameters that
-   are used several times are put together at the end (`collected`), and penalties added (`shift`).
+   are used several times are put together at the end (`collected`), those of parameters from which
+   weights are computed are pulled back (`pulled_back`, `separable`), and penalties added (`shift`).
 7. Sums become moments: tr Σ̂ = (1/m) Σ_i ‖g_i‖² − ‖ḡ‖².
 
 `explain` prints what was chosen and what it costs (`price`, `flops`). Two more things are done on

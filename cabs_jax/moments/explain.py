@@ -122,11 +122,13 @@ def explain(
     program = trace_program(of_all, given, batch)
     used = jaxprs.needed(program.body.jaxpr)[1]
     leaves = jax.tree_util.tree_leaves_with_path(parts.parameters)
-    choices = choose(program, len(leaves) + len(parts.arrays), variance)[: len(leaves)]
+    arrays = jax.tree.leaves(given)
+    choices = choose(program, len(arrays), variance)
+    behind = price.of_pulled_back(program, choices, arrays, variance, target)
     held = frozenset(i for i, c in enumerate(choices) if c.mode is Mode.PER_EXAMPLE)
-    pulled, penalised = price.pulled_back(program, held), shifting(program.body)
+    pulled, penalised = price.pulled_through(program, held), shifting(program.body)
     rows = []
-    for i, ((path, leaf), choice) in enumerate(zip(leaves, choices, strict=True)):
+    for i, ((path, leaf), choice) in enumerate(zip(leaves, choices, strict=False)):
         sites = [program.sites[number] for number in choice.sites]
         names = {jaxprs.name(site.equation) if site.equation else "loss" for site in sites}
         unmeasured = "mean only" if i in penalised else "no gradient" if used[i] else "unused"
@@ -142,6 +144,8 @@ def explain(
         )
         if choice.mode is Mode.PER_EXAMPLE:
             row = _priced(row, price.of_held(sites, math.prod(leaf.shape), pulled.get(i, 0)))
+        elif choice.mode is Mode.PULLED_BACK:
+            row = _priced(row, behind[i])
         elif choice.mode is not Mode.UNUSED:
             row = _priced(row, price.of_uses(i, choice, variance, target))
         rows.append(row)

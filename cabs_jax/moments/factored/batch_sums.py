@@ -11,7 +11,7 @@ the ordinary gradient and the contents of all slots, and whatever the loss does 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from cabs_jax.moments.factored.collected import empty_factors, norms_of_sums
 from cabs_jax.moments.factored.outer_products import HIGHEST
 from cabs_jax.moments.factored.primitives import Factors
 from cabs_jax.moments.factored.program import Program, trace_program
+from cabs_jax.moments.factored.pulled_back import empty_operands, pulled_back
 from cabs_jax.moments.factored.shift import shift_gradient
 from cabs_jax.moments.factored.values import Batched, Context, Sample, Shared, Value, to_batched
 from cabs_jax.moments.shards import Layout, Layouts, gathered, scattered
@@ -61,7 +62,7 @@ class Slots(NamedTuple):
       gradients: Per-example gradients (m, *shape), by parameter.
       squares: Sums of squared gradients, by parameter.
       again: Second sums of gradients, by parameter.
-      factors: Factors, by site.
+      factors: Factors, or what they are made of, by site.
     """
 
     norms: dict[int, jax.Array]
@@ -120,7 +121,9 @@ def batch_sums(
         losses = losses.astype(jnp.float32)
         return jnp.where(weights != 0, losses * weights, 0.0), (losses, aux)
 
-    slots = _empty_slots(leaves, parts, choices, variance, sample, differentiated if twice else ())
+    slots = _empty_slots(program, leaves, parts, choices, variance, sample)
+    if twice:
+        slots = slots._replace(again={i: sample.zeros(parts[i].shape) for i in differentiated})
     terms, pull, (losses, aux) = jax.vjp(weighted_losses, differentiated, slots, has_aux=True)
     gradients, slots = pull(jnp.ones_like(terms))
     second = {i: total / sample.examples for i, total in slots.again.items()}
@@ -129,12 +132,15 @@ def batch_sums(
     if twice:
         of_weighted = functools.partial(jnp.tensordot, weights, axes=1, precision=HIGHEST)
         second |= {i: scattered(layouts[i], of_weighted(g)) for i, g in held}
+    behind = pulled_back(program, choices, leaves, slots.factors, variance, sample)
     if variance == "diagonal":
         exact = [layout and layout.exact() for layout in layouts]
-        summed = {i: scattered(exact[i], jnp.sum(jnp.square(g), axis=0)) for i, g in held}
+        summed = behind | {i: jnp.sum(jnp.square(g), axis=0) for i, g in held}
+        summed = {i: scattered(exact[i], total) for i, total in summed.items()}
         squares: PyTree = treedef.unflatten(_or_zeros(slots.squares | summed, parts))
     else:
         norms = slots.norms | norms_of_sums(choices, slots.factors, sample.target)
+        norms |= behind
         # Those of a bias are cotangents as they are; others are added up and squared in one pass.
         norms |= {
             i: squared_norms(g, 1) if g.ndim == 2 else jnp.sum(jnp.square(g), range(1, g.ndim))
@@ -207,13 +213,15 @@ def _split_leaves(
 
 
 def _empty_slots(
+    program: Program,
     leaves: list[jax.Array],
     parts: list[jax.Array],
     choices: tuple[Choice, ...],
     variance: Variance,
     sample: Sample,
-    twice: Iterable[int],
 ) -> Slots:
+    """Slots for all but a second sum."""
+
     def shapes(arrays: list[jax.Array], mode: Mode) -> dict[int, tuple[int, ...]]:
         return {i: arrays[i].shape for i, choice in enumerate(choices) if choice.mode is mode}
 
@@ -223,8 +231,8 @@ def _empty_slots(
         norms={} if diagonal else {i: sample.zeros((m,)) for i in in_place},
         gradients={i: sample.zeros((m, *shape)) for i, shape in held.items()},
         squares={i: sample.zeros(shape) for i, shape in in_place.items()} if diagonal else {},
-        again={i: sample.zeros(parts[i].shape) for i in twice},
-        factors=empty_factors(choices, sample),
+        again={},
+        factors=empty_factors(choices, sample) | empty_operands(program, choices, sample),
     )
 
 

@@ -26,12 +26,15 @@ class Mode(enum.Enum):
         differentiated, from one use's factors alone.
       COLLECTED: It is used several times in one layout: the factors of all uses are collected, and
         the norm of their sum, cross terms included, is taken at the end.
+      PULLED_BACK: It meets the examples behind functions of it: what the factors of all uses are
+        made of is collected, and the norm is taken at the end of what these functions pull back.
       PER_EXAMPLE: No rule covers all of its uses: its gradient is held for every example.
     """
 
     UNUSED = "unused"
     IN_PLACE = "in place"
     COLLECTED = "collected"
+    PULLED_BACK = "pulled back"
     PER_EXAMPLE = "per example"
 
 
@@ -83,7 +86,7 @@ class Choice(NamedTuple):
       mode: The way chosen.
       reason: Why, where it is not the obvious one.
       sites: Numbers of the sites where it meets the example.
-      uses: The same as uses of rules; empty where the mode is PER_EXAMPLE or UNUSED.
+      uses: The same as uses of rules, where the mode is IN_PLACE or COLLECTED.
     """
 
     mode: Mode
@@ -99,22 +102,35 @@ def choose(program: Program, num_params: int, variance: Variance) -> tuple[Choic
         for _, parameter in site.parameters:
             for leaf in parameter.leaves:
                 found[leaf].append((number, parameter))
-    choices = [_choose(program.sites, leaf, at, variance) for leaf, at in enumerate(found)]
+    sites = program.sites
+    choices = [_choose(sites, leaf, at, variance) for leaf, at in enumerate(found)]
     joined = [p.leaves for at in found for _, p in at if len(p.leaves) > 1]
     if variance == "by_parameter":  # the norm at a site is that of all that it joins
         for leaf in frozenset[int]().union(*joined):
-            choices[leaf] = Choice(Mode.PER_EXAMPLE, "joined to another", choices[leaf].sites)
-    while held := _held_with_others(joined, choices):
-        for leaf in held:
-            reason = "joined to one that is held"
-            choices[leaf] = Choice(Mode.PER_EXAMPLE, reason, choices[leaf].sites)
+            if choices[leaf].mode is not Mode.PER_EXAMPLE:
+                numbers = choices[leaf].sites
+                choices[leaf] = _without_rules(sites, numbers, "joined to another", variance)
+    while behind := _behind_one_operand(joined, choices):
+        for leaf, mode in behind.items():
+            reason, numbers = f"joined to one that is {DONE[mode]}", choices[leaf].sites
+            choices[leaf] = Choice(Mode.PER_EXAMPLE, reason, numbers)
+            if mode is Mode.PULLED_BACK:
+                choices[leaf] = _without_rules(sites, numbers, reason, variance)
     return tuple(choices)
 
 
-def _held_with_others(joined: list[frozenset[int]], choices: list[Choice]) -> set[int]:
-    """Parameters behind one operand with another whose gradients are held, but not held yet."""
-    held = {leaf for leaf, choice in enumerate(choices) if choice.mode is Mode.PER_EXAMPLE}
-    return {leaf for leaves in joined if leaves & held for leaf in leaves - held}
+DONE = {Mode.PULLED_BACK: "pulled back", Mode.PER_EXAMPLE: "held"}
+
+
+def _behind_one_operand(joined: list[frozenset[int]], choices: list[Choice]) -> dict[int, Mode]:
+    """Parameters behind one operand with another that is held or pulled back, but are not so."""
+    found: dict[int, Mode] = {}
+    for leaves in joined:
+        modes = [choices[leaf].mode for leaf in leaves]
+        mode = next((mode for mode in (Mode.PER_EXAMPLE, Mode.PULLED_BACK) if mode in modes), None)
+        if mode is not None:
+            found |= {leaf: mode for leaf in leaves if choices[leaf].mode is not mode}
+    return found
 
 
 def _choose(
@@ -128,7 +144,7 @@ def _choose(
     for number, parameter in found:
         use = _use(number, sites[number], parameter)
         if isinstance(use, str):
-            return Choice(Mode.PER_EXAMPLE, use, numbers)
+            return _without_rules(sites, numbers, use, variance)
         uses.append(use)
     pieces = [piece for use in uses for piece in views.pieces(use.view)]
     seen = [piece for piece in pieces if piece.leaf == leaf]
@@ -142,7 +158,24 @@ def _choose(
     layouts = {use.layout() for use in uses}
     if len(layouts) == 1 and None not in layouts:
         return Choice(Mode.COLLECTED, reason, numbers, tuple(uses))
-    return Choice(Mode.PER_EXAMPLE, "its uses overlap in different layouts", numbers)
+    return _without_rules(sites, numbers, "its uses overlap in different layouts", variance)
+
+
+def _without_rules(
+    sites: tuple[Site, ...], numbers: tuple[int, ...], reason: str, variance: Variance
+) -> Choice:
+    """The choice for a parameter whose gradient does not follow from factors alone."""
+    collected = all(_collects(sites[number], variance) for number in numbers)
+    mode = Mode.PULLED_BACK if collected else Mode.PER_EXAMPLE
+    return Choice(mode, reason, numbers)
+
+
+def _collects(site: Site, variance: Variance) -> bool:
+    """Whether what the gradient of a weight is made of can be collected at a site."""
+    if site.rule is None or site.rule.one_hot or site.scans:
+        return False
+    # Of several positions, squares of entries need the whole gradient.
+    return variance != "diagonal" or site.rule.positions == 1
 
 
 def _use(number: int, site: Site, parameter: Parameter) -> Use | str:

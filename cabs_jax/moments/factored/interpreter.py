@@ -10,9 +10,10 @@ find its way back to the parameter itself:
 
 * A view moves entries of parameters about, and may scale them. Slots are moved in the same way;
   JAX's own derivative of that moves their cotangents back.
-* Any other function u = f(w) changes the gradient. The output is given new slots s, for the
-  gradients of the examples with respect to u; a derivative rule pulls each of them back through f
-  on its own, g_i = f'(w)ᵀ ∂ℓ/∂s_i, into the slots of w.
+* Any other function u = f(w) changes the gradient. Where gradients are held, the output is given
+  new slots s, for those of the examples with respect to u; a derivative rule pulls each of them
+  back through f on its own, g_i = f'(w)ᵀ ∂ℓ/∂s_i, into the slots of w. Where they are not, what is
+  collected at the site is pulled back once all is over (see `pulled_back`).
 
 The whole evaluation is differentiated once, by `batch_sums`. Checkpoints and scans stay what they
 were, and custom derivative rules of the user's are evaluated as one equation and keep their effect.
@@ -34,6 +35,7 @@ from cabs_jax.moments.factored.site_vjps import evaluate_site
 from cabs_jax.moments.factored.values import (
     Batched,
     Context,
+    Sample,
     Shared,
     Value,
     evaluate_batched,
@@ -167,33 +169,49 @@ def _evaluate_shared(
 ) -> list[Shared]:
     """Evaluates a function of parameters, and makes new slots if there are any for gradients."""
     outputs = jaxprs.evaluate(equation, [v.value for v in values])
-    # A parameter of which anything else is wanted is never measured behind this.
-    gradients = any(v.gradient_slots is not None for v in values)
-    if jaxprs.name(equation) == "stop_gradient" or not gradients:
+    if jaxprs.name(equation) == "stop_gradient":
         return [Shared(output) for output in outputs]
-    slots = _new_slots(context, equation, values)
-    return [Shared(output, slots.get(i)) for i, output in enumerate(outputs)]
+    gradients = {i: v.gradient_slots for i, v in enumerate(values) if v.gradient_slots is not None}
+    again = {i: v.again_slots for i, v in enumerate(values) if v.again_slots is not None}
+    of_examples = _new_slots(context.sample, equation, values, gradients, of_examples=True)
+    of_sums = _new_slots(context.sample, equation, values, again, of_examples=False)
+    return [
+        Shared(output, of_examples.get(i), again_slots=of_sums.get(i))
+        for i, output in enumerate(outputs)
+    ]
 
 
 def _new_slots(
-    context: Context, equation: jaxprs.Equation, values: list[Shared]
+    sample: Sample,
+    equation: jaxprs.Equation,
+    values: list[Shared],
+    inner: dict[int, jax.Array],
+    *,
+    of_examples: bool,
 ) -> dict[int, jax.Array]:
-    """Slots for the per-example gradients of a function u = f(w) of parameters, by output.
+    """Slots for gradients with respect to a function u = f(w) of parameters, by output.
 
-    What comes back to them is pulled back through f, one example at a time, into the slots of the
-    arguments w. Nothing goes to w itself: the gradient of the batch is the sum of these.
+    What comes back to them is pulled back through f, into the slots of the arguments w. Nothing
+    goes to w itself: where the gradients of the examples are held, that of the batch is their sum.
+
+    Args:
+      sample: The examples.
+      equation: The function.
+      values: What it is evaluated with.
+      inner: The slots of its arguments, by place; without any, nothing is made.
+      of_examples: Whether there is a gradient for each example, (m, *u.shape), or a sum of them.
     """
-    sample = context.sample
+    if not inner:
+        return {}
     floating = [i for i, v in enumerate(equation.outvars) if jaxprs.carries_gradient(v)]
     avals = [equation.outvars[i].aval for i in floating]
-    inner = {i: v.gradient_slots for i, v in enumerate(values) if v.gradient_slots is not None}
     arguments = {i: values[i].value for i in inner}
     others = {i: v.value for i, v in enumerate(values) if i not in inner}
+    lead = (sample.examples,) if of_examples else ()
 
     @jax.custom_vjp
     def slots(arguments: dict[int, Any], others: dict[int, Any], inner: Any) -> list[Any]:
-        m = sample.examples
-        return [sample.zeros((m, *aval.shape), slot_dtype(aval.dtype)) for aval in avals]
+        return [sample.zeros((*lead, *aval.shape), slot_dtype(aval.dtype)) for aval in avals]
 
     def forward(arguments: Any, others: Any, inner: Any) -> tuple[list[Any], Any]:
         return slots(arguments, others, inner), (arguments, others)
@@ -202,7 +220,7 @@ def _new_slots(
         arguments, others = saved
         _, pull = jax.vjp(lambda w: jaxprs.floating_outputs(equation, w | others), arguments)
         cast = [c.astype(aval.dtype) for c, aval in zip(cotangents, avals, strict=True)]
-        (pulled,) = sample.target.vmap(pull)(cast)  # (m, *u.shape) to (m, *w.shape)
+        (pulled,) = (sample.target.vmap(pull) if of_examples else pull)(cast)
         into_inner = {i: g.astype(slot_dtype(g.dtype)) for i, g in pulled.items()}
         return jax.tree.map(jnp.zeros_like, arguments), None, into_inner
 

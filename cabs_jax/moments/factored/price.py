@@ -23,7 +23,14 @@ from cabs_jax.moments.factored.program import (
     SortedJaxpr,
     Step,
 )
+from cabs_jax.moments.factored.pulled_back import (
+    bytes_needed,
+    numbers_of,
+    operands_at,
+    pulled_back,
+)
 from cabs_jax.moments.factored.site_vjps import is_by_kernel, is_direct
+from cabs_jax.moments.factored.values import Sample
 from cabs_jax.moments.target import Target
 from cabs_jax.statistics import Variance
 
@@ -143,7 +150,48 @@ def of_held(sites: Sequence[Site], size: int, pulled: int) -> Price:
     return Price(("small" if small else "per example",), extra, 0 if small else plain, 4 * size)
 
 
-def pulled_back(program: Program, held: Leaves) -> dict[int, int]:
+def of_pulled_back(
+    program: Program,
+    choices: Sequence[Choice],
+    leaves: Sequence[Any],
+    variance: Variance,
+    target: Target,
+) -> dict[int, Price]:
+    """The prices of parameters whose gradients are pulled back from what is collected, by number.
+
+    Args:
+      program: The sorted loss.
+      choices: How each parameter is measured.
+      leaves: What each parameter looks like.
+      variance: What is measured.
+      target: The machine.
+    """
+    sites = {n: program.sites[n] for n in numbers_of(choices)}
+
+    def operations(leaf: int, examples: int) -> int:
+        def squares(leaves: Sequence[jax.Array], operands: dict[int, Any]) -> jax.Array:
+            sample = Sample(examples, (), target)
+            found = pulled_back(program, choices, leaves, operands, variance, sample)
+            return found[leaf]
+
+        operands = {
+            n: tuple(jax.ShapeDtypeStruct((examples, *a.shape), a.dtype) for a in operands_at(site))
+            for n, site in sites.items()
+        }
+        return flops.flops(squares, list(leaves), operands)
+
+    prices = {}
+    for leaf, choice in enumerate(choices):
+        if choice.mode is Mode.PULLED_BACK:
+            own = [sites[n] for n in choice.sites]
+            # What is done once for all examples is in both.
+            extra = operations(leaf, 3) - operations(leaf, 2)
+            plain = sum(6 * math.prod(site.rule.sizes()) for site in own if site.rule)
+            prices[leaf] = Price(("pulled back",), extra, plain, bytes_needed(own, target))
+    return prices
+
+
+def pulled_through(program: Program, held: Leaves) -> dict[int, int]:
     """Operations to pull gradients back through functions of parameters, for those that are held.
 
     The plain gradient does so once for the whole batch, and here it is once for each example.

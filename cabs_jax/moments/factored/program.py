@@ -164,6 +164,28 @@ def shifting(body: SortedJaxpr) -> frozenset[int]:
     )
 
 
+def walk_shared(
+    body: SortedJaxpr, inputs: Sequence[Any], meet: Callable[[Step, list[Any]], None]
+) -> list[Any]:
+    """Evaluates what no example enters, for given inputs, and returns the outputs.
+
+    Args:
+      body: The sorted jaxpr.
+      inputs: Its inputs. What depends on the example is None throughout, and is not evaluated.
+      meet: Called with each equation that an example enters, and with its operands.
+    """
+
+    def visit(step: Step, values: list[Any]) -> list[Any]:
+        if step.inner is not None and step.kind in {Kind.CALL, Kind.CHECKPOINT}:
+            return walk_shared(step.inner, values, meet)
+        if any(value is None for value in values):
+            meet(step, values)
+            return [None] * len(step.equation.outvars)
+        return jaxprs.evaluate(step.equation, values)
+
+    return jaxprs.walk(body.jaxpr, body.consts, inputs, body.steps, visit, lambda x: x)
+
+
 def _walk(
     jaxpr: jaxprs.Jaxpr,
     consts: Sequence[Any],

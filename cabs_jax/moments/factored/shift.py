@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cabs_jax.moments import jaxprs
-from cabs_jax.moments.factored.program import Kind, Program, SortedJaxpr, Step, shifting
+from cabs_jax.moments.factored.program import Kind, Program, Step, shifting, walk_shared
 
 
 def shift_gradient(program: Program, leaves: Sequence[jax.Array]) -> dict[int, jax.Array]:
@@ -25,31 +24,14 @@ def shift_gradient(program: Program, leaves: Sequence[jax.Array]) -> dict[int, j
     examples = [None] * (len(program.body.inputs) - len(leaves))
 
     def terms(shifted: dict[int, Any]) -> jax.Array:
+        found: list[jax.Array] = []
+
+        def meet(step: Step, values: list[Any]) -> None:
+            if step.kind is Kind.SHIFT:  # one operand is of the example, the other is the term
+                found.extend(v.astype(jnp.float32) for v in values if v is not None)
+
         values = [shifted.get(i, leaf) for i, leaf in enumerate(leaves)]
-        return _sum_terms(program.body, [*values, *examples])[0]
+        walk_shared(program.body, [*values, *examples], meet)
+        return sum(found, start=jnp.zeros((), jnp.float32))
 
     return {i: g.astype(jnp.float32) for i, g in jax.grad(terms)(shifted).items()}
-
-
-def _sum_terms(body: SortedJaxpr, inputs: Sequence[Any]) -> tuple[jax.Array, list[Any]]:
-    """Sums the terms; returns the sum and the outputs of a sorted jaxpr.
-
-    What depends on the example is None throughout, and is not evaluated.
-    """
-    total = jnp.zeros((), jnp.float32)
-
-    def visit(step: Step, values: list[Any]) -> list[Any]:
-        nonlocal total
-        given = [value for value in values if value is not None]
-        if step.kind is Kind.CALL and step.inner is not None:
-            more, outputs = _sum_terms(step.inner, values)
-            total = total + more
-            return outputs
-        if step.kind is Kind.SHIFT:  # one operand is of the example, the other is the term
-            total = total + sum(given).astype(jnp.float32)
-        elif len(given) == len(values):
-            return jaxprs.evaluate(step.equation, values)
-        return [None] * len(step.equation.outvars)
-
-    outputs = jaxprs.walk(body.jaxpr, body.consts, inputs, body.steps, visit, lambda x: x)
-    return total, outputs

@@ -24,6 +24,7 @@ Where a rule of `primitives` covers f, the g_i are sums of outer products of fac
     IN_PLACE, trace       ‖g_i‖², shape (m,)                       `_norms`
     IN_PLACE, diagonal    Σ_i g_i², shaped like w                  `_square_sums`
     COLLECTED             the factors themselves                   `_factors`
+    PULLED_BACK           the operands that they are made of       `_operands`
     PER_EXAMPLE           g_i, shape (m, *w.shape)                 `_gradients`
 
 Where none does, the mode is PER_EXAMPLE. If copies of w are no larger than what f puts out (a bias,
@@ -174,6 +175,8 @@ def _measure(
         return _gradients, parameter.gradient_slots
     if mode is Mode.COLLECTED:
         return _factors, context.factors.get(number)
+    if mode is Mode.PULLED_BACK:
+        return _operands, context.factors.get(number)
     if context.variance == "diagonal":
         return _square_sums, parameter.square_slots
     return _norms, context.norms.get(leaf)
@@ -190,12 +193,12 @@ def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Ar
 def _weighted_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Norms of gradients whose entries are multiplied by a scale, one for each."""
     assert at.scale is not None
-    scale, alike = rule.lay_out(at.scale), _rounds_alike(at.equation, sample.target)
+    scale, alike = rule.lay_out(at.scale), rounds_alike(at.equation, sample.target)
     direct = not rule.one_hot and rule.positions > 1
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
         if direct:
-            pieces = _gradients_in_pieces(sample, rule, at, operands)
+            pieces = gradients_in_pieces(sample.target, at.equation, rule, operands)
             ends = itertools.accumulate(g.shape[-2] for g in pieces[:-1])
             scales = jnp.split(scale, list(ends), axis=-2)
             weighted = (g * s[None] for g, s in zip(pieces, scales, strict=True))
@@ -217,12 +220,12 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
         return at.into_w(), outer_products.one_hot_norms(rule.factors(*at.operands), True)
     if is_by_kernel(at.equation, rule, sample.target):
         return _by_kernel(sample, rule, at)
-    sizes, alike = rule.sizes(), _rounds_alike(at.equation, sample.target)
+    sizes, alike = rule.sizes(), rounds_alike(at.equation, sample.target)
     direct = is_direct(at.equation, rule, sample.target)
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
         if direct:
-            pieces = _gradients_in_pieces(sample, rule, at, operands)
+            pieces = gradients_in_pieces(sample.target, at.equation, rule, operands)
             norms = sum(squared_norms(g, 1) for g in pieces)
             return pieces, norms
         factors = rule.factors(*operands)
@@ -265,12 +268,12 @@ def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
         return at.into_w(), rule.assemble(squares, at.w.shape)
     if rule.positions == 1:  # (left ⊗ right)² = left² ⊗ right²
         factors = rule.factors(*at.operands)
-        if _rounds_alike(at.equation, sample.target):
+        if rounds_alike(at.equation, sample.target):
             factors = outer_products.rounded(factors)
         return at.into_w(), rule.assemble(outer_products.square_sums(factors), at.w.shape)
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
-        pieces = _gradients_in_pieces(sample, rule, at, operands)
+        pieces = gradients_in_pieces(sample.target, at.equation, rule, operands)
         return (pieces, tuple(map(jnp.square, pieces))), ()
 
     needed = _bytes(rule, at, direct=True)
@@ -295,13 +298,13 @@ def is_direct(equation: jaxprs.Equation, rule: Rule, target: Target) -> bool:
     return cost.prefers_direct(
         rule.sizes(),
         target,
-        rounded=narrow or _rounds_alike(equation, target),
+        rounded=narrow or rounds_alike(equation, target),
         one_hot=rule.one_hot,
         patches=_goes_by_row(equation, target),
     )
 
 
-def _rounds_alike(equation: jaxprs.Equation, target: Target) -> bool:
+def rounds_alike(equation: jaxprs.Equation, target: Target) -> bool:
     """Whether the products of a norm see the operands as the product of the mean does, rounded."""
     model = outer_products.model_precision(equation)
     return target.costs.rounds_alike and outer_products.is_default(model)
@@ -320,20 +323,27 @@ def _goes_by_row(equation: jaxprs.Equation, target: Target) -> bool:
     return target.costs.patch_traffic > 0 and convolution.goes_by_row(equation)
 
 
-def _gradients_in_pieces(
-    sample: Sample, rule: Rule, at: Residuals, operands: tuple[PyTree, jax.Array]
+def gradients_in_pieces(
+    target: Target, equation: jaxprs.Equation, rule: Rule, operands: tuple[PyTree, jax.Array]
 ) -> tuple[jax.Array, ...]:
     """Gradients of some examples, cut along p: arrays (examples, groups, part of p, q).
 
     They are rounded as the model's are, for their sum is the gradient of the batch.
     """
-    precision = outer_products.model_precision(at.equation)
-    if convolution.is_depthwise(at.equation):
-        return (convolution.gradients_by_entry(at.equation, *operands),)
-    if _goes_by_row(at.equation, sample.target):
-        return convolution.pieces_by_row(at.equation, *operands, precision)
+    precision = outer_products.model_precision(equation)
+    if convolution.is_depthwise(equation):
+        return (convolution.gradients_by_entry(equation, *operands),)
+    if _goes_by_row(equation, target):
+        return convolution.pieces_by_row(equation, *operands, precision)
     factors = rule.factors(*operands)
     return (outer_products.gradients(factors, rule.sizes()[2], precision),)
+
+
+def _operands(
+    sample: Sample, rule: Rule, at: Residuals
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Gradient of the batch, and what the examples' gradients are made of."""
+    return at.into_w(), at.operands
 
 
 def _factors(
@@ -347,5 +357,5 @@ def _factors(
 
 def _gradients(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """The examples' gradients; that of the batch is their sum, taken at the end."""
-    g = jnp.concatenate(_gradients_in_pieces(sample, rule, at, at.operands), axis=-2)
+    g = jnp.concatenate(gradients_in_pieces(sample.target, at.equation, rule, at.operands), axis=-2)
     return jnp.zeros_like(at.w), rule.assemble(g, at.w.shape)  # from (m, groups, p, q)

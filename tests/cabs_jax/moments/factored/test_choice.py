@@ -50,14 +50,34 @@ def test_squares_of_entries_of_a_parameter_used_twice_need_its_gradients():
     assert not choice.uses
 
 
-def test_parameters_joined_behind_one_operand_are_told_apart_only_by_their_gradients():
+def test_parameters_joined_behind_one_operand_are_told_apart_only_by_what_is_pulled_back():
     def loss(p, x):
         return jnp.sum(jnp.square(x @ jnp.concatenate([p["k"], p["q"]], axis=1)))
 
     params = {"k": jnp.ones((3, 2)), "q": jnp.ones((3, 2))}
-    for variance, mode in (("trace", Mode.IN_PLACE), ("by_parameter", Mode.PER_EXAMPLE)):
+    for variance, mode in (("trace", Mode.IN_PLACE), ("by_parameter", Mode.PULLED_BACK)):
         found = choices(loss, params, jnp.ones((1, 3)), variance)
         assert [choice.mode for choice in found] == [mode, mode]
+
+
+def test_squares_of_entries_are_pulled_back_from_single_positions_alone():
+    def loss(p, x):
+        return jnp.sum(jnp.square(x @ jnp.exp(p)))
+
+    for shape, mode in (((3,), Mode.PULLED_BACK), ((2, 3), Mode.PER_EXAMPLE)):
+        (choice,) = choices(loss, jnp.ones((3, 2)), jnp.ones((1, *shape)), "diagonal")
+        assert (choice.mode, choice.uses) == (mode, ())
+
+
+def test_one_that_is_held_keeps_those_joined_to_it_from_being_pulled_back():
+    def loss(p, x):
+        computed = jnp.sum(jnp.square(x @ (p["w"] * jnp.exp(p["gain"]))))
+        return computed + jnp.sum(jnp.square(x * p["gain"][:, 0]))
+
+    params = {"w": jnp.ones((3, 2)), "gain": jnp.ones((3, 2))}
+    found = choices(loss, params, jnp.ones((1, 3)))
+    assert [choice.mode for choice in found] == [Mode.PER_EXAMPLE] * 2
+    assert found[1].reason == "joined to one that is held"
 
 
 def test_copies_of_a_bias_are_small_and_those_of_a_table_are_not():

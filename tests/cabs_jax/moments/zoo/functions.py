@@ -9,7 +9,7 @@ from jax.scipy.linalg import cho_solve
 from tests.cabs_jax.moments.zoo.case import case, convolution, normalised, squares
 
 
-@case(held="direction gain")
+@case()
 def weight_norm(draw):
     def loss(p, x):
         direction = p["direction"]
@@ -19,7 +19,7 @@ def weight_norm(draw):
     return loss, {"direction": draw(5, 7), "gain": draw(7)}, draw.batch(5)
 
 
-@case(held="w")
+@case()
 def weight_standardised_convolution(draw):
     def loss(p, x):
         return squares(convolution(x, normalised(p["w"], (0, 1, 2)), 2))
@@ -27,7 +27,7 @@ def weight_standardised_convolution(draw):
     return loss, {"w": draw(3, 3, 2, 4)}, draw.batch(5, 4, 2)
 
 
-@case(held="w")
+@case()
 def spectral_norm_by_power_iteration(draw):
     def loss(p, x):
         fixed = lax.stop_gradient(p["w"])
@@ -48,7 +48,7 @@ def low_rank_update_of_a_frozen_layer(draw):
     return loss, {"base": draw(5, 4), "a": draw(5, 2), "b": draw(2, 4)}, draw.batch(5)
 
 
-@case(held="a b")
+@case()
 def product_of_weights_before_a_long_sequence(draw):
     def loss(p, x):
         return squares(x @ (p["a"] @ p["b"]))
@@ -137,3 +137,58 @@ def decisions_made_by_parameters(draw):
         return squares(x @ pruned) + squares(x * p["scores"][best])
 
     return loss, {"w": draw(5, 4), "scores": draw(3)}, draw.batch(5)
+
+
+@case()
+def positive_weights_of_a_sequence(draw):
+    def loss(p, x):
+        return squares(x @ jax.nn.softplus(p))
+
+    return loss, draw(5, 4), draw.batch(3, 5)
+
+
+@case()
+def weights_by_a_fourier_transform(draw):
+    def loss(p, x):
+        spectrum = jnp.fft.rfft(p, axis=0)
+        return squares(x @ jnp.fft.irfft(spectrum * spectrum, 6, axis=0))
+
+    return loss, draw(6, 4), draw.batch(6)
+
+
+@case()
+def orthogonal_weights_by_a_cayley_transform(draw):
+    def loss(p, x):
+        skew, identity = p - p.T, jnp.eye(4, dtype=x.dtype)
+        return squares(x @ jnp.linalg.solve(identity + skew, identity - skew))
+
+    return loss, draw(4, 4, scale=0.3), draw.batch(4)
+
+
+@case()
+def blocks_of_computed_weights(draw):
+    def loss(p, x):
+        first = jnp.concatenate([p["a"] ** 2, jnp.pad(jnp.cumsum(p["b"], 0), ((0, 0), (1, 0)))], 1)
+        second = jnp.stack([p["a"][:, 0] * p["c"], p["c"][::-1]])
+        return squares(x @ first) + squares(x[:2] @ second)
+
+    return loss, {"a": draw(5, 2), "b": draw(5, 2), "c": draw(5)}, draw.batch(5)
+
+
+@case()
+def weights_computed_once_and_used_along_an_unrolled_loop(draw):
+    def loss(p, x):
+        w = p / jnp.linalg.norm(p, axis=0, keepdims=True)
+        for _ in range(3):
+            x = jnp.tanh(x @ w)
+        return squares(x)
+
+    return loss, draw(5, 5), draw.batch(5)
+
+
+@case()
+def standardised_filters_in_groups(draw):
+    def loss(p, x):
+        return squares(convolution(x, normalised(p, (0, 1, 2)), feature_group_count=2))
+
+    return loss, draw(3, 3, 1, 4), draw.batch(5, 4, 2)

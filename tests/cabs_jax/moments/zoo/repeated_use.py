@@ -60,7 +60,7 @@ def pointwise_convolution_tied_to_a_dense_layer(draw):
     return loss, {"w": draw(4, 4)}, draw.batch(3, 2, 4)
 
 
-@case(held="w v")
+@case()
 def overlapping_slices(draw):
     def loss(p, x):
         h = jnp.tanh(x[:4] @ p["w"][:4]) + jnp.tanh(x[2:] @ p["w"][2:])

@@ -137,7 +137,7 @@ def merged_updates_in_a_checkpointed_scan(draw):
     return loss, {"w": draw(3, 8, 8), "a": draw(3, 8, 1), "b": draw(3, 1, 8)}, draw.batch(8)
 
 
-@case(held="w")
+@case()
 def sum_with_its_own_transpose(draw):
     return lambda p, x: squares(x @ (p["w"] + p["w"].T)), {"w": draw(5, 5)}, draw.batch(5)
 
@@ -183,7 +183,7 @@ def heads_repeated_in_a_checkpointed_scan(draw):
     return loss, {"w": draw(3, 6, 3)}, draw.batch(8)
 
 
-@case(held="w")
+@case()
 def weights_repeated_over_groups(draw):
     def loss(p, x):
         return squares(jnp.einsum("gi,gij->gj", x, jnp.broadcast_to(p["w"], (3, 5, 4))))
@@ -191,7 +191,7 @@ def weights_repeated_over_groups(draw):
     return loss, {"w": draw(5, 4)}, draw.batch(3, 5)
 
 
-@case(held="w v b")
+@case()
 def joined_to_weights_that_are_used_again(draw):
     def loss(p, x):
         h = x @ jnp.concatenate([p["w"], p["v"]], axis=1) + x @ jnp.concatenate([p["b"], p["b"]], 1)

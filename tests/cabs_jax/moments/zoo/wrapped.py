@@ -69,7 +69,7 @@ def custom_vjp(draw):
     return loss, {"w": draw(5, 6), "u": draw(6, 7), "v": draw(3, 2)}, draw.batch(5)
 
 
-@case(held="w")
+@case()
 def custom_vjp_of_a_parameter(draw):
     def loss(p, x):
         return squares(x @ reversed_gradient(p["w"], 2.0))
