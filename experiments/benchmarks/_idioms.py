@@ -66,6 +66,14 @@ def _embedding(p: PyTree, e: PyTree) -> Array:
     return curved(jax.vmap(lambda token: p["table"][token])(e["tokens"]) @ p["w"])
 
 
+def _bag(p: PyTree, e: PyTree) -> Array:
+    return curved(jnp.mean(p["table"][e["tokens"]], axis=0) @ p["w"])
+
+
+def _column(p: PyTree, e: PyTree) -> Array:
+    return curved(e["x"] @ p["w"] + p["columns"][:, e["expert"]])
+
+
 def _expert(p: PyTree, e: PyTree) -> Array:
     return curved(jnp.tanh(e["x"] @ p["experts"][e["expert"]]) @ p["w"])
 
@@ -100,6 +108,54 @@ def _low_rank(p: PyTree, e: PyTree) -> Array:
     return curved(e["x"] @ (lax.stop_gradient(p["w"]) + p["a"] @ p["b"]))
 
 
+def _weight_norm(p: PyTree, e: PyTree) -> Array:
+    return curved(e["x"] @ (p["v"] / jnp.linalg.norm(p["v"], axis=0) * p["g"]))
+
+
+def _spectral_norm(p: PyTree, e: PyTree) -> Array:
+    u = p["w"] @ jnp.ones(WIDTH)
+    v = u @ p["w"]
+    u, v = (lax.stop_gradient(x / jnp.linalg.norm(x)) for x in (u, v))
+    return curved(e["x"] @ (p["w"] / (u @ p["w"] @ v)))
+
+
+@jax.custom_vjp
+def _dense(w: Array, x: Array) -> Array:
+    return jnp.tanh(x @ w)
+
+
+def _dense_forward(w: Array, x: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    y = _dense(w, x)
+    return y, (w, x, y)
+
+
+def _dense_backward(saved: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    w, x, y = saved
+    cotangent = cotangent * (1 - jnp.square(y))
+    return x.T @ cotangent, cotangent @ w.T
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
+
+
+def _custom(p: PyTree, e: PyTree) -> Array:
+    return curved(_dense(p["v"], _dense(p["w"], e["x"])))
+
+
+def _filter(p: PyTree, e: PyTree) -> Array:
+    spectrum = jnp.fft.rfft(e["x"], axis=0) * lax.complex(p["real"], p["imaginary"])
+    return curved(jnp.fft.irfft(spectrum, LENGTH, axis=0) @ p["w"])
+
+
+def _depthwise(p: PyTree, e: PyTree) -> Array:
+    layout = ("NWC", "WIO", "NWC")
+    x = e["x"][None].astype(p["kernel"].dtype)
+    mixed = lax.conv_general_dilated(
+        x, p["kernel"], (1,), "SAME", None, None, layout, feature_group_count=WIDTH
+    )
+    return curved(mixed[0] @ p["w"])
+
+
 def _loop(p: PyTree, e: PyTree) -> Array:
     x = e["x"].astype(p["layers"].dtype)
     return curved(lax.fori_loop(0, 4, lambda i, h: jnp.tanh(h @ p["layers"][i]), x))
@@ -115,6 +171,7 @@ def _laplacian(p: PyTree, e: PyTree) -> Array:
 
 _SQUARE = (WIDTH, WIDTH)
 _NARROW = (WIDTH, WIDTH // 4)
+_SPECTRUM = (LENGTH // 2 + 1, WIDTH)
 _IDIOMS: dict[
     str,
     tuple[
@@ -125,6 +182,8 @@ _IDIOMS: dict[
 ] = {
     "table[i]": (_row, {"table": (ROWS, 64), "w": (64, 64)}, vectors),
     "vmapped embedding": (_embedding, {"table": (ROWS, 64), "w": (64, 64)}, sequences),
+    "embedding bag": (_bag, {"table": (ROWS, 64), "w": (64, 64)}, sequences),
+    "+ columns[:, i]": (_column, {"columns": (WIDTH, EXPERTS), "w": _SQUARE}, vectors),
     "x @ experts[i]": (_expert, {"experts": (EXPERTS, *_SQUARE), "w": _SQUARE}, vectors),
     "x @ concatenate": (_merged, {"q": _SQUARE, "k": _SQUARE, "v": _SQUARE}, vectors),
     "concatenate, sequence": (_merged, {"q": _SQUARE, "k": _SQUARE, "v": _SQUARE}, sequences),
@@ -139,6 +198,15 @@ _IDIOMS: dict[
         sequences,
     ),
     "merged LoRA": (_low_rank, {"w": _SQUARE, "a": (WIDTH, 8), "b": (8, WIDTH)}, vectors),
+    "weight norm": (_weight_norm, {"v": _SQUARE, "g": (WIDTH,)}, vectors),
+    "spectral norm": (_spectral_norm, {"w": _SQUARE}, vectors),
+    "custom_vjp, sequence": (_custom, {"w": _SQUARE, "v": _SQUARE}, sequences),
+    "filter of a spectrum": (
+        _filter,
+        {"real": _SPECTRUM, "imaginary": _SPECTRUM, "w": _SQUARE},
+        sequences,
+    ),
+    "depthwise convolution": (_depthwise, {"kernel": (5, 1, WIDTH), "w": _SQUARE}, sequences),
     "fori_loop over layers": (_loop, {"layers": (4, *_SQUARE)}, vectors),
     "Laplacian of a net": (
         _laplacian,
