@@ -352,8 +352,10 @@ def test_microbatches_bound_the_memory():
     params = jax.tree.map(lambda p: np.tile(p, (16,) * p.ndim), case.params)
 
     def memory(examples, block):
-        batch = np.ones((examples, 5 * 16), np.float32)
-        function = jax.jit(gradient_moments(case.loss, microbatch_size=block))
+        # Squares of entries that several positions add to take a gradient for every example.
+        batch = np.ones((examples, 2, 5 * 16), np.float32)
+        measure = gradient_moments(case.loss, variance="diagonal", microbatch_size=block)
+        function = jax.jit(measure)
         return function.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
 
     one_gradient = params["direction"].nbytes
