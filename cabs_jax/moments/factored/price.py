@@ -67,12 +67,12 @@ def of_uses(leaf: int, choice: Choice, variance: Variance, target: Target) -> Pr
         return Price(
             tuple(dict.fromkeys(form for part in parts for form in part.forms)),
             round(sum(part.extra * share for part, share in zip(parts, shares, strict=True))),
-            round(sum(6 * math.prod(s) * share for s, share in zip(sizes, shares, strict=True))),
+            round(sum(_plain(use) * share for use, share in zip(uses, shares, strict=True))),
             max(part.bytes for part in parts),
             sizes,
             _why(uses, variance),
         )
-    plain = sum(6 * math.prod(use.sizes()) for use in uses)
+    plain = sum(_plain(use) * math.prod(use.site.scans) for use in uses)
     groups, _, p, q = uses[0].sizes()
     lengths = [use.sizes()[1] for use in uses]
     size = groups, sum(lengths), p, q
@@ -84,6 +84,13 @@ def of_uses(leaf: int, choice: Choice, variance: Variance, target: Target) -> Pr
     pairs = sum(s * t for i, s in enumerate(lengths) for t in lengths[: i + 1])
     across = sum(q if use.rule.one_hot else p + q for use in uses) // len(uses)
     return Price(("Gram",), groups * pairs * (2 * across + 3), plain, memory, (size,))
+
+
+def _plain(use: Use) -> int:
+    """Operations of the plain gradient at a site, forward and backward."""
+    groups, positions, p, q = use.rule.sizes()
+    # Rows are looked up without a product, and theirs added to the gradient.
+    return positions * q if use.rule.one_hot else 6 * groups * positions * p * q
 
 
 def _why(uses: tuple[Use, ...], variance: Variance) -> str:

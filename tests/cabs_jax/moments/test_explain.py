@@ -47,6 +47,17 @@ def test_shapes_suffice():
     assert row.primitives == ("dot_general",)
 
 
+def test_rows_that_are_looked_up_are_compared_with_a_copy_and_not_with_a_product():
+    def loss(table, tokens):
+        return jnp.sum(jnp.tanh(table[tokens]))
+
+    (row,) = explain(loss, jnp.ones((9000, 8)), jnp.zeros(16, jnp.int32))
+    assert row.form == "Gram"
+    assert row.relative_flops > 16  # every row with every other, and one addition for each
+    assert "16 of 9000×8" in row.reason
+    assert row.bytes_per_example < 9000 * 4  # neither a gradient nor a one-hot vector
+
+
 def test_forms_follow_the_number_of_positions():
     def loss(p, x):
         return jnp.sum(jnp.tanh(x @ p))
