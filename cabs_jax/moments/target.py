@@ -23,8 +23,6 @@ class Costs(NamedTuple):
       traffic: As many multiplications cost what it costs to write a number of a per-example
         gradient and to read it again: in products of float32, in highest precision.
       rounded_traffic: The same in products of rounded or 16-bit numbers.
-      counts_one_hot: Whether products with one-hot factors, which are comparisons, are counted for
-        what they cost there, rather than like any others.
       rounds_alike: Whether all contractions at default precision round a float32 operand to the
         same bfloat16 number, whatever else is multiplied with it.
       patch_traffic: The same for a number of a patch of an image that is laid out for a product.
@@ -35,7 +33,6 @@ class Costs(NamedTuple):
 
     traffic: int
     rounded_traffic: int
-    counts_one_hot: bool
     rounds_alike: bool
     patch_traffic: int
     budget: int
@@ -45,9 +42,9 @@ class Costs(NamedTuple):
 # Of a CPU measured on two cores, of a TPU by the compiler's estimates for a v5e, of a GPU by the
 # limits of an H100: three passes over memory against the products that it can do in that time.
 COSTS: dict[Platform, Costs] = {
-    "cpu": Costs(30, 30, False, False, 0, budget=4 * 2**20, is_shared=True),
-    "gpu": Costs(120, 1800, True, False, 0, budget=256 * 2**20, is_shared=False),
-    "tpu": Costs(90, 450, True, True, 16_000, budget=256 * 2**20, is_shared=False),
+    "cpu": Costs(30, 30, False, 0, budget=4 * 2**20, is_shared=True),
+    "gpu": Costs(120, 1800, False, 0, budget=256 * 2**20, is_shared=False),
+    "tpu": Costs(90, 450, True, 16_000, budget=256 * 2**20, is_shared=False),
 }
 
 

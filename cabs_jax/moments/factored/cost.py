@@ -44,7 +44,7 @@ def prefers_direct(
     _, positions, p, q = sizes
     costs = target.costs
     traffic = costs.rounded_traffic if rounded else costs.traffic
-    across = q if one_hot and costs.counts_one_hot else p + q
+    across = q if one_hot else p + q
     laid_out = costs.patch_traffic * positions * p if patches else 0
     return positions > 1 and traffic * p * q <= positions**2 * across + laid_out
 

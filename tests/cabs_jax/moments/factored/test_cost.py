@@ -34,6 +34,8 @@ def test_direct_form_is_chosen_from_some_number_of_positions_on(
         ((1, 128, 1024, 1024), "tpu", {"rounded": True}, False),  # 3.3 times plain, Gram 1.05
         ((1, 512, 1024, 1024), "tpu", {"rounded": True}, True),  # 1.7 times plain, Gram 1.9
         ((1, 128, 32768, 512), "tpu", {"one_hot": True}, False),  # 578 µs, Gram 19
+        ((1, 256, 8192, 64), "cpu", {"one_hot": True}, False),  # 97 ms, Gram 33
+        ((1, 256, 1000, 64), "cpu", {"one_hot": True}, True),  # 17 ms, Gram 32
     ],
 )
 def test_what_was_measured_to_be_cheaper_is_chosen(sizes, platform, options, direct):
