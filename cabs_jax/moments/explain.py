@@ -128,7 +128,7 @@ def explain(
     held = frozenset(i for i, c in enumerate(choices) if c.mode is Mode.PER_EXAMPLE)
     pulled, penalised = price.pulled_through(program, held), shifting(program.body)
     rows = []
-    for i, ((path, leaf), choice) in enumerate(zip(leaves, choices, strict=False)):
+    for i, ((path, leaf), choice) in enumerate(zip(leaves, choices[: len(leaves)], strict=True)):
         sites = [program.sites[number] for number in choice.sites]
         names = {jaxprs.name(site.equation) if site.equation else "loss" for site in sites}
         unmeasured = "mean only" if i in penalised else "no gradient" if used[i] else "unused"

@@ -113,9 +113,10 @@ def choose(program: Program, num_params: int, variance: Variance) -> tuple[Choic
     while behind := _behind_one_operand(joined, choices):
         for leaf, mode in behind.items():
             reason, numbers = f"joined to one that is {DONE[mode]}", choices[leaf].sites
-            choices[leaf] = Choice(Mode.PER_EXAMPLE, reason, numbers)
             if mode is Mode.PULLED_BACK:
                 choices[leaf] = _without_rules(sites, numbers, reason, variance)
+            else:
+                choices[leaf] = Choice(mode, reason, numbers)
     return tuple(choices)
 
 

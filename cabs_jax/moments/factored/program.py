@@ -165,19 +165,25 @@ def shifting(body: SortedJaxpr) -> frozenset[int]:
 
 
 def walk_shared(
-    body: SortedJaxpr, inputs: Sequence[Any], meet: Callable[[Step, list[Any]], None]
-) -> list[Any]:
-    """Evaluates what no example enters, for given inputs, and returns the outputs.
+    program: Program, leaves: Sequence[Any], meet: Callable[[Step, list[Any]], None]
+) -> None:
+    """Evaluates what no example enters.
 
     Args:
-      body: The sorted jaxpr.
-      inputs: Its inputs. What depends on the example is None throughout, and is not evaluated.
+      program: The sorted loss.
+      leaves: The parameters. What depends on the example is None throughout, and is not evaluated.
       meet: Called with each equation that an example enters, and with its operands.
     """
+    examples = [None] * (len(program.body.inputs) - len(leaves))
+    _walk_shared(program.body, [*leaves, *examples], meet)
 
+
+def _walk_shared(
+    body: SortedJaxpr, inputs: Sequence[Any], meet: Callable[[Step, list[Any]], None]
+) -> list[Any]:
     def visit(step: Step, values: list[Any]) -> list[Any]:
         if step.inner is not None and step.kind in {Kind.CALL, Kind.CHECKPOINT}:
-            return walk_shared(step.inner, values, meet)
+            return _walk_shared(step.inner, values, meet)
         if any(value is None for value in values):
             meet(step, values)
             return [None] * len(step.equation.outvars)

@@ -23,7 +23,7 @@ from cabs_jax.moments.factored import cost, outer_products, separable
 from cabs_jax.moments.factored.choice import Choice, Mode
 from cabs_jax.moments.factored.primitives import Rule
 from cabs_jax.moments.factored.program import Program, Site, Step, walk_shared
-from cabs_jax.moments.factored.site_vjps import gradients_in_pieces, is_direct, rounds_alike
+from cabs_jax.moments.factored.site_vjps import gradients, is_direct, rounds_alike
 from cabs_jax.moments.factored.values import Sample
 from cabs_jax.moments.target import Target
 from cabs_jax.statistics import PyTree, Variance
@@ -77,7 +77,7 @@ def pulled_back(
     pulled = {i: leaves[i] for i, c in enumerate(choices) if c.mode is Mode.PULLED_BACK}
     jaxpr, consts = _pull(program, pulled, leaves, numbers)
 
-    def gradients(operands: dict[int, Operands]) -> dict[int, separable.Products]:
+    def of_parameters(operands: dict[int, Operands]) -> dict[int, separable.Products]:
         met = [_gradient(program.sites[n], *operands[n], target) for n in numbers]
         found = separable.follow(jaxpr, consts, met, target.vmap)
         # What is no sum of products is the zero of a function that has no slope.
@@ -86,11 +86,11 @@ def pulled_back(
 
     def block(operands: dict[int, Operands]) -> tuple[PyTree, dict[int, jax.Array]]:
         examples = jax.tree.leaves(operands)[0].shape[0]
-        return (), {i: separable.norms(g, examples) for i, g in gradients(operands).items()}
+        return (), {i: separable.norms(g, examples) for i, g in of_parameters(operands).items()}
 
     own = {number: operands[number] for number in numbers}
     if variance == "diagonal":
-        return {i: separable.square_sums(g, pulled[i].shape) for i, g in gradients(own).items()}
+        return {i: separable.square_sums(g, pulled[i].shape) for i, g in of_parameters(own).items()}
     sites = [program.sites[number] for number in numbers]
     norms: dict[int, jax.Array] = sum_in_cache(block, own, bytes_needed(sites, target), target)[1]
     return norms
@@ -109,7 +109,6 @@ def _pull(
     numbers: Sequence[int],
 ) -> tuple[jaxprs.Jaxpr, Sequence[Any]]:
     """The derivative of the weights at some sites by parameters, transposed: a linear jaxpr."""
-    examples = [None] * (len(program.body.inputs) - len(leaves))
 
     def weights(pulled: dict[int, jax.Array]) -> list[jax.Array]:
         found: dict[int, jax.Array] = {}
@@ -118,8 +117,7 @@ def _pull(
             if step.site in numbers:
                 found[step.site] = values[_rule(program.sites[step.site]).operand]
 
-        own = [pulled.get(i, leaf) for i, leaf in enumerate(leaves)]
-        walk_shared(program.body, [*own, *examples], meet)
+        walk_shared(program, [pulled.get(i, leaf) for i, leaf in enumerate(leaves)], meet)
         return [found[number] for number in numbers]
 
     met, pull = jax.vjp(weights, pulled)
@@ -130,9 +128,7 @@ def _gradient(site: Site, x: jax.Array, cotangent: jax.Array, target: Target) ->
     """The gradients of some examples with respect to the weight at a site."""
     rule = _rule(site)
     if _is_written_out(site, target):
-        pieces = gradients_in_pieces(target, site.equation, rule, (x, cotangent))
-        shape = site.equation.invars[rule.operand].aval.shape
-        return separable.written_out(rule.assemble(jnp.concatenate(pieces, axis=-2), shape))
+        return separable.written_out(gradients(target, site.equation, rule, (x, cotangent)))
     left, right = rule.factors(x, cotangent)
     if rounds_alike(site.equation, target):
         left, right = outer_products.rounded((left, right))

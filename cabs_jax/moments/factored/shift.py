@@ -21,7 +21,6 @@ def shift_gradient(program: Program, leaves: Sequence[jax.Array]) -> dict[int, j
     shifted = {i: leaves[i] for i in sorted(shifting(program.body))}
     if not shifted:
         return {}
-    examples = [None] * (len(program.body.inputs) - len(leaves))
 
     def terms(shifted: dict[int, Any]) -> jax.Array:
         found: list[jax.Array] = []
@@ -30,8 +29,7 @@ def shift_gradient(program: Program, leaves: Sequence[jax.Array]) -> dict[int, j
             if step.kind is Kind.SHIFT:  # one operand is of the example, the other is the term
                 found.extend(v.astype(jnp.float32) for v in values if v is not None)
 
-        values = [shifted.get(i, leaf) for i, leaf in enumerate(leaves)]
-        walk_shared(program.body, [*values, *examples], meet)
+        walk_shared(program, [shifted.get(i, leaf) for i, leaf in enumerate(leaves)], meet)
         return sum(found, start=jnp.zeros((), jnp.float32))
 
     return {i: g.astype(jnp.float32) for i, g in jax.grad(terms)(shifted).items()}

@@ -198,7 +198,7 @@ def _weighted_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Arra
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
         if direct:
-            pieces = gradients_in_pieces(sample.target, at.equation, rule, operands)
+            pieces = _gradients_in_pieces(sample.target, at.equation, rule, operands)
             ends = itertools.accumulate(g.shape[-2] for g in pieces[:-1])
             scales = jnp.split(scale, list(ends), axis=-2)
             weighted = (g * s[None] for g, s in zip(pieces, scales, strict=True))
@@ -225,7 +225,7 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
         if direct:
-            pieces = gradients_in_pieces(sample.target, at.equation, rule, operands)
+            pieces = _gradients_in_pieces(sample.target, at.equation, rule, operands)
             norms = sum(squared_norms(g, 1) for g in pieces)
             return pieces, norms
         factors = rule.factors(*operands)
@@ -273,7 +273,7 @@ def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
         return at.into_w(), rule.assemble(outer_products.square_sums(factors), at.w.shape)
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
-        pieces = gradients_in_pieces(sample.target, at.equation, rule, operands)
+        pieces = _gradients_in_pieces(sample.target, at.equation, rule, operands)
         return (pieces, tuple(map(jnp.square, pieces))), ()
 
     needed = _bytes(rule, at, direct=True)
@@ -323,7 +323,7 @@ def _goes_by_row(equation: jaxprs.Equation, target: Target) -> bool:
     return target.costs.patch_traffic > 0 and convolution.goes_by_row(equation)
 
 
-def gradients_in_pieces(
+def _gradients_in_pieces(
     target: Target, equation: jaxprs.Equation, rule: Rule, operands: tuple[PyTree, jax.Array]
 ) -> tuple[jax.Array, ...]:
     """Gradients of some examples, cut along p: arrays (examples, groups, part of p, q).
@@ -357,5 +357,13 @@ def _factors(
 
 def _gradients(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """The examples' gradients; that of the batch is their sum, taken at the end."""
-    g = jnp.concatenate(gradients_in_pieces(sample.target, at.equation, rule, at.operands), axis=-2)
-    return jnp.zeros_like(at.w), rule.assemble(g, at.w.shape)  # from (m, groups, p, q)
+    return jnp.zeros_like(at.w), gradients(sample.target, at.equation, rule, at.operands)
+
+
+def gradients(
+    target: Target, equation: jaxprs.Equation, rule: Rule, operands: tuple[PyTree, jax.Array]
+) -> jax.Array:
+    """Gradients of some examples with respect to the weight w at a site, (examples, *w.shape)."""
+    pieces = _gradients_in_pieces(target, equation, rule, operands)
+    joined = jnp.concatenate(pieces, axis=-2)  # (examples, groups, p, q)
+    return rule.assemble(joined, equation.invars[rule.operand].aval.shape)
