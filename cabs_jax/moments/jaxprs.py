@@ -81,6 +81,11 @@ def needed(jaxpr: Jaxpr, outputs: Sequence[bool] | None = None) -> tuple[Jaxpr, 
     return without, list(used)
 
 
+def without_dead_code(jaxpr: Jaxpr) -> Jaxpr:
+    """Returns the jaxpr without equations that no output needs, with all of its inputs."""
+    return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
+
+
 def dependent(jaxpr: Jaxpr, places: Sequence[int]) -> list[bool]:
     """Which outputs of a jaxpr depend on the inputs at some places."""
     count = len(jaxpr.outvars)

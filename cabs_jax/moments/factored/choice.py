@@ -189,6 +189,18 @@ def _use(number: int, site: Site, parameter: Parameter) -> Use | str:
     return Use(number, site, site.rule, views.shown(parameter.view, site.rule.shape))
 
 
+def product_of(site: Site, choice: Choice, variance: Variance) -> Rule | None:
+    """The rule of the product where the norm of what is picked at a site is taken, if it is there.
+
+    That product is its only use. So what the gradient is made of is known there, and need not be
+    multiplied out, as it must where it is put to its place in the parameter's.
+    """
+    as_it_is = all(isinstance(parameter.view, views.View) for _, parameter in site.parameters)
+    if variance == "diagonal" or choice.mode is not Mode.IN_PLACE or not as_it_is:
+        return None
+    return site.met[0] if len(site.met) == 1 else None
+
+
 def copies_are_cheap(site: Site) -> bool:
     """Whether a copy of the parameters for each example is no larger than what the site puts out.
 

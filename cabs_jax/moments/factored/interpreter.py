@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cabs_jax.moments import jaxprs
+from cabs_jax.moments.factored.picked import evaluate_product
 from cabs_jax.moments.factored.program import CONSTANT, Kind, SortedJaxpr, Step
 from cabs_jax.moments.factored.site_vjps import evaluate_site
 from cabs_jax.moments.factored.values import (
@@ -79,6 +80,8 @@ def _evaluate(context: Context, step: Step, values: list[Value]) -> Sequence[Val
         # Its gradient is the same for all examples, and is taken once, by `shift`.
         fixed = [Shared(lax.stop_gradient(v.value)) if isinstance(v, Shared) else v for v in values]
         return evaluate_batched(context.sample, equation, fixed)
+    if step.picked and context.choices:
+        return evaluate_product(context, step, values)
     if any(isinstance(value, Batched) for value in values):
         return evaluate_batched(context.sample, equation, values)
     shared = [v for v in values if isinstance(v, Shared)]

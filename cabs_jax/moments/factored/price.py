@@ -13,7 +13,14 @@ import jax
 
 from cabs_jax.moments import flops, jaxprs
 from cabs_jax.moments.factored import cost, views
-from cabs_jax.moments.factored.choice import Choice, Mode, Use, copies_are_cheap
+from cabs_jax.moments.factored.choice import (
+    Choice,
+    Mode,
+    Use,
+    copies_are_cheap,
+    product_of,
+)
+from cabs_jax.moments.factored.primitives import Rule
 from cabs_jax.moments.factored.program import (
     CONSTANT,
     Kind,
@@ -61,7 +68,11 @@ def of_uses(leaf: int, choice: Choice, variance: Variance, target: Target) -> Pr
     """The price of a parameter that is measured through factors."""
     uses = choice.uses
     if choice.mode is Mode.IN_PLACE:
-        parts = [_in_place(use, variance, target) for use in uses]
+        products = [product_of(use.site, choice, variance) for use in uses]
+        parts = [
+            _in_place(use, variance, target) if product is None else _at_product(product)
+            for use, product in zip(uses, products, strict=True)
+        ]
         shares = [_share(leaf, use) * math.prod(use.site.scans) for use in uses]
         sizes = tuple(use.rule.sizes() for use in uses)
         return Price(
@@ -70,7 +81,7 @@ def of_uses(leaf: int, choice: Choice, variance: Variance, target: Target) -> Pr
             round(sum(_plain(use) * share for use, share in zip(uses, shares, strict=True))),
             max(part.bytes for part in parts),
             sizes,
-            _why(uses, variance),
+            "" if all(products) else _why(uses, variance),
         )
     plain = sum(_plain(use) * math.prod(use.site.scans) for use in uses)
     groups, _, p, q = uses[0].sizes()
@@ -107,6 +118,12 @@ def _share(leaf: int, use: Use) -> float:
     entries = [math.prod(n for axis in p.axes for n, _ in axis) for p in views.pieces(use.view)]
     of_leaf = [n for p, n in zip(views.pieces(use.view), entries, strict=True) if p.leaf == leaf]
     return sum(of_leaf) / max(sum(entries), 1)
+
+
+def _at_product(rule: Rule) -> Price:
+    """The price of what is picked, where its norm is taken at the product that it goes into."""
+    groups, _, p, q = rule.sizes()
+    return Price(("one position",), 2 * groups * (p + q), 0, 4 * groups * (p + q))
 
 
 def _in_place(use: Use, variance: Variance, target: Target) -> Price:

@@ -93,6 +93,15 @@ def find_rule(equation: jaxprs.Equation, operand: int) -> Rule | None:
     return make(equation, operand) if make and real else None
 
 
+def picks(equation: jaxprs.Equation, rule: Rule) -> bool:
+    """Whether an example is given a part of the parameter, each of its entries once and as it is.
+
+    The norm of a gradient with respect to that part is then the norm of the parameter's.
+    """
+    dropping = equation.params.get("mode") == GatherScatterMode.FILL_OR_DROP
+    return rule.one_hot and rule.apart and not dropping
+
+
 def _dot_general(equation: jaxprs.Equation, operand: int) -> Rule | None:
     contracting, batching = equation.params["dimension_numbers"]
     w_contract, x_contract = contracting[operand], contracting[1 - operand]

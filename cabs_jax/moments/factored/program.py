@@ -47,8 +47,18 @@ class Constant:
     """Marks a value that depends on neither, or through which no gradient flows."""
 
 
+class Picked(NamedTuple):
+    """Marks a value of the example's own that is a part of a parameter.
+
+    Attributes:
+      site: The number of the site where it was looked up.
+    """
+
+    site: int
+
+
 EXAMPLE, CONSTANT = Example(), Constant()
-Origin = Parameter | Example | Constant
+Origin = Parameter | Picked | Example | Constant
 
 
 class Kind(enum.Enum):
@@ -73,6 +83,8 @@ class Step(NamedTuple):
       site: Its number, if it is a site.
       leaves: The parameters that a shift depends on.
       viewed: The places of the operands that a view looks at; the others are constants.
+      picked: For operands that were picked from parameters, and of whose gradients the norm is
+        known here: their places and the numbers of their sites.
     """
 
     kind: Kind
@@ -81,6 +93,7 @@ class Step(NamedTuple):
     site: int = -1
     leaves: frozenset[int] = frozenset()
     viewed: tuple[int, ...] = ()
+    picked: tuple[tuple[int, int], ...] = ()
 
 
 class SortedJaxpr(NamedTuple):
@@ -110,12 +123,15 @@ class Site(NamedTuple):
       parameters: For each operand that depends on parameters alone: its place and origin.
       rule: The rule of the equation's primitive, if there is one parameter and a rule covers it.
       scans: Lengths of the scans around it, outermost first.
+      met: For each use of what is picked from the parameter here: the rule of the product of one
+        position that it is the weight of, or None.
     """
 
     equation: jaxprs.Equation
     parameters: tuple[tuple[int, Parameter], ...]
     rule: primitives.Rule | None
     scans: tuple[int, ...]
+    met: tuple[primitives.Rule | None, ...] = ()
 
 
 class Program(NamedTuple):
@@ -142,7 +158,7 @@ def trace_program(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree) ->
     """
     closed, out_tree = distributed.trace(loss_fn, params, jaxprs.first(batch))
     jaxpr, consts = jaxprs.open_jaxpr(closed)
-    leaves = jax.tree.leaves(params)
+    jaxpr, leaves = jaxprs.without_dead_code(jaxpr), jax.tree.leaves(params)
     origins: list[Origin] = [
         Parameter(frozenset([i]), views.whole(i, jnp.shape(leaf)))
         if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
@@ -152,6 +168,7 @@ def trace_program(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree) ->
     origins += [EXAMPLE] * (len(jaxpr.invars) - len(leaves))
     sites: list[Site] = []
     body = _walk(jaxpr, consts, tuple(origins), (), sites, (True,))
+    _use(body.outputs, sites)
     sites += _copies(None, body.outputs[:1], ())
     return Program(body, tuple(sites), out_tree)
 
@@ -236,9 +253,12 @@ def _sort(
     """Sorts one equation; returns its step and where its outputs come from."""
     primitive, of_example = jaxprs.name(equation), [EXAMPLE] * len(equation.outvars)
     parameters = tuple((i, o) for i, o in enumerate(origins) if isinstance(o, Parameter))
-    if parameters and primitive in jaxprs.CALLS:
+    picked = any(isinstance(o, Picked) for o in origins)
+    if (parameters or picked) and primitive in jaxprs.CALLS:
         inner = _walk(*jaxprs.inner_jaxpr(equation), origins, scans, sites, summed)
         return Step(Kind.CALL, equation, inner), inner.outputs
+    if picked:
+        return _sort_picked(equation, origins, scans, sites, summed)
     if EXAMPLE not in origins:
         return _sort_shared(equation, parameters)
     if not parameters or not any(map(jaxprs.carries_gradient, equation.outvars)):
@@ -251,8 +271,44 @@ def _sort(
     if primitive == "scan":
         return _sort_scan(equation, origins, scans, sites)
     rule = primitives.find_rule(equation, parameters[0][0]) if len(parameters) == 1 else None
+    number, picks = len(sites), rule is not None and primitives.picks(equation, rule)
     sites.append(Site(equation, parameters, rule, scans))
-    return Step(Kind.SITE, equation, site=len(sites) - 1), of_example
+    return Step(Kind.SITE, equation, site=number), [Picked(number)] if picks else of_example
+
+
+def _sort_picked(
+    equation: jaxprs.Equation,
+    origins: tuple[Origin, ...],
+    scans: tuple[int, ...],
+    sites: list[Site],
+    summed: tuple[bool, ...],
+) -> tuple[Step, Sequence[Origin]]:
+    """Sorts an equation that is given what was picked from parameters."""
+    of_example = tuple(EXAMPLE if isinstance(o, Picked) else o for o in origins)
+    step, outputs = _sort(equation, of_example, scans, sites, summed)
+    places = [i for i, o in enumerate(origins) if isinstance(o, Picked)]
+    alone = step.kind is Kind.PLAIN and len(places) == 1
+    if alone and views.rearranges(equation, places[0]):
+        return step, [origins[places[0]]]
+    rules = {i: primitives.find_rule(equation, i) for i in places if step.kind is Kind.PLAIN}
+    products = {
+        i: rule
+        for i, rule in rules.items()
+        if rule is not None and not rule.one_hot and rule.positions == 1
+    }
+    _use(origins, sites, products)
+    known = [(i, o.site) for i, o in enumerate(origins) if isinstance(o, Picked) and i in products]
+    return step._replace(picked=tuple(known)), outputs
+
+
+def _use(
+    origins: Sequence[Origin], sites: list[Site], rules: dict[int, primitives.Rule] | None = None
+) -> None:
+    """Notes, where values were picked from parameters, that they are used, and by which rules."""
+    for i, origin in enumerate(origins):
+        if isinstance(origin, Picked):
+            site = sites[origin.site]
+            sites[origin.site] = site._replace(met=(*site.met, (rules or {}).get(i)))
 
 
 def _terms(jaxpr: jaxprs.Jaxpr, summed: tuple[bool, ...]) -> set[Any]:
@@ -305,6 +361,7 @@ def _sort_scan(
         carry = after
         body, found = _sort_body(equation, consts, carry, xs, within, sites)
     sites[:] = found
+    _use(body.outputs, sites)
     sites += _copies(equation, starts, scans)
     sites += _copies(equation, body.outputs, within)
     stacked = [CONSTANT if origin is CONSTANT else EXAMPLE for origin in body.outputs[len(carry) :]]

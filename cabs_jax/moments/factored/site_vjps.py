@@ -22,6 +22,7 @@ Where a rule of `primitives` covers f, the g_i are sums of outer products of fac
 (`_by_rule`), and what is returned depends on the mode that was chosen for the parameter:
 
     IN_PLACE, trace       ‖g_i‖², shape (m,)                       `_norms`
+        picked            0: they are taken by `picked`            `_sums_alone`
     IN_PLACE, diagonal    Σ_i g_i², shaped like w                  `_square_sums`
     COLLECTED             the factors themselves                   `_factors`
     PULLED_BACK           the operands that they are made of       `_operands`
@@ -45,7 +46,7 @@ import jax.numpy as jnp
 from cabs_jax.moments import convolution, jaxprs
 from cabs_jax.moments.blocks import sum_in_cache
 from cabs_jax.moments.factored import cost, outer_products
-from cabs_jax.moments.factored.choice import Mode, copies_are_cheap
+from cabs_jax.moments.factored.choice import Mode, copies_are_cheap, product_of
 from cabs_jax.moments.factored.primitives import Rule
 from cabs_jax.moments.factored.program import Site
 from cabs_jax.moments.factored.site_derivatives import evaluate_by_derivative
@@ -179,7 +180,14 @@ def _measure(
         return _operands, context.factors.get(number)
     if context.variance == "diagonal":
         return _square_sums, parameter.square_slots
+    if product_of(site, context.choices[leaf], context.variance) is not None:
+        return _sums_alone, context.norms.get(leaf)
     return _norms, context.norms.get(leaf)
+
+
+def _sums_alone(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
+    """Gradient of the batch where norms are taken elsewhere (see `picked`)."""
+    return at.into_w(), sample.zeros((sample.examples,))
 
 
 def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:

@@ -202,6 +202,16 @@ def keeps_entries(equation: jaxprs.Equation) -> bool:
     return bool(jaxprs.name(equation) in IDENTITIES or (cast and real))
 
 
+def rearranges(equation: jaxprs.Equation, place: int) -> bool:
+    """Whether the only output shows entries of one operand, each at most once and as it is."""
+    if len(equation.outvars) != 1:
+        return False
+    operands: list[Seen | None] = [None] * len(equation.invars)
+    operands[place] = whole(0, equation.invars[place].aval.shape)
+    seen = through(operands, equation)
+    return seen is not None and isinstance(seen[0], View)
+
+
 def _alike(equation: jaxprs.Equation, places: set[int]) -> bool:
     """Whether the operands at these places have the shape of the output."""
     shape = equation.outvars[0].aval.shape

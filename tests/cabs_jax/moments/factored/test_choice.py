@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from cabs_jax.moments.factored.choice import Mode, choose, copies_are_cheap
+from cabs_jax.moments.factored.choice import Mode, choose, copies_are_cheap, product_of
 from cabs_jax.moments.factored.program import trace_program
 from cabs_jax.moments.per_example import loss_and_aux
 from tests.cabs_jax.moments.oracle import matches, names
@@ -90,3 +90,23 @@ def test_copies_of_a_bias_are_small_and_those_of_a_table_are_not():
     for loss, size, small in ((added, 3, True), (sliced, 9, False), (sliced, 2, True)):
         (site,) = trace_program(loss_and_aux(loss, False), jnp.ones(size), jnp.ones((1, 3))).sites
         assert copies_are_cheap(site) == small
+
+
+def measured_at_a_product(name, variance="trace"):
+    """The parameters of a case whose norms are taken where what is picked from them is met."""
+    case = ZOO[name]()
+    program = trace_program(loss_and_aux(case.loss, False), case.params, case.batch)
+    found = choose(program, len(jax.tree.leaves(case.params)), variance)
+    return {
+        path
+        for path, choice in zip(names(case.params), found, strict=True)
+        for number in choice.sites
+        if product_of(program.sites[number], choice, variance) is not None
+    }
+
+
+def test_norms_of_what_is_picked_are_taken_at_the_one_product_it_is_used_in():
+    everything = set(names(ZOO["picked_weights_met_once"]().params))
+    assert measured_at_a_product("picked_weights_met_once") == everything
+    assert not measured_at_a_product("picked_weights_met_once", "diagonal")
+    assert not measured_at_a_product("picked_weights_met_otherwise")

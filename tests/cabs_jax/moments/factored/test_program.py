@@ -116,8 +116,8 @@ def test_a_carry_that_comes_to_depend_on_the_example_does_so_from_the_start():
             _, second, steps = carry
             return (second * p, x, steps + 1), None
 
-        (first, _, _), _ = lax.scan(body, (jnp.zeros(3), jnp.zeros(3), 0), None, length=3)
-        return jnp.sum(first)
+        (first, _, count), _ = lax.scan(body, (jnp.zeros(3), jnp.zeros(3), 0), None, length=3)
+        return jnp.sum(first) * count
 
     program = traced(loss, jnp.ones(3), 3)
     (scan,) = [step for step in steps(program.body) if step.kind is Kind.SCAN]
@@ -146,3 +146,14 @@ def test_a_factor_of_parameters_alone_is_a_site():
         return jnp.square(jnp.sum(x) + jnp.sum(p))
 
     assert sites(traced(loss, jnp.ones(3), 3)) == [("add", [0], ())]
+
+
+def test_what_no_output_needs_is_no_site():
+    def loss(p, x):
+        unused = jnp.tanh(p["w"] * x)
+        return jnp.sum(jnp.tanh(x + p["b"])), {"of another": x, "first": unused[:0]}
+
+    program = traced(loss, {"b": jnp.ones(3), "w": jnp.ones(3)}, 3)
+    assert [leaves for _, leaves, _ in sites(program)] == [[1], [0]]
+    program = traced(lambda p, x: loss(p, x)[0], {"b": jnp.ones(3), "w": jnp.ones(3)}, 3)
+    assert [leaves for _, leaves, _ in sites(program)] == [[0]]

@@ -64,6 +64,56 @@ def expert_picked_by_index(draw):
 
 
 @case()
+def picked_weights_met_once(draw):
+    def loss(p, e):
+        i, x = e["expert"], e["x"]
+        h = jnp.tanh(jnp.einsum("d,df->f", x, p["inside a call"][i]))
+        h = jnp.tanh(lax.dynamic_index_in_dim(p["transposed"], i, 0, keepdims=False).T @ h)
+        h = jax.checkpoint(lambda w, h: jnp.tanh(h @ w[i]))(p["checkpointed"], h)
+        h = jnp.tanh(h @ p["a part"][i][:, 1:])
+        h = jnp.tanh(jnp.einsum("gd,gdf->gf", h.reshape(2, 2), p["groups"][i]))
+        h, _ = lax.scan(lambda h, w: (jnp.tanh(h @ w[i]), None), h.reshape(4), p["layers"])
+        return squares(h) + jnp.tanh(p["users"][i] @ p["films"][2 - i]) * jnp.sum(h)
+
+    params = {
+        "inside a call": draw(3, 5, 4),
+        "transposed": draw(3, 4, 4),
+        "checkpointed": draw(3, 4, 4),
+        "a part": draw(3, 4, 5),
+        "groups": draw(3, 2, 2, 2),
+        "layers": draw(2, 3, 4, 4),
+        "users": draw(3, 4),
+        "films": draw(3, 4),
+    }
+    return loss, params, {"x": draw.batch(5), "expert": draw.tokens(high=3)}
+
+
+@case(held="squared")
+def picked_weights_met_otherwise(draw):
+    def loss(p, e):
+        i, x = e["expert"], e["x"]
+        w = {name: table[i] for name, table in p.items()}
+        w["absent"] = p["absent"].at[i + 1].get(mode="fill", fill_value=1)
+        w["scaled"], w["squared"] = (0.5 * p["scaled"])[i], jnp.square(p["squared"])[i]
+        h, _ = lax.scan(lambda h, _: (jnp.tanh(h @ w["in every step"]), None), x, length=2)
+        _, last = lax.scan(lambda w, _: (jnp.tanh(w), w @ x), w["start of a carry"], length=2)
+        return (
+            squares(jnp.stack([x, jnp.flip(x)]) @ w["two positions"])
+            + squares(jnp.tanh(x @ w["twice"]) @ w["twice"])
+            + squares(h)
+            + squares(last)
+            + jnp.sin(w["square of a row"] @ w["square of a row"])
+            + squares(x @ w["absent"] + x @ w["scaled"])
+            + squares(x @ w["squared"])
+        )
+
+    names = ("two positions", "twice", "absent", "start of a carry", "in every step", "scaled")
+    params = {name: draw(3, 4, 4) for name in (*names, "squared")}
+    params["square of a row"] = draw(3, 4)
+    return loss, params, {"x": draw.batch(4), "expert": draw.tokens(high=3)}
+
+
+@case()
 def experts_picked_for_each_token(draw):
     def loss(p, e):
         gates, picked = lax.top_k(jax.nn.softmax(e["x"] @ p["gate"]), 2)
