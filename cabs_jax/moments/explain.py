@@ -32,11 +32,12 @@ class Explanation(NamedTuple):
       parameter: Path of the parameter in the tree.
       shape: Its shape.
       primitives: Primitives in which it meets the example.
-      form: "one position", "Gram" or "direct" (see `cost`); "kernel" where one makes both the norm
-        and the mean; "rows" where it is looked up once; "small" where its gradient, no larger than
-        what it acts on (a bias, a scale), is held for every example; "per example" where a large
-        one is; "mean only" where it only adds the same to the loss of every example, as a penalty
-        does; "no gradient" where it is used and nothing comes back to it; "unused" where it is not.
+      form: "one position", "Gram", "direct" or "sorted" (see `cost`); "kernel" where one makes both
+        the norm and the mean; "rows" where it is looked up once; "small" where its gradient, no
+        larger than what it acts on (a bias, a scale), is held for every example; "per example"
+        where a large one is; "mean only" where it only adds the same to the loss of every example,
+        as a penalty does; "no gradient" where it is used and nothing comes back to it; "unused"
+        where it is not.
       extra_flops: Operations per example on top of the plain gradient's, by shapes: two for a
         product in a contraction, one for any other number.
       relative_flops: The same as a fraction of what the plain gradient spends on this parameter,

@@ -27,6 +27,8 @@ class Costs(NamedTuple):
         same bfloat16 number, whatever else is multiplied with it.
       patch_traffic: The same for a number of a patch of an image that is laid out for a product.
         Where it is not 0, convolutions are measured row by row instead if they can.
+      sorts_from: The number of positions from which look-ups are sorted to add up equal ones,
+        rather than each compared with every other; None where sorting is slow.
       budget: Bytes of intermediate results that stay near the units while a norm is taken.
       is_shared: Whether all devices share that memory, as the CPU devices of one process do.
     """
@@ -35,6 +37,7 @@ class Costs(NamedTuple):
     rounded_traffic: int
     rounds_alike: bool
     patch_traffic: int
+    sorts_from: int | None
     budget: int
     is_shared: bool
 
@@ -42,9 +45,9 @@ class Costs(NamedTuple):
 # Of a CPU measured on two cores, of a TPU by the compiler's estimates for a v5e, of a GPU by the
 # limits of an H100: three passes over memory against the products that it can do in that time.
 COSTS: dict[Platform, Costs] = {
-    "cpu": Costs(30, 30, False, 0, budget=4 * 2**20, is_shared=True),
-    "gpu": Costs(120, 1800, False, 0, budget=256 * 2**20, is_shared=False),
-    "tpu": Costs(90, 450, True, 16_000, budget=256 * 2**20, is_shared=False),
+    "cpu": Costs(30, 30, False, 0, 192, budget=4 * 2**20, is_shared=True),
+    "gpu": Costs(120, 1800, False, 0, None, budget=256 * 2**20, is_shared=False),
+    "tpu": Costs(90, 450, True, 16_000, None, budget=256 * 2**20, is_shared=False),
 }
 
 

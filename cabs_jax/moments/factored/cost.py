@@ -8,6 +8,9 @@ pass that cost t·p·q multiplications for this parameter's gradient anyway:
 * the direct form ‖Σ_t left_t ⊗ right_t‖² adds none, since its gradients add up to the batch's, but
   p·q numbers are written and read again, which costs as much as `traffic` multiplications each;
   in a kernel (see `kernels`) as much as `KERNEL_TRAFFIC`, for they stay near the matrix unit.
+
+Where the left factors are one-hot, the rows of `right` that go to one place can also be brought
+together by sorting. That grows no faster than t·log t, and pays where t is large and p larger.
 """
 
 from __future__ import annotations
@@ -59,6 +62,18 @@ def prefers_kernel(sizes: Sizes) -> bool:
     return positions > 1 and KERNEL_TRAFFIC * p * q <= positions**2 * (p + q)
 
 
+def prefers_sorting(sizes: Sizes, target: Target) -> bool:
+    """Whether rows that go to one place, the left factors being one-hot, are best found by sorting.
+
+    >>> [prefers_sorting((1, 256, p, 64), Target("cpu")) for p in (256, 8192)]
+    [False, True]
+    """
+    _, positions, p, _ = sizes
+    least = target.costs.sorts_from
+    sortable = p * positions < 2**31  # as 32-bit numbers
+    return least is not None and positions >= least and p > 2 * positions and sortable
+
+
 def norm_bytes(sizes: Sizes, *, direct: bool, one_hot: bool = False) -> int:
     """Float32 bytes that one example needs while its norm is computed.
 
@@ -73,3 +88,9 @@ def norm_bytes(sizes: Sizes, *, direct: bool, one_hot: bool = False) -> int:
     groups, positions, p, q = sizes
     factors = positions * ((1 if one_hot else p) + q)
     return 4 * groups * (factors + (p * q if direct else 2 * positions**2))
+
+
+def sorting_bytes(sizes: Sizes) -> int:
+    """Float32 bytes that one example needs while rows that go to one place are added up."""
+    groups, positions, _, q = sizes
+    return norm_bytes((groups, positions, positions, q), direct=True, one_hot=True)

@@ -36,7 +36,7 @@ from cabs_jax.moments.factored.pulled_back import (
     operands_at,
     pulled_back,
 )
-from cabs_jax.moments.factored.site_vjps import is_by_kernel, is_direct
+from cabs_jax.moments.factored.site_vjps import is_by_kernel, is_direct, is_sorted
 from cabs_jax.moments.factored.values import Sample
 from cabs_jax.moments.target import Target
 from cabs_jax.statistics import Variance
@@ -144,6 +144,8 @@ def _in_place(use: Use, variance: Variance, target: Target) -> Price:
         return Price(("direct",), (4 if weighted else 3) * groups * p * q + padding, 0, memory)
     if rule.one_hot and (rule.apart or t == 1):
         return Price(("one position",) if t == 1 else ("rows",), 2 * t * q, 0, 4 * t * q)
+    if is_sorted(rule, target):
+        return Price(("sorted",), 3 * t * q, 0, cost.sorting_bytes(sizes))
     if t > 1:
         across = q if rule.one_hot else p + q
         return Price(("Gram",), groups * t**2 * (2 * across + 3), 0, memory)

@@ -47,7 +47,7 @@ from cabs_jax.moments import convolution, jaxprs
 from cabs_jax.moments.blocks import sum_in_cache
 from cabs_jax.moments.factored import cost, outer_products
 from cabs_jax.moments.factored.choice import Mode, copies_are_cheap, product_of
-from cabs_jax.moments.factored.primitives import Rule
+from cabs_jax.moments.factored.primitives import Factors, Rule
 from cabs_jax.moments.factored.program import Site
 from cabs_jax.moments.factored.site_derivatives import evaluate_by_derivative
 from cabs_jax.moments.factored.values import (
@@ -215,7 +215,7 @@ def _weighted_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Arra
         left, right = rule.factors(*operands)
         if rule.one_hot:  # row by row, before the rows are added up
             right = right * scale[0, left][:, None].astype(right.dtype)
-            return (), outer_products.one_hot_norms((left, right), rule.apart)
+            return (), _one_hot_norms(sample, rule, (left, right))
         factors = outer_products.rounded((left, right)) if alike else (left, right)
         return (), outer_products.weighted_norms(factors, scale)
 
@@ -225,7 +225,7 @@ def _weighted_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Arra
 def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Norms of gradients whose entries are those of the parameters' gradients."""
     if rule.apart:
-        return at.into_w(), outer_products.one_hot_norms(rule.factors(*at.operands), True)
+        return at.into_w(), _one_hot_norms(sample, rule, rule.factors(*at.operands))
     if is_by_kernel(at.equation, rule, sample.target):
         return _by_kernel(sample, rule, at)
     sizes, alike = rule.sizes(), rounds_alike(at.equation, sample.target)
@@ -237,6 +237,8 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
             norms = sum(squared_norms(g, 1) for g in pieces)
             return pieces, norms
         factors = rule.factors(*operands)
+        if rule.one_hot:
+            return (), _one_hot_norms(sample, rule, factors)
         if alike and sizes[1] == 1:
             factors = outer_products.rounded(factors)
         model = outer_products.model_precision(at.equation)
@@ -244,6 +246,11 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
         return (), outer_products.gram_norms([factors], precision)
 
     return _in_cache(sample, rule, at, block, direct)
+
+
+def _one_hot_norms(sample: Sample, rule: Rule, factors: Factors) -> jax.Array:
+    by_sorting = is_sorted(rule, sample.target)
+    return outer_products.one_hot_norms(factors, apart=rule.apart, by_sorting=by_sorting)
 
 
 def _in_cache(
@@ -254,7 +261,7 @@ def _in_cache(
     direct: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Gradient of the batch and norms, from blocks that give norms and, if direct, gradients."""
-    needed = _bytes(rule, at, direct=direct)
+    needed = _bytes(sample, rule, at, direct=direct)
     total, norms = sum_in_cache(block, at.operands, needed, sample.target)
     return (at.assembled(rule, total) if direct else at.into_w()), norms
 
@@ -272,7 +279,10 @@ def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
     """Gradient of the batch and the sum of the squares of the examples' gradients."""
     if rule.one_hot:
         factors, rows = rule.factors(*at.operands), rule.sizes()[2]
-        squares = outer_products.one_hot_square_sums(factors, rows, rule.apart)
+        by_sorting = is_sorted(rule, sample.target)
+        squares = outer_products.one_hot_square_sums(
+            factors, rows, apart=rule.apart, by_sorting=by_sorting
+        )
         return at.into_w(), rule.assemble(squares, at.w.shape)
     if rule.positions == 1:  # (left ⊗ right)² = left² ⊗ right²
         factors = rule.factors(*at.operands)
@@ -284,7 +294,7 @@ def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
         pieces = _gradients_in_pieces(sample.target, at.equation, rule, operands)
         return (pieces, tuple(map(jnp.square, pieces))), ()
 
-    needed = _bytes(rule, at, direct=True)
+    needed = _bytes(sample, rule, at, direct=True)
     (total, squares), _ = sum_in_cache(block, at.operands, needed, sample.target)
     squares = rule.assemble(jnp.concatenate(squares, axis=-2), at.w.shape)
     return at.assembled(rule, total), squares
@@ -300,7 +310,9 @@ def is_by_kernel(equation: jaxprs.Equation, rule: Rule, target: Target) -> bool:
 
 
 def is_direct(equation: jaxprs.Equation, rule: Rule, target: Target) -> bool:
-    """Whether norms at a site are taken of gradients, not by their Gram form."""
+    """Whether norms at a site are taken of gradients, not by another form."""
+    if is_sorted(rule, target):
+        return False
     others = [v.aval.dtype for i, v in enumerate(equation.invars) if i != rule.operand]
     narrow = all(dtype.itemsize == 2 for dtype in [*others, equation.outvars[0].aval.dtype])
     return cost.prefers_direct(
@@ -312,17 +324,24 @@ def is_direct(equation: jaxprs.Equation, rule: Rule, target: Target) -> bool:
     )
 
 
+def is_sorted(rule: Rule, target: Target) -> bool:
+    """Whether rows that are put to one place at a site are found by sorting."""
+    return rule.one_hot and not rule.apart and cost.prefers_sorting(rule.sizes(), target)
+
+
 def rounds_alike(equation: jaxprs.Equation, target: Target) -> bool:
     """Whether the products of a norm see the operands as the product of the mean does, rounded."""
     model = outer_products.model_precision(equation)
     return target.costs.rounds_alike and outer_products.is_default(model)
 
 
-def _bytes(rule: Rule, at: Residuals, *, direct: bool) -> int:
+def _bytes(sample: Sample, rule: Rule, at: Residuals, *, direct: bool) -> int:
     """What one example needs while its norm is computed."""
     groups, positions, p, q = rule.sizes()
     if direct and convolution.is_depthwise(at.equation):  # nothing is laid out
         return cost.norm_bytes((groups, 1, p, q), direct=True)
+    if is_sorted(rule, sample.target):
+        return cost.sorting_bytes(rule.sizes())
     return cost.norm_bytes((groups, positions, p, q), direct=direct, one_hot=rule.one_hot)
 
 

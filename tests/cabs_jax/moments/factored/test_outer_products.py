@@ -52,6 +52,17 @@ def test_gradients_and_their_norms_and_squares(kind):
         )
 
 
+@pytest.mark.parametrize("positions", [1, 7, 40])
+def test_rows_that_go_to_one_place_are_added_up_by_sorting_as_by_comparing(positions):
+    both = factors(0, positions, one_hot=True)
+    g = outer(both)
+    norms = jax.jit(lambda f: outer_products.one_hot_norms(f, apart=False, by_sorting=True))(both)
+    np.testing.assert_allclose(norms, np.sum(g**2, axis=(1, 2, 3)), rtol=1e-5)
+    for by_sorting in (False, True):
+        squares = outer_products.one_hot_square_sums(both, P, apart=False, by_sorting=by_sorting)
+        np.testing.assert_allclose(squares, np.sum(g**2, axis=0), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "kinds",
     [(KINDS[0], KINDS[2]), (KINDS[5], KINDS[2]), (KINDS[2], KINDS[5]), (KINDS[5], KINDS[4])],

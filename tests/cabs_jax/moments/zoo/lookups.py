@@ -64,6 +64,17 @@ def expert_picked_by_index(draw):
 
 
 @case()
+def a_long_text(draw):
+    def loss(p, tokens):
+        bag = jnp.mean(p["table"][tokens], 0) + jnp.mean((0.5 * p["scaled"])[tokens], 0)
+        masked = (p["masked"] * jnp.arange(0, 500, dtype=jnp.float32)[:, None] / 500)[tokens]
+        return squares(3 * bag @ p["w"]) + squares(jnp.mean(masked, 0))
+
+    params = {"table": draw(500, 3), "scaled": draw(500, 3), "masked": draw(500, 2), "w": draw(3)}
+    return loss, params, draw.tokens(200, high=500) // draw.tokens(200, low=1, high=20)
+
+
+@case()
 def picked_weights_met_once(draw):
     def loss(p, e):
         i, x = e["expert"], e["x"]
