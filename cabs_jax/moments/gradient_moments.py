@@ -325,8 +325,8 @@ def gradient_moments(
             axis_names,
             target,
             parts,
-            shards.layouts_of(specs, parts.parameters, reduce_dtype),
-            shards.layouts_of(averaged_specs, averaged_params),
+            shards.layouts_of(specs, parts.parameters, target, reduce_dtype),
+            shards.layouts_of(averaged_specs, averaged_params, target),
         )
         if mesh_used is not None:
             ins, outs = shards.specs_for(specs, averaged_specs, variance, weights is not None)

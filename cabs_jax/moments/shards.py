@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from cabs_jax.moments.sharding import SPLIT, WHOLE, as_axis_names
-from cabs_jax.moments.target import AxisNames
+from cabs_jax.moments.target import AxisNames, Target
 from cabs_jax.statistics import GradientMoments, PyTree, Variance, WeightSums, squares_of
 
 
@@ -32,11 +32,13 @@ class Layout:
       axes: For each dimension the mesh axes that split it, none or more.
       dtype: What the array is cast to before it is gathered.
       reduce_dtype: What its cotangents are cast to before they are added up; None for float32.
+      scatters: Whether sums are added up and scattered in one.
     """
 
     axes: tuple[tuple[str, ...], ...]
     dtype: Any
     reduce_dtype: Any = None
+    scatters: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,9 +89,18 @@ def scattered(layout: Layout | None, whole: jax.Array) -> jax.Array:
     wide = jnp.promote_types(whole.dtype, jnp.float32)
     shard = whole.astype(wide if layout.reduce_dtype is None else layout.reduce_dtype)
     for dimension, names in enumerate(layout.axes):
-        if names:
+        if names and layout.scatters:
             shard = lax.psum_scatter(shard, names, scatter_dimension=dimension, tiled=True)
+        elif names:
+            shard = _own_part(lax.psum(shard, names), names, dimension)
     return shard.astype(wide)
+
+
+def _own_part(whole: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
+    size = whole.shape[dimension] // lax.axis_size(names)
+    start = lax.axis_index(names) * size
+    part: jax.Array = lax.dynamic_slice_in_dim(whole, start, size, dimension)
+    return part
 
 
 def squares_of_parts(layouts: Layouts, variance: Variance, tree: PyTree) -> PyTree:
@@ -160,12 +171,20 @@ def read(param_specs: PyTree, params: PyTree, axis_names: tuple[str, ...]) -> Py
     return treedef.unflatten(found) if any(map(any, found)) else None
 
 
-def layouts_of(specs: PyTree, params: PyTree, reduce_dtype: DTypeLike | None = None) -> Layouts:
+def layouts_of(
+    specs: PyTree, params: PyTree, target: Target, reduce_dtype: DTypeLike | None = None
+) -> Layouts:
     """The layouts of parameters by what `read` found, None for those that are not split."""
     if specs is None:
         return ()
+    # Between processes on CPU, a large psum_scatter may come out wrong and say nothing of it: seen
+    # on jax 0.9.0 and 0.10.1, where parts had 16 MiB (https://github.com/jax-ml/jax/issues/40830).
+    scatters = target.platform != "cpu"
     pairs = zip(jax.tree.leaves(specs), jax.tree.leaves(params), strict=True)
-    found = [Layout(tuple(map(as_axis_names, spec)), x.dtype, reduce_dtype) for spec, x in pairs]
+    found = [
+        Layout(tuple(map(as_axis_names, spec)), x.dtype, reduce_dtype, scatters)
+        for spec, x in pairs
+    ]
     return tuple(layout if layout.names else None for layout in found)
 
 

@@ -252,7 +252,7 @@ def sent_by(program):
 
 @KINDS
 def test_a_layer_is_gathered_twice_and_its_gradient_scattered_once(kind):
-    _, program = measured(kind, rematerialised)
+    _, program = measured(kind, rematerialised, platform="gpu")
     sent = sent_by(program)
     assert sorted(sent["all-gather"]) == sorted(GATHERED)
     assert sorted(sent["reduce-scatter"]) == sorted(SCATTERED)
@@ -260,9 +260,19 @@ def test_a_layer_is_gathered_twice_and_its_gradient_scattered_once(kind):
     assert sent.keys() == {"all-gather", "reduce-scatter", "all-reduce"}
 
 
+@KINDS
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_sums_are_scattered_as_they_are_added_up_except_on_cpu_where_that_goes_wrong(
+    kind, platform
+):
+    found, program = measured(kind, platform=platform)
+    assert ("reduce-scatter" in sent_by(program)) == (platform == "gpu")
+    assert_close(found, moments(*per_example_of(loss_fn, NET, TOKENS), "trace"))
+
+
 @pytest.mark.slow
 def test_the_diagonal_is_scattered_like_the_gradient():
-    _, program = measured(AxisType.Auto, rematerialised, variance="diagonal")
+    _, program = measured(AxisType.Auto, rematerialised, variance="diagonal", platform="gpu")
     sent = sent_by(program)
     assert sum(sent["reduce-scatter"]) == 2 * sum(SCATTERED)
     assert sum(sent["all-reduce"]) <= 32
