@@ -48,6 +48,12 @@ def sequences(number: int) -> dict[str, np.ndarray]:
     }
 
 
+def texts(number: int) -> dict[str, np.ndarray]:
+    """A text of tokens, of which few are common and most are rare."""
+    tokens = np.random.default_rng(0).zipf(1.2, (number, 16 * LENGTH)) % ROWS
+    return {"tokens": tokens.astype(np.int32)}
+
+
 def points(number: int) -> dict[str, np.ndarray]:
     """Points in the plane."""
     return {"x": np.random.default_rng(0).normal(size=(number, 2)).astype(np.float32)}
@@ -183,6 +189,7 @@ _IDIOMS: dict[
     "table[i]": (_row, {"table": (ROWS, 64), "w": (64, 64)}, vectors),
     "vmapped embedding": (_embedding, {"table": (ROWS, 64), "w": (64, 64)}, sequences),
     "embedding bag": (_bag, {"table": (ROWS, 64), "w": (64, 64)}, sequences),
+    "bag of 512 words": (_bag, {"table": (ROWS, 64), "w": (64, 64)}, texts),
     "+ columns[:, i]": (_column, {"columns": (WIDTH, EXPERTS), "w": _SQUARE}, vectors),
     "x @ experts[i]": (_expert, {"experts": (EXPERTS, *_SQUARE), "w": _SQUARE}, vectors),
     "x @ concatenate": (_merged, {"q": _SQUARE, "k": _SQUARE, "v": _SQUARE}, vectors),
