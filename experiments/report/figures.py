@@ -15,7 +15,8 @@ from experiments.training.figure import COLOURS, blank, doubling, finish, logari
 
 # With the colour, each method has a marker and a dash of its own: grey print keeps them apart.
 _MARKERS = "osD^vPX*<>hp"
-_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+# One more than colours, so that the two together repeat late.
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 3)))
 _UNIT_LABELS = {"examples": "examples seen", "seconds": "seconds of steps", "steps": "steps"}
 _Style = dict[str, Any]
 
