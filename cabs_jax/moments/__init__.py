@@ -18,7 +18,8 @@ What happens to a loss, `loss_fn(params, example) -> scalar`:
 5. The jaxpr is evaluated for the whole batch (`interpreter`). At each site a derivative rule is put
    in (`site_vjps`, `site_derivatives`) that also measures the gradients of the examples
    (`outer_products`), and hands out what it finds through a slot (`values`). What an example looked
-   up for itself is measured where it is multiplied (`picked`).
+   up for itself is measured where it is multiplied (`picked`), rows that are looked up to be added
+   up, such as the words of a text, as multiples of one vector.
 6. One backward pass gives the gradient and fills the slots (`batch_sums`). Norms of parameters that
    are used several times are put together at the end (`collected`), those of parameters from which
    weights are computed are pulled back (`pulled_back`, `separable`), and penalties added (`shift`).

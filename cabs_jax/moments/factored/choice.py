@@ -198,7 +198,8 @@ def product_of(site: Site, choice: Choice, variance: Variance) -> Rule | None:
     as_it_is = all(isinstance(parameter.view, views.View) for _, parameter in site.parameters)
     if variance == "diagonal" or choice.mode is not Mode.IN_PLACE or not as_it_is:
         return None
-    return site.met[0] if len(site.met) == 1 else None
+    met = site.met[0] if len(site.met) == 1 else None
+    return met if isinstance(met, Rule) else None
 
 
 def copies_are_cheap(site: Site) -> bool:

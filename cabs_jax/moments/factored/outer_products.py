@@ -145,6 +145,23 @@ def _renumbered(factors: Factors) -> Factors:
     return jax.vmap(numbers)(factors[0]), factors[1]
 
 
+def narrowed(factors: Factors) -> tuple[Factors, jax.Array]:
+    """Takes one vector out of rows that are all multiples of it.
+
+    Returns:
+      The factors with the multiples, (examples, groups, positions, 1), in place of the rows; and
+      the vectors, (examples, groups, 1, q), of length 1: no norm changes.
+    """
+    left, right = factors[0], factors[1].astype(jnp.float32)
+    # The longest row shows the direction best. Scaled, its square neither over- nor underflows.
+    sizes = jnp.max(jnp.abs(right), axis=3, keepdims=True)
+    at = jnp.argmax(sizes, axis=2, keepdims=True)
+    row, size = (jnp.take_along_axis(x, at, axis=2) for x in (right, sizes))
+    row = jnp.where(size > 0, row / size, 0.0)
+    vector = row / jnp.sqrt(jnp.maximum(jnp.sum(_square(row), axis=3, keepdims=True), 1.0))
+    return (left, jnp.sum(right * vector, axis=3, keepdims=True)), vector
+
+
 def weighted_norms(factors: Factors, scale: jax.Array) -> jax.Array:
     """Squared norms (examples,) of scale · (left ⊗ right), for a single position per example."""
     left, right = (_square(factor[:, :, 0]) for factor in factors)
@@ -160,6 +177,27 @@ def one_hot_square_sums(
     Rows of one example that go to one place are added up before they are squared, where the first
     of them stands. With `apart`, no two do.
     """
+    left, right = _added_up(factors, apart=apart, by_sorting=by_sorting)
+    return _squares_at(left, right, rows)
+
+
+def pooled_square_sums(
+    factors: Factors, rows: int, *, in_table: bool, by_sorting: bool = False
+) -> jax.Array:
+    """The same of rows that are all multiples of one vector for each example.
+
+    With `in_table`, the multiples are put to places in a table for each example.
+    """
+    multiples, vector = narrowed(factors)
+    if in_table:
+        tables = gradients(multiples, rows)[:, 0]  # (b, rows, 1)
+        return _einsum("bpo,btq->pq", _square(tables), _square(vector[:, 0]))[None]
+    left, sums = _added_up(multiples, apart=False, by_sorting=by_sorting)
+    return _squares_at(left, sums * vector[:, 0], rows)
+
+
+def _added_up(factors: Factors, *, apart: bool, by_sorting: bool) -> Factors:
+    """Places (b, t) and rows (b, t, q) of which no two that are not zero go to one place."""
     left, right = factors[0], factors[1][:, 0].astype(jnp.float32)  # (b, t) and (b, t, q)
     if by_sorting and not apart:
         places, _ = _renumbered(factors)
@@ -171,6 +209,11 @@ def one_hot_square_sums(
         first = ~jnp.any(jnp.tril(same, -1), axis=2)
         sums = _einsum("bts,bsq->btq", same.astype(jnp.float32), right)
         right = jnp.where(first[:, :, None], sums, 0.0)
+    return left, right
+
+
+def _squares_at(left: jax.Array, right: jax.Array, rows: int) -> jax.Array:
+    """The squares (1, rows, q) of rows (b, t, q), added up at their places (b, t)."""
     empty = sharding.vary(jnp.zeros((rows, right.shape[2])), tuple(jaxprs.varying_axes(right)))
     squares: jax.Array = empty.at[left.reshape(-1)].add(_square(right).reshape(left.size, -1))
     return squares[None]

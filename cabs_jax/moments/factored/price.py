@@ -36,7 +36,13 @@ from cabs_jax.moments.factored.pulled_back import (
     operands_at,
     pulled_back,
 )
-from cabs_jax.moments.factored.site_vjps import is_by_kernel, is_direct, is_sorted
+from cabs_jax.moments.factored.site_vjps import (
+    is_by_kernel,
+    is_direct,
+    is_in_table,
+    is_sorted,
+    pooled_bytes,
+)
 from cabs_jax.moments.factored.values import Sample
 from cabs_jax.moments.target import Target
 from cabs_jax.statistics import Variance
@@ -144,6 +150,8 @@ def _in_place(use: Use, variance: Variance, target: Target) -> Price:
         return Price(("direct",), (4 if weighted else 3) * groups * p * q + padding, 0, memory)
     if rule.one_hot and (rule.apart or t == 1):
         return Price(("one position",) if t == 1 else ("rows",), 2 * t * q, 0, 4 * t * q)
+    if rule.pooled and (norms_alone or variance == "diagonal"):
+        return _pooled(rule, target, variance)
     if is_sorted(rule, target):
         return Price(("sorted",), 3 * t * q, 0, cost.sorting_bytes(sizes))
     if t > 1:
@@ -151,6 +159,21 @@ def _in_place(use: Use, variance: Variance, target: Target) -> Price:
         return Price(("Gram",), groups * t**2 * (2 * across + 3), 0, memory)
     products = 2 * p * q if weighted or variance == "diagonal" else 0
     return Price(("one position",), groups * (2 * (p + q) + products), 0, 4 * groups * (p + q))
+
+
+def _pooled(rule: Rule, target: Target, variance: Variance) -> Price:
+    """The price of what is pooled: its rows become multiples of one, and these are added up."""
+    _, t, p, q = rule.sizes()
+    in_table, squares = is_in_table(rule, target), 0
+    if variance == "diagonal":
+        squares = 2 * p * q if in_table else 2 * t * q
+    if in_table:
+        form, added_up = "direct", 2 * p
+    elif is_sorted(rule, target):
+        form, added_up = "sorted", 3 * t
+    else:
+        form, added_up = "Gram", 5 * t**2
+    return Price((form,), 2 * t * q + added_up + squares, 0, pooled_bytes(rule, target))
 
 
 def of_held(sites: Sequence[Site], size: int, pulled: int) -> Price:

@@ -25,7 +25,7 @@ To teach it a primitive:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +53,9 @@ class Rule(NamedTuple):
       one_hot: Whether `left` is given as indices.
       apart: Whether no two positions of an example have the same `left`, so that entries of the
         gradient are entries of `right`.
+      rows: If `left` is given as indices, the axes of the output that positions run along.
+      pooled: Whether all positions are added up, each times a number. Then what `right` gives for
+        each is one vector times that number.
     """
 
     operand: int
@@ -64,11 +67,18 @@ class Rule(NamedTuple):
     factors: Callable[[Any, jax.Array], Factors]
     one_hot: bool = False
     apart: bool = False
+    rows: tuple[int, ...] = ()
+    pooled: bool = False
 
     def sizes(self) -> tuple[int, int, int, int]:
         """Returns the numbers (groups, positions, p, q)."""
         count = [math.prod(self.shape[a] for a in axes) for axes in self[2:5]]
         return count[0], self.positions, count[1], count[2]
+
+    def sizes_of_norms(self) -> tuple[int, int, int, int]:
+        """Returns these numbers for the factors of which norms are taken (see `outer_products`)."""
+        groups, positions, p, q = self.sizes()
+        return groups, positions, p, 1 if self.pooled else q
 
     def lay_out(self, x: jax.Array) -> jax.Array:
         """Brings an array like the parameter into the shape (groups, p, q)."""
@@ -100,6 +110,61 @@ def picks(equation: jaxprs.Equation, rule: Rule) -> bool:
     """
     dropping = equation.params.get("mode") == GatherScatterMode.FILL_OR_DROP
     return rule.one_hot and rule.apart and not dropping
+
+
+def spread_along(equation: jaxprs.Equation) -> frozenset[int]:
+    """The axes along which what a broadcast_in_dim puts out is the same."""
+    (operand, *_), (output,) = equation.invars, equation.outvars
+    kept = zip(equation.params["broadcast_dimensions"], operand.aval.shape, strict=True)
+    return frozenset(range(output.aval.ndim)) - {axis for axis, size in kept if size > 1}
+
+
+def rows_after(
+    equation: jaxprs.Equation,
+    place: int,
+    rows: tuple[int, ...],
+    differing: Sequence[frozenset[int]],
+) -> tuple[int, ...] | None:
+    """Follows rows through an equation that multiplies each by a number, or all by one vector.
+
+    Args:
+      equation: An equation.
+      place: The place of an operand.
+      rows: The axes along which its rows lie.
+      differing: The axes along which each operand may differ.
+
+    Returns:
+      The axes along which they lie in the output; None where more than that is done.
+    """
+    match jaxprs.name(equation):
+        case "transpose":
+            order = list(equation.params["permutation"])
+            return tuple(order.index(axis) for axis in rows)
+        case "squeeze":
+            gone = set(equation.params["dimensions"])
+            kept = [axis for axis in range(equation.invars[0].aval.ndim) if axis not in gone]
+            return tuple(kept.index(axis) for axis in rows if axis in kept)
+        case "convert_element_type" | "neg":
+            followed = True
+        case "select_n":  # what it puts out besides has no gradient
+            followed = place > 0 and differing[0] <= set(rows)
+        case "mul" | "div" as name:
+            other = differing[1 - place]
+            linear = name == "mul" or place == 0
+            followed = linear and (other <= set(rows) or other.isdisjoint(rows))
+        case _:
+            followed = False
+    return rows if followed else None
+
+
+def adds_rows(equation: jaxprs.Equation, place: int, rows: tuple[int, ...]) -> bool:
+    """Whether the rows of an operand are added up, as they are or each times a number."""
+    if jaxprs.name(equation) == "reduce_sum":
+        return set(equation.params["axes"]) == set(rows)
+    rule = find_rule(equation, place)
+    if rule is None or rule.one_hot or rule.groups or rule.positions > 1:
+        return False
+    return set(rule.left) == set(rows)
 
 
 def _dot_general(equation: jaxprs.Equation, operand: int) -> Rule | None:
@@ -248,7 +313,8 @@ def _look_up(
         return rows_seen.reshape(-1, count * window), out.reshape(-1, 1, count * window, q)
 
     apart = count == math.prod(table[a] for a in lookup.batched)
-    return Rule(0, table, (), left, right, count * window, factors, one_hot=True, apart=apart)
+    rows = _others(out_rank, [lookup.windows[a] for a in right if a in lookup.windows])
+    return Rule(0, table, (), left, right, count * window, factors, True, apart, rows)
 
 
 MODES = (

@@ -17,7 +17,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +39,14 @@ class Parameter(NamedTuple):
     view: views.Seen | None
 
 
-class Example:
-    """Marks a value that depends on the example."""
+class Example(NamedTuple):
+    """Marks a value that depends on the example.
+
+    Attributes:
+      alike: Axes along which it is known to be the same.
+    """
+
+    alike: frozenset[int] = frozenset()
 
 
 class Constant:
@@ -52,13 +58,18 @@ class Picked(NamedTuple):
 
     Attributes:
       site: The number of the site where it was looked up.
+      rows: Where it may show an entry twice, the axes along which look-ups differ, and each of them
+        may have been multiplied by a number; None where it shows every entry once and as it is.
     """
 
     site: int
+    rows: tuple[int, ...] | None
 
 
 EXAMPLE, CONSTANT = Example(), Constant()
 Origin = Parameter | Picked | Example | Constant
+POOLED: Final = "pooled"
+Met = primitives.Rule | Literal["pooled"] | None
 
 
 class Kind(enum.Enum):
@@ -124,14 +135,14 @@ class Site(NamedTuple):
       rule: The rule of the equation's primitive, if there is one parameter and a rule covers it.
       scans: Lengths of the scans around it, outermost first.
       met: For each use of what is picked from the parameter here: the rule of the product of one
-        position that it is the weight of, or None.
+        position that it is the weight of, POOLED where all look-ups are added up, or None.
     """
 
     equation: jaxprs.Equation
     parameters: tuple[tuple[int, Parameter], ...]
     rule: primitives.Rule | None
     scans: tuple[int, ...]
-    met: tuple[primitives.Rule | None, ...] = ()
+    met: tuple[Met, ...] = ()
 
 
 class Program(NamedTuple):
@@ -170,7 +181,7 @@ def trace_program(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree) ->
     body = _walk(jaxpr, consts, tuple(origins), (), sites, (True,))
     _use(body.outputs, sites)
     sites += _copies(None, body.outputs[:1], ())
-    return Program(body, tuple(sites), out_tree)
+    return Program(body, tuple(map(_pooled, sites)), out_tree)
 
 
 def shifting(body: SortedJaxpr) -> frozenset[int]:
@@ -235,7 +246,7 @@ def _walk(
             ]
         steps.append(step)
         return [
-            origin if origin is EXAMPLE or jaxprs.carries_gradient(var) else CONSTANT
+            origin if isinstance(origin, Example) or jaxprs.carries_gradient(var) else CONSTANT
             for var, origin in zip(equation.outvars, outputs, strict=True)
         ]
 
@@ -252,6 +263,7 @@ def _sort(
 ) -> tuple[Step, Sequence[Origin]]:
     """Sorts one equation; returns its step and where its outputs come from."""
     primitive, of_example = jaxprs.name(equation), [EXAMPLE] * len(equation.outvars)
+    examples = [o for o in origins if isinstance(o, Example)]
     parameters = tuple((i, o) for i, o in enumerate(origins) if isinstance(o, Parameter))
     picked = any(isinstance(o, Picked) for o in origins)
     if (parameters or picked) and primitive in jaxprs.CALLS:
@@ -259,8 +271,10 @@ def _sort(
         return Step(Kind.CALL, equation, inner), inner.outputs
     if picked:
         return _sort_picked(equation, origins, scans, sites, summed)
-    if EXAMPLE not in origins:
+    if not examples:
         return _sort_shared(equation, parameters)
+    if primitive == "broadcast_in_dim":
+        return Step(Kind.PLAIN, equation), [Example(primitives.spread_along(equation))]
     if not parameters or not any(map(jaxprs.carries_gradient, equation.outvars)):
         return Step(Kind.PLAIN, equation), of_example
     if primitive == "add" and any(summed) and len(parameters) == 1:
@@ -271,9 +285,12 @@ def _sort(
     if primitive == "scan":
         return _sort_scan(equation, origins, scans, sites)
     rule = primitives.find_rule(equation, parameters[0][0]) if len(parameters) == 1 else None
-    number, picks = len(sites), rule is not None and primitives.picks(equation, rule)
+    number = len(sites)
     sites.append(Site(equation, parameters, rule, scans))
-    return Step(Kind.SITE, equation, site=number), [Picked(number)] if picks else of_example
+    step = Step(Kind.SITE, equation, site=number)
+    if rule is None or not rule.one_hot or (rule.apart and not primitives.picks(equation, rule)):
+        return step, of_example
+    return step, [Picked(number, None if rule.apart else rule.rows)]
 
 
 def _sort_picked(
@@ -287,28 +304,54 @@ def _sort_picked(
     of_example = tuple(EXAMPLE if isinstance(o, Picked) else o for o in origins)
     step, outputs = _sort(equation, of_example, scans, sites, summed)
     places = [i for i, o in enumerate(origins) if isinstance(o, Picked)]
-    alone = step.kind is Kind.PLAIN and len(places) == 1
-    if alone and views.rearranges(equation, places[0]):
-        return step, [origins[places[0]]]
-    rules = {i: primitives.find_rule(equation, i) for i in places if step.kind is Kind.PLAIN}
-    products = {
-        i: rule
-        for i, rule in rules.items()
-        if rule is not None and not rule.one_hot and rule.positions == 1
-    }
-    _use(origins, sites, products)
-    known = [(i, o.site) for i, o in enumerate(origins) if isinstance(o, Picked) and i in products]
+    if step.kind is not Kind.PLAIN:
+        _use(origins, sites)
+        return step, outputs
+    differing = [_differing(v, o) for v, o in zip(equation.invars, origins, strict=True)]
+    uses: dict[int, Met] = {}
+    for place in places:
+        origin = origins[place]
+        assert isinstance(origin, Picked)
+        alone, rule = len(places) == 1, primitives.find_rule(equation, place)
+        if origin.rows is None:
+            if alone and views.rearranges(equation, place):
+                return step, [origin]
+            if rule is not None and not rule.one_hot and rule.positions == 1:
+                uses[place] = rule
+        elif alone and primitives.adds_rows(equation, place, origin.rows):
+            uses[place] = POOLED
+        elif alone:
+            rows = primitives.rows_after(equation, place, origin.rows, differing)
+            if rows is not None:
+                return step, [origin._replace(rows=rows)]
+    _use(origins, sites, uses)
+    known = [
+        (i, o.site)
+        for i, o in enumerate(origins)
+        if isinstance(o, Picked) and isinstance(uses.get(i), primitives.Rule)
+    ]
     return step._replace(picked=tuple(known)), outputs
 
 
-def _use(
-    origins: Sequence[Origin], sites: list[Site], rules: dict[int, primitives.Rule] | None = None
-) -> None:
-    """Notes, where values were picked from parameters, that they are used, and by which rules."""
+def _differing(var: Any, origin: Origin) -> frozenset[int]:
+    """Axes along which a value may differ."""
+    alike = origin.alike if isinstance(origin, Example) else ()
+    return frozenset(a for a, size in enumerate(var.aval.shape) if size > 1).difference(alike)
+
+
+def _use(origins: Sequence[Origin], sites: list[Site], uses: dict[int, Met] | None = None) -> None:
+    """Notes, where values were picked from parameters, that they are used, and how."""
     for i, origin in enumerate(origins):
         if isinstance(origin, Picked):
             site = sites[origin.site]
-            sites[origin.site] = site._replace(met=(*site.met, (rules or {}).get(i)))
+            sites[origin.site] = site._replace(met=(*site.met, (uses or {}).get(i)))
+
+
+def _pooled(site: Site) -> Site:
+    """A site whose rule knows whether all that is looked up there is added up."""
+    if site.rule is None or site.met != (POOLED,):
+        return site
+    return site._replace(rule=site.rule._replace(pooled=True))
 
 
 def _terms(jaxpr: jaxprs.Jaxpr, summed: tuple[bool, ...]) -> set[Any]:
@@ -354,7 +397,7 @@ def _sort_scan(
     consts = [_within_scan(origin, lambda v: views.repeated(v, within[-1])) for origin in consts]
     xs = [_within_scan(origin, views.scanned) for origin in xs]
     # A parameter that starts a carry becomes a value of its own, different for every example.
-    carry = [EXAMPLE if isinstance(origin, Parameter) else origin for origin in starts]
+    carry = [CONSTANT if origin is CONSTANT else EXAMPLE for origin in starts]
     body, found = _sort_body(equation, consts, carry, xs, within, sites)
     # What one step makes depend on the example, the next one is given: until nothing is added.
     while (after := _merged(carry, body.outputs)) != carry:
@@ -402,6 +445,8 @@ def _copies(
 
 def _within_scan(origin: Origin, look: Callable[[views.Seen], views.Seen]) -> Origin:
     """The origin of an operand of a scan, as one step of its body sees it."""
+    if isinstance(origin, Example):
+        return EXAMPLE
     if not isinstance(origin, Parameter) or origin.view is None:
         return origin
     return origin._replace(view=look(origin.view))

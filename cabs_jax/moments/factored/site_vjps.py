@@ -23,6 +23,7 @@ Where a rule of `primitives` covers f, the g_i are sums of outer products of fac
 
     IN_PLACE, trace       ‖g_i‖², shape (m,)                       `_norms`
         picked            0: they are taken by `picked`            `_sums_alone`
+        pooled            ‖g_i‖², of rows brought to one number    `_pooled_norms`
     IN_PLACE, diagonal    Σ_i g_i², shaped like w                  `_square_sums`
     COLLECTED             the factors themselves                   `_factors`
     PULLED_BACK           the operands that they are made of       `_operands`
@@ -228,6 +229,8 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
         return at.into_w(), _one_hot_norms(sample, rule, rule.factors(*at.operands))
     if is_by_kernel(at.equation, rule, sample.target):
         return _by_kernel(sample, rule, at)
+    if rule.pooled:
+        return _pooled_norms(sample, rule, at)
     sizes, alike = rule.sizes(), rounds_alike(at.equation, sample.target)
     direct = is_direct(at.equation, rule, sample.target)
 
@@ -251,6 +254,21 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
 def _one_hot_norms(sample: Sample, rule: Rule, factors: Factors) -> jax.Array:
     by_sorting = is_sorted(rule, sample.target)
     return outer_products.one_hot_norms(factors, apart=rule.apart, by_sorting=by_sorting)
+
+
+def _pooled_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
+    """Gradient of the batch and norms where all that is looked up is added up."""
+    factors, _ = outer_products.narrowed(rule.factors(*at.operands))
+    in_table, rows = is_in_table(rule, sample.target), rule.sizes()[2]
+
+    def block(factors: Factors) -> tuple[PyTree, jax.Array]:
+        if in_table:
+            return (), squared_norms(outer_products.gradients(factors, rows), 1)
+        return (), _one_hot_norms(sample, rule, factors)
+
+    needed = pooled_bytes(rule, sample.target)
+    _, norms = sum_in_cache(block, factors, needed, sample.target)
+    return at.into_w(), norms
 
 
 def _in_cache(
@@ -280,9 +298,15 @@ def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
     if rule.one_hot:
         factors, rows = rule.factors(*at.operands), rule.sizes()[2]
         by_sorting = is_sorted(rule, sample.target)
-        squares = outer_products.one_hot_square_sums(
-            factors, rows, apart=rule.apart, by_sorting=by_sorting
-        )
+        if rule.pooled:
+            in_table = is_in_table(rule, sample.target)
+            squares = outer_products.pooled_square_sums(
+                factors, rows, in_table=in_table, by_sorting=by_sorting
+            )
+        else:
+            squares = outer_products.one_hot_square_sums(
+                factors, rows, apart=rule.apart, by_sorting=by_sorting
+            )
         return at.into_w(), rule.assemble(squares, at.w.shape)
     if rule.positions == 1:  # (left ⊗ right)² = left² ⊗ right²
         factors = rule.factors(*at.operands)
@@ -311,7 +335,7 @@ def is_by_kernel(equation: jaxprs.Equation, rule: Rule, target: Target) -> bool:
 
 def is_direct(equation: jaxprs.Equation, rule: Rule, target: Target) -> bool:
     """Whether norms at a site are taken of gradients, not by another form."""
-    if is_sorted(rule, target):
+    if rule.pooled or is_sorted(rule, target):
         return False
     others = [v.aval.dtype for i, v in enumerate(equation.invars) if i != rule.operand]
     narrow = all(dtype.itemsize == 2 for dtype in [*others, equation.outvars[0].aval.dtype])
@@ -326,7 +350,15 @@ def is_direct(equation: jaxprs.Equation, rule: Rule, target: Target) -> bool:
 
 def is_sorted(rule: Rule, target: Target) -> bool:
     """Whether rows that are put to one place at a site are found by sorting."""
-    return rule.one_hot and not rule.apart and cost.prefers_sorting(rule.sizes(), target)
+    if not rule.one_hot or rule.apart or is_in_table(rule, target):
+        return False
+    return cost.prefers_sorting(rule.sizes(), target)
+
+
+def is_in_table(rule: Rule, target: Target) -> bool:
+    """Whether what is pooled, multiples of one vector, is put to places in a table to add it up."""
+    sizes = rule.sizes_of_norms()
+    return rule.pooled and cost.prefers_direct(sizes, target, one_hot=True)
 
 
 def rounds_alike(equation: jaxprs.Equation, target: Target) -> bool:
@@ -343,6 +375,14 @@ def _bytes(sample: Sample, rule: Rule, at: Residuals, *, direct: bool) -> int:
     if is_sorted(rule, sample.target):
         return cost.sorting_bytes(rule.sizes())
     return cost.norm_bytes((groups, positions, p, q), direct=direct, one_hot=rule.one_hot)
+
+
+def pooled_bytes(rule: Rule, target: Target) -> int:
+    """What one example needs while the norm of what is pooled is computed."""
+    sizes = rule.sizes_of_norms()
+    if is_sorted(rule, target):
+        return cost.sorting_bytes(sizes)
+    return cost.norm_bytes(sizes, direct=is_in_table(rule, target), one_hot=True)
 
 
 def _goes_by_row(equation: jaxprs.Equation, target: Target) -> bool:

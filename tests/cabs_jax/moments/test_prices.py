@@ -105,6 +105,18 @@ def test_no_gradient_is_written_out_for_the_norm_of_what_an_example_picks():
     assert flops(gradient_moments(loss), params, batch) < 1.1 * once
 
 
+@pytest.mark.parametrize("words", [32, 128, 512])
+def test_words_that_are_added_up_are_compared_without_what_is_in_their_rows(words):
+    def loss(p, words):
+        return squares(jnp.tanh(jnp.mean(p[words], 0)))
+
+    params, batch = jnp.ones((2000, WIDTH)), jnp.zeros((EXAMPLES, words), jnp.int32)
+    measure = gradient_moments(loss, platform="cpu")
+    once, all_pairs = flops(plain(loss), params, batch), EXAMPLES * words**2 * WIDTH
+    assert flops(measure, params, batch) - once < all_pairs / 2
+    assert largest(measure, params, batch) <= max(EXAMPLES * words * WIDTH, EXAMPLES * 2000)
+
+
 @jax.custom_vjp
 def layer(w, x):
     return jnp.tanh(x @ w)

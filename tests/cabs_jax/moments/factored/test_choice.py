@@ -105,6 +105,27 @@ def measured_at_a_product(name, variance="trace"):
     }
 
 
+def pooled(name):
+    """The parameters of a case of which all look-ups are known to be added up."""
+    case = ZOO[name]()
+    program = trace_program(loss_and_aux(case.loss, False), case.params, case.batch)
+    return {
+        path
+        for leaf, path in enumerate(names(case.params))
+        for site in program.sites
+        if site.rule is not None and site.rule.pooled
+        for _, parameter in site.parameters
+        if leaf in parameter.leaves
+    }
+
+
+def test_look_ups_that_are_only_added_up_are_known():
+    each_at_most_once = {"In place"}
+    everything = set(names(ZOO["words_added_up"]().params))
+    assert pooled("words_added_up") == everything - each_at_most_once
+    assert not pooled("words_added_up_and_more")
+
+
 def test_norms_of_what_is_picked_are_taken_at_the_one_product_it_is_used_in():
     everything = set(names(ZOO["picked_weights_met_once"]().params))
     assert measured_at_a_product("picked_weights_met_once") == everything

@@ -63,6 +63,44 @@ def test_rows_that_go_to_one_place_are_added_up_by_sorting_as_by_comparing(posit
         np.testing.assert_allclose(squares, np.sum(g**2, axis=0), rtol=1e-5)
 
 
+def multiples(positions, scale=1.0, seed=0):
+    """Places, and rows that are multiples of one vector for each example, some of them zero."""
+    random = np.random.default_rng(seed)
+    number = (
+        random.normal(size=(EXAMPLES, 1, positions, 1)) * (random.random(positions) < 0.8)[:, None]
+    )
+    number[0] = 0.0
+    right = scale * number * random.normal(size=(EXAMPLES, 1, 1, Q))
+    return factors(seed, positions, one_hot=True)[0], jnp.asarray(right, jnp.float32)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e25])
+def test_one_vector_is_taken_out_of_rows_that_are_multiples_of_it(scale):
+    left, right = multiples(7, scale)
+    (same, numbers), vector = jax.jit(outer_products.narrowed)((left, right))
+    assert same.shape == left.shape
+    np.testing.assert_allclose(numbers * vector, right, rtol=1e-6)
+    lengths = np.linalg.norm(vector, axis=3)
+    np.testing.assert_allclose(lengths, np.any(right, axis=(1, 2, 3))[:, None, None], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_rows_that_are_not_finite_leave_no_finite_multiples(bad):
+    left, right = multiples(7)
+    (_, numbers), _ = outer_products.narrowed((left, right.at[1, 0, 2, 0].set(bad)))
+    finite = np.all(np.isfinite(numbers), axis=(1, 2, 3))
+    np.testing.assert_array_equal(finite, np.arange(EXAMPLES) != 1)
+
+
+@pytest.mark.parametrize("positions", [1, 7, 40])
+@pytest.mark.parametrize("form", [{}, {"by_sorting": True}, {"in_table": True}], ids=str)
+def test_squares_of_pooled_rows(form, positions):
+    both = multiples(positions)
+    form = {"in_table": False} | form
+    squares = jax.jit(lambda f: outer_products.pooled_square_sums(f, P, **form))(both)
+    np.testing.assert_allclose(squares, np.sum(outer(both) ** 2, axis=0), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "kinds",
     [(KINDS[0], KINDS[2]), (KINDS[5], KINDS[2]), (KINDS[2], KINDS[5]), (KINDS[5], KINDS[4])],

@@ -28,7 +28,7 @@ for _kind in (
 
 QUICK = """
     convolution_2d transposed_convolution elementwise weight_norm regularised
-    bias_of_the_user experts_picked_for_each_token scan_over_layers scan_over_time
+    bias_of_the_user words_added_up experts_picked_for_each_token scan_over_layers scan_over_time
     cond_on_the_example dense long_sequence causal_attention embedding_of_repeated_tokens
     entries_of_a_table embedding_as_output_head overlapping_slices odd_leaves bfloat16_compute
     scaled_weights merged_queries_keys_and_values custom_vjp checkpoint vmap_over_positions

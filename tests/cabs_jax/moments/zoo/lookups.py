@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from tests.cabs_jax.moments.zoo.case import add, case, squares
@@ -143,6 +144,68 @@ def embedding_bag(draw):
 
     batch = {"words": draw.tokens(6), "title": draw.tokens(3)}
     return loss, {"table": draw(9, 5), "w": draw(5, 3)}, batch
+
+
+@case()
+def words_added_up(draw):
+    def loss(p, e):
+        words, kept, x = e["words"], e["kept"], e["x"]
+        rows = {name: table[words] for name, table in p.items() if name.islower()}
+        absent = p["Absent"].at[words + 4].get(mode="fill", fill_value=0)
+        in_place = jax.vmap(lambda table, word: table[word])(p["In place"], words)
+        layers = lax.scan(
+            lambda h, table: (h + jnp.tanh(jnp.mean(table[words], 0)), None), x, p["Layers"]
+        )[0]
+        pooled = [
+            jnp.mean(rows["mean"], 0),
+            jnp.sum(rows["masked"] * kept[:, None], 0) / (1 + jnp.sum(kept)),
+            jnp.sum(jnp.where(kept[:, None] > 0, rows["chosen"], 1.0), 0),
+            jnp.mean(rows["where"], 0, where=kept[:, None] > 0),
+            jnp.tanh(e["scores"]) @ rows["product"],
+            rows["transposed"].T @ e["scores"],
+            jnp.sum(-rows["gated"] * x[None], 0),
+            jnp.sum(p["Columns"][:, words], 1),
+            jnp.sum(p["Pages"][words.reshape(2, 3)], (0, 1)),
+            jnp.sum(p["Entries"][words, words % 4]) * x,
+            jnp.sum(jax.vmap(lambda word: p["Vmapped"][word])(words), 0),
+            jnp.sum((0.5 * p["Scaled"])[words], 0),
+            jnp.sum((p["Rows"] * jnp.arange(9.0)[:, None])[words], 0),
+            jnp.sum(absent, 0),
+            jnp.sum(in_place, 0),
+            jnp.sum(jax.checkpoint(lambda table: table[words])(p["Again"]), 0),
+            layers,
+        ]
+        return squares(jnp.stack(pooled) * 0.3)
+
+    names = ("mean", "masked", "chosen", "where", "product", "transposed", "gated")
+    titles = ("Pages", "Vmapped", "Scaled", "Rows", "Absent", "Again")
+    params = {name: draw(9, 5) for name in (*names, *titles)}
+    params |= {"Columns": draw(5, 9), "Entries": draw(9, 4), "In place": draw(6, 9, 5)}
+    params["Layers"] = draw(2, 9, 5)
+    batch = {"words": draw.tokens(6), "scores": draw.batch(6), "x": draw.batch(5)}
+    return loss, params, batch | {"kept": draw.tokens(6, high=2).astype(np.float32)}
+
+
+@case()
+def words_added_up_and_more(draw):
+    def loss(p, e):
+        words = e["words"]
+        rows = {name: table[words] for name, table in p.items()}
+        _, turned = lax.scan(lambda h, row: (h, jnp.tanh(row)), 0.0, rows["in turn"])
+        return (
+            squares(jnp.mean(rows["seen"], 0))
+            + squares(rows["seen"])
+            + squares(jnp.mean(rows["two sums"], 0) * (e["scores"] @ rows["two sums"]))
+            + squares(jnp.sum(rows["pairs"].reshape(2, 3, 5), 1))
+            + squares(jnp.sum(rows["bent"] * jnp.tanh(e["x"]), 0))
+            + squares(jnp.mean(jnp.tanh(rows["curved"]), 0))
+            + squares(jnp.max(rows["largest"], 0))
+            + squares(jnp.mean(turned, 0))
+        )
+
+    names = ("seen", "two sums", "pairs", "bent", "curved", "largest", "in turn")
+    batch = {"words": draw.tokens(6), "scores": draw.batch(6), "x": draw.batch(6, 5)}
+    return loss, {name: draw(9, 5) for name in names}, batch
 
 
 @case()
