@@ -82,31 +82,42 @@ def patches(lhs: jax.Array, g: Geometry) -> jax.Array:
     Returns:
       Patches of shape (batch, positions, kernel entries, groups · channels).
     """
-    # One strided slice for each kernel entry, or one for each output: whichever are fewer.
-    by_kernel = math.prod(g.kernel) <= math.prod(g.output)
-    pieces = _slices(lhs, g, by_kernel)
-    flat = [x.reshape(lhs.shape[0], -1, lhs.shape[-1]) for x in pieces]
-    return jnp.stack(flat, axis=2 if by_kernel else 1)
+    cut, spatial = _padded(lhs, g), len(g.kernel)
+    # One axis after the other, the last first, which takes fewer slices than one for each entry of
+    # the kernel, and moves longer rows in the next.
+    for axis in reversed(range(spatial)):
+        size, outputs = g.kernel[axis], g.output[axis]
+        stride, dilation = g.strides[axis], g.rhs_dilation[axis]
+        by_entry = size <= outputs  # a slice for each entry or one for each output
+        number, step = (size, dilation) if by_entry else (outputs, stride)
+        length, stride = (outputs, stride) if by_entry else (size, dilation)
+        pieces = [
+            lax.slice_in_dim(cut, i * step, i * step + (length - 1) * stride + 1, stride, 1 + axis)
+            for i in range(number)
+        ]
+        # To (batch, *spatial, *kernel from this axis on, channels).
+        if by_entry:
+            cut = jnp.stack(pieces, axis=1 + spatial)
+        else:
+            cut = jnp.moveaxis(jnp.stack(pieces, axis=1 + axis), 2 + axis, 1 + spatial)
+    return cut.reshape(lhs.shape[0], math.prod(g.output), math.prod(g.kernel), lhs.shape[-1])
 
 
-def _slices(lhs: jax.Array, g: Geometry, by_kernel: bool) -> list[jax.Array]:
-    """What each kernel entry meets, (batch, *output, channels), or what each output sees."""
-    zero = jnp.zeros((), lhs.dtype)
-    interior = [d - 1 for d in g.lhs_dilation]
-    config = [
-        (0, 0, 0),
-        *((lo, hi, i) for (lo, hi), i in zip(g.padding, interior, strict=True)),
-        (0, 0, 0),
-    ]
-    lhs = lax.pad(lhs, zero, config)
-    looped, within = (g.kernel, g.output) if by_kernel else (g.output, g.kernel)
-    step, stride = (g.rhs_dilation, g.strides) if by_kernel else (g.strides, g.rhs_dilation)
-    pieces = []
-    for index in itertools.product(*map(range, looped)):
-        start = [i * s for i, s in zip(index, step, strict=True)]
-        limit = [a + (n - 1) * s + 1 for a, n, s in zip(start, within, stride, strict=True)]
+def _padded(lhs: jax.Array, g: Geometry) -> jax.Array:
+    """The input (batch, *spatial, channels) with its padding, and zeros where it is dilated."""
+    between = zip(g.padding, g.lhs_dilation, strict=True)
+    config = [(0, 0, 0), *((low, high, d - 1) for (low, high), d in between), (0, 0, 0)]
+    return lax.pad(lhs, jnp.zeros((), lhs.dtype), config)
+
+
+def _seen_by_entries(lhs: jax.Array, g: Geometry) -> list[jax.Array]:
+    """What each entry of the kernel meets, (batch, *output, channels)."""
+    lhs, pieces = _padded(lhs, g), []
+    for index in itertools.product(*map(range, g.kernel)):
+        start = [i * d for i, d in zip(index, g.rhs_dilation, strict=True)]
+        limit = [a + (n - 1) * s + 1 for a, n, s in zip(start, g.output, g.strides, strict=True)]
         low, high = (0, *start, 0), (lhs.shape[0], *limit, lhs.shape[-1])
-        pieces.append(lax.slice(lhs, low, high, (1, *stride, 1)))
+        pieces.append(lax.slice(lhs, low, high, (1, *g.strides, 1)))
     return pieces
 
 
@@ -143,7 +154,7 @@ def gradients_by_entry(equation: Any, x: jax.Array, cotangent: jax.Array) -> jax
         left = seen.reshape(examples, g.batch, *g.output, g.groups, 1)
         return jnp.sum(left * right.astype(jnp.float32), axis=summed)[:, :, None]
 
-    return jnp.concatenate([piece(seen) for seen in _slices(images, g, by_kernel=True)], axis=2)
+    return jnp.concatenate([piece(seen) for seen in _seen_by_entries(images, g)], axis=2)
 
 
 def goes_by_row(equation: Any) -> bool:

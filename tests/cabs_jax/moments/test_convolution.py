@@ -30,6 +30,24 @@ def test_a_convolution_of_every_kind_is_jaxs_own(geometry):
     assert_close(ours, wanted, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "output", "slices"), [((5, 5), (8, 8), 10), ((5, 5), (1, 8), 6), ((4,), (8,), 4)]
+)
+def test_patches_are_cut_along_one_axis_after_the_other(kernel, output, slices):
+    rank = len(kernel)
+    size = tuple(k + n - 1 for k, n in zip(kernel, output, strict=True))
+    ones = (1,) * rank
+    g = convolution.Geometry(
+        1, 2, 1, 3, kernel, output, ones, ((0, 0),) * rank, lhs_dilation=ones, rhs_dilation=ones
+    )
+    x = np.arange(2 * np.prod(size), dtype=np.float32).reshape(1, *size, 2)
+    traced = jax.make_jaxpr(lambda x: convolution.patches(x, g))(x)
+    assert sum(e.primitive.name == "slice" for e in traced.eqns) == slices
+    seen = np.lib.stride_tricks.sliding_window_view(x, kernel, tuple(range(1, 1 + rank)))
+    wanted = np.moveaxis(seen, 1 + rank, -1).reshape(1, np.prod(output), np.prod(kernel), 2)
+    np.testing.assert_array_equal(convolution.patches(jax.numpy.asarray(x), g), wanted)
+
+
 def test_channels_last_behind_leading_axes():
     x = np.arange(2 * 3 * 4 * 5 * 6).reshape(2, 3, 4, 5, 6)
     # (examples, then batch, channels, height, width)
