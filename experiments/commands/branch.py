@@ -185,7 +185,7 @@ def continued(origin: Origin, factor: float, power: float, examples: int, seed: 
         method=constant_method(experiment.config),
         schedule="constant",
         batch_size=max(1, round(factor * int(cabs_jax.batch_size(state)))),
-        learning_rate=float(methods.learning_rate(state)) * factor**power,
+        learning_rate=methods.next_learning_rate(experiment.config, state) * factor**power,
         steps=None,
         examples=examples,
         evaluation_examples=experiment.config.evaluation_examples or TRAIN_EXAMPLES_EVALUATED,

@@ -56,6 +56,21 @@ def learning_rate(state: optax.OptState) -> jax.Array:
     return found
 
 
+def next_learning_rate(config: RunConfig, state: optax.OptState) -> float:
+    """The learning rate of the next update, if its batch has the size that the state asks for."""
+    if config.method not in RATES:
+        return float(learning_rate(state))
+    (found,) = (node for node in jax.tree.leaves(state, is_leaf=_descends) if _descends(node))
+    next_size = cabs_jax.batch_size(state)
+    return float(
+        RATES[config.method](config)(descent.Observed(found.examples, next_size, found.adapt))
+    )
+
+
+def _descends(node: Any) -> bool:
+    return isinstance(node, descent.DescentState)
+
+
 def _descend(
     config: RunConfig,
     rule: rules.Rule,
@@ -115,21 +130,24 @@ def _adam(config: RunConfig) -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(config.weight_decay))
 
 
-def _with_adam(config: RunConfig, rule: rules.Rule, power: float) -> Optimizer:
-    """Adam at α·(m/m₀)^power for batches of m, m₀ being the first size."""
-    rate = descent.scaled(config.learning_rate, config.batch_size, power)
-    return _descend(config, rule, direction=_adam(config), rate=rate)
+def _with_adam(config: RunConfig, rule: rules.Rule) -> Optimizer:
+    return _descend(config, rule, direction=_adam(config), rate=RATES[config.method](config))
+
+
+def _power_of_size(power: float) -> Callable[[RunConfig], descent.Rate]:
+    """α·(m/m₀)^power for batches of m, m₀ being the first size."""
+    return lambda config: descent.scaled(config.learning_rate, config.batch_size, power)
 
 
 def _ramp_adam(config: RunConfig) -> Optimizer:
     assert config.examples is not None
-    return _with_adam(config, rules.schedule(descent.ramp(config.batch_size, config.examples)), 0.5)
+    return _with_adam(config, rules.schedule(descent.ramp(config.batch_size, config.examples)))
 
 
 def _seesaw_adam(config: RunConfig) -> Optimizer:
     assert config.examples is not None
     cosine = optax.cosine_decay_schedule(1.0, config.examples // config.batch_size)
-    return _with_adam(config, rules.seesaw(cosine, config.batch_size), -0.5)
+    return _with_adam(config, rules.seesaw(cosine, config.batch_size))
 
 
 def _coupled(config: RunConfig, optimizer: Callable[..., Optimizer], **options: Any) -> Optimizer:
@@ -139,6 +157,14 @@ def _coupled(config: RunConfig, optimizer: Callable[..., Optimizer], **options: 
     )
     return injected(config.learning_rate, **options, **_sizes(config))
 
+
+# Learning rates that depend on the size of the batch.
+RATES: dict[str, Callable[[RunConfig], descent.Rate]] = {
+    "noise_scale": lambda config: descent.noise_scaled(config.learning_rate),
+    "noise_scale_adam": _power_of_size(0.5),
+    "ramp_adam": _power_of_size(0.5),
+    "seesaw_adam": _power_of_size(-0.5),
+}
 
 METHODS: dict[str, Callable[[RunConfig], Optimizer]] = {
     "biased_norm_test": lambda config: _descend(config, rules.biased_norm_test(config.theta)),
@@ -169,9 +195,9 @@ METHODS: dict[str, Callable[[RunConfig], Optimizer]] = {
     ),
     "geometric_growth": _geometric_growth,
     "noise_scale": lambda config: _descend(
-        config, rules.noise_scale(), rate=descent.noise_scaled(config.learning_rate)
+        config, rules.noise_scale(), rate=RATES[config.method](config)
     ),
-    "noise_scale_adam": lambda config: _with_adam(config, rules.noise_scale(), 0.5),
+    "noise_scale_adam": lambda config: _with_adam(config, rules.noise_scale()),
     "norm_test": lambda config: _descend(config, rules.norm_test(config.theta)),
     "ramp_adam": _ramp_adam,
     "seesaw_adam": _seesaw_adam,

@@ -232,3 +232,18 @@ def test_weight_decay_of_adam_is_that_of_adamw(method):
     adamw = optax.adamw(0.5, weight_decay=0.1)
     expected, _ = adamw.update(GRADS, adamw.init(PARAMS), PARAMS)
     np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["cabs", *sorted(methods.RATES)])
+def test_the_next_learning_rate_is_that_for_the_size_which_is_asked_for(method):
+    config = RunConfig(method=method, batch_size=16, examples=96, averages=True)
+    # What the noise scale is thought to be changes a little with every step.
+    tolerance = 0.2 if method == "noise_scale" else 1e-6
+    _, state = update(config, variance=110.0)
+    rates = set()
+    for _ in range(8):
+        foretold = methods.next_learning_rate(config, state)
+        _, state = update(config, variance=110.0, state=state)
+        assert float(methods.learning_rate(state)) == pytest.approx(foretold, rel=tolerance)
+        rates.add(foretold)
+    assert (len(rates) > 1) == (method != "cabs")
