@@ -80,7 +80,9 @@ def _descend(
     rate: descent.Rate | None = None,
 ) -> Optimizer:
     adapt = cabs_jax.adapt_batch_size(rule, decay=decay, **_sizes(config))
-    if rate is None:
+    if rate is None and config.method in RATES:
+        rate = RATES[config.method](config)
+    elif rate is None:
         rate = descent.constant(config.learning_rate)
     return descent.descend(adapt, optax.identity() if direction is None else direction, rate)
 
@@ -131,7 +133,7 @@ def _adam(config: RunConfig) -> optax.GradientTransformation:
 
 
 def _with_adam(config: RunConfig, rule: rules.Rule) -> Optimizer:
-    return _descend(config, rule, direction=_adam(config), rate=RATES[config.method](config))
+    return _descend(config, rule, direction=_adam(config))
 
 
 def _power_of_size(power: float) -> Callable[[RunConfig], descent.Rate]:
@@ -194,9 +196,7 @@ METHODS: dict[str, Callable[[RunConfig], Optimizer]] = {
         rules.expected_progress(config.learning_rate, config.lipschitz or 1 / config.learning_rate),
     ),
     "geometric_growth": _geometric_growth,
-    "noise_scale": lambda config: _descend(
-        config, rules.noise_scale(), rate=RATES[config.method](config)
-    ),
+    "noise_scale": lambda config: _descend(config, rules.noise_scale()),
     "noise_scale_adam": lambda config: _with_adam(config, rules.noise_scale()),
     "norm_test": lambda config: _descend(config, rules.norm_test(config.theta)),
     "ramp_adam": _ramp_adam,
