@@ -6,6 +6,7 @@ to a jaxpr, how to evaluate one equation, and which equations hold a jaxpr of th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -314,3 +315,17 @@ def platform(mesh: Any) -> str | None:
     # jax 0.9 knows no more than the kind: "cpu", "TPU v5 lite" or a GPU's model.
     kind = mesh.abstract_device.device_kind.lower()
     return next((name for name in ("cpu", "tpu") if kind.startswith(name)), "gpu")
+
+
+def terms(jaxpr: Jaxpr, summed: tuple[bool, ...]) -> set[Any]:
+    """Variables that enter the loss as terms of a sum and are used for nothing else."""
+    outputs = jaxpr.outvars[: len(summed)]
+    read = [*outputs, *(v for equation in jaxpr.eqns for v in equation.invars)]
+    uses = Counter(v for v in read if not is_literal(v))
+    candidates = [v for v, term in zip(outputs, summed, strict=True) if term]
+    terms = {v for v in candidates if not is_literal(v) and uses[v] == 1}
+    for equation in reversed(jaxpr.eqns):
+        if name(equation) == "add" and equation.outvars[0] in terms:
+            operands = [v for v in equation.invars if not is_literal(v)]
+            terms |= {v for v in operands if uses[v] == 1}
+    return terms

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from cabs_jax.moments import flops, jaxprs
-from cabs_jax.moments.factored import cost, views
+from cabs_jax.moments.factored import cost, forms, views
 from cabs_jax.moments.factored.choice import (
     Choice,
     Mode,
@@ -35,13 +35,6 @@ from cabs_jax.moments.factored.pulled_back import (
     numbers_of,
     operands_at,
     pulled_back,
-)
-from cabs_jax.moments.factored.site_vjps import (
-    is_by_kernel,
-    is_direct,
-    is_in_table,
-    is_sorted,
-    pooled_bytes,
 )
 from cabs_jax.moments.factored.values import Sample
 from cabs_jax.moments.target import Target
@@ -137,11 +130,11 @@ def _in_place(use: Use, variance: Variance, target: Target) -> Price:
     groups, t, p, q = sizes
     weighted = views.is_weighted(use.view)
     norms_alone = variance != "diagonal" and not weighted
-    if norms_alone and is_by_kernel(use.site.equation, rule, target):
+    if norms_alone and forms.is_by_kernel(use.site.equation, rule, target):
         return Price(("kernel",), 3 * groups * p * q, 0, 0)
     direct = not rule.one_hot and t > 1
     if norms_alone and direct | rule.one_hot:
-        direct = not rule.apart and is_direct(use.site.equation, rule, target)
+        direct = not rule.apart and forms.is_direct(use.site.equation, rule, target)
     memory = cost.norm_bytes(sizes, direct=direct, one_hot=rule.one_hot)
     if direct:  # squares, their sum, and that of the gradients; products with padding
         padding = 0
@@ -152,7 +145,7 @@ def _in_place(use: Use, variance: Variance, target: Target) -> Price:
         return Price(("one position",) if t == 1 else ("rows",), 2 * t * q, 0, 4 * t * q)
     if rule.pooled and (norms_alone or variance == "diagonal"):
         return _pooled(rule, target, variance)
-    if is_sorted(rule, target):
+    if forms.is_sorted(rule, target):
         return Price(("sorted",), 3 * t * q, 0, cost.sorting_bytes(sizes))
     if t > 1:
         across = q if rule.one_hot else p + q
@@ -164,16 +157,16 @@ def _in_place(use: Use, variance: Variance, target: Target) -> Price:
 def _pooled(rule: Rule, target: Target, variance: Variance) -> Price:
     """The price of what is pooled: its rows become multiples of one, and these are added up."""
     _, t, p, q = rule.sizes()
-    in_table, squares = is_in_table(rule, target), 0
+    in_table, squares = forms.is_in_table(rule, target), 0
     if variance == "diagonal":
         squares = 2 * p * q if in_table else 2 * t * q
     if in_table:
         form, added_up = "direct", 2 * p
-    elif is_sorted(rule, target):
+    elif forms.is_sorted(rule, target):
         form, added_up = "sorted", 3 * t
     else:
         form, added_up = "Gram", 5 * t**2
-    return Price((form,), 2 * t * q + added_up + squares, 0, pooled_bytes(rule, target))
+    return Price((form,), 2 * t * q + added_up + squares, 0, forms.pooled_bytes(rule, target))
 
 
 def of_held(sites: Sequence[Site], size: int, pulled: int) -> Price:

@@ -15,7 +15,6 @@ is a *shift*.
 from __future__ import annotations
 
 import enum
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
@@ -234,7 +233,7 @@ def _walk(
     `summed` tells which of its first outputs enter the loss as terms of a sum, `counted` which of
     its equations take entries of parameters in turn, the jaxpr being the body of a scan.
     """
-    terms = _terms(jaxpr, summed)
+    terms = jaxprs.terms(jaxpr, summed)
     steps: list[Step] = []
 
     def visit(equation: jaxprs.Equation, origins: list[Origin]) -> list[Origin]:
@@ -263,7 +262,6 @@ def _sort(
 ) -> tuple[Step, Sequence[Origin]]:
     """Sorts one equation; returns its step and where its outputs come from."""
     primitive, of_example = jaxprs.name(equation), [EXAMPLE] * len(equation.outvars)
-    examples = [o for o in origins if isinstance(o, Example)]
     parameters = tuple((i, o) for i, o in enumerate(origins) if isinstance(o, Parameter))
     picked = any(isinstance(o, Picked) for o in origins)
     if (parameters or picked) and primitive in jaxprs.CALLS:
@@ -271,7 +269,7 @@ def _sort(
         return Step(Kind.CALL, equation, inner), inner.outputs
     if picked:
         return _sort_picked(equation, origins, scans, sites, summed)
-    if not examples:
+    if not any(isinstance(o, Example) for o in origins):
         return _sort_shared(equation, parameters)
     if primitive == "broadcast_in_dim":
         return Step(Kind.PLAIN, equation), [Example(primitives.spread_along(equation))]
@@ -309,15 +307,18 @@ def _sort_picked(
         return step, outputs
     differing = [_differing(v, o) for v, o in zip(equation.invars, origins, strict=True)]
     uses: dict[int, Met] = {}
+    known: list[tuple[int, int]] = []
+    alone = len(places) == 1
     for place in places:
         origin = origins[place]
         assert isinstance(origin, Picked)
-        alone, rule = len(places) == 1, primitives.find_rule(equation, place)
         if origin.rows is None:
             if alone and views.rearranges(equation, place):
                 return step, [origin]
+            rule = primitives.find_rule(equation, place)
             if rule is not None and not rule.one_hot and rule.positions == 1:
                 uses[place] = rule
+                known.append((place, origin.site))
         elif alone and primitives.adds_rows(equation, place, origin.rows):
             uses[place] = POOLED
         elif alone:
@@ -325,11 +326,6 @@ def _sort_picked(
             if rows is not None:
                 return step, [origin._replace(rows=rows)]
     _use(origins, sites, uses)
-    known = [
-        (i, o.site)
-        for i, o in enumerate(origins)
-        if isinstance(o, Picked) and isinstance(uses.get(i), primitives.Rule)
-    ]
     return step._replace(picked=tuple(known)), outputs
 
 
@@ -352,20 +348,6 @@ def _pooled(site: Site) -> Site:
     if site.rule is None or site.met != (POOLED,):
         return site
     return site._replace(rule=site.rule._replace(pooled=True))
-
-
-def _terms(jaxpr: jaxprs.Jaxpr, summed: tuple[bool, ...]) -> set[Any]:
-    """Variables that enter the loss as terms of a sum and are used for nothing else."""
-    outputs = jaxpr.outvars[: len(summed)]
-    read = [*outputs, *(v for equation in jaxpr.eqns for v in equation.invars)]
-    uses = Counter(v for v in read if not jaxprs.is_literal(v))
-    candidates = [v for v, term in zip(outputs, summed, strict=True) if term]
-    terms = {v for v in candidates if not jaxprs.is_literal(v) and uses[v] == 1}
-    for equation in reversed(jaxpr.eqns):
-        if jaxprs.name(equation) == "add" and equation.outvars[0] in terms:
-            operands = [v for v in equation.invars if not jaxprs.is_literal(v)]
-            terms |= {v for v in operands if uses[v] == 1}
-    return terms
 
 
 def _sort_shared(

@@ -46,7 +46,7 @@ import jax.numpy as jnp
 
 from cabs_jax.moments import convolution, jaxprs
 from cabs_jax.moments.blocks import sum_in_cache
-from cabs_jax.moments.factored import cost, outer_products
+from cabs_jax.moments.factored import forms, outer_products
 from cabs_jax.moments.factored.choice import Mode, copies_are_cheap, product_of
 from cabs_jax.moments.factored.primitives import Factors, Rule
 from cabs_jax.moments.factored.program import Site
@@ -202,7 +202,7 @@ def _norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Ar
 def _weighted_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Norms of gradients whose entries are multiplied by a scale, one for each."""
     assert at.scale is not None
-    scale, alike = rule.lay_out(at.scale), rounds_alike(at.equation, sample.target)
+    scale, alike = rule.lay_out(at.scale), forms.rounds_alike(at.equation, sample.target)
     direct = not rule.one_hot and rule.positions > 1
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
@@ -227,12 +227,12 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
     """Norms of gradients whose entries are those of the parameters' gradients."""
     if rule.apart:
         return at.into_w(), _one_hot_norms(sample, rule, rule.factors(*at.operands))
-    if is_by_kernel(at.equation, rule, sample.target):
+    if forms.is_by_kernel(at.equation, rule, sample.target):
         return _by_kernel(sample, rule, at)
     if rule.pooled:
         return _pooled_norms(sample, rule, at)
-    sizes, alike = rule.sizes(), rounds_alike(at.equation, sample.target)
-    direct = is_direct(at.equation, rule, sample.target)
+    sizes, alike = rule.sizes(), forms.rounds_alike(at.equation, sample.target)
+    direct = forms.is_direct(at.equation, rule, sample.target)
 
     def block(operands: PyTree) -> tuple[PyTree, PyTree]:
         if direct:
@@ -252,21 +252,21 @@ def _plain_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
 
 
 def _one_hot_norms(sample: Sample, rule: Rule, factors: Factors) -> jax.Array:
-    by_sorting = is_sorted(rule, sample.target)
+    by_sorting = forms.is_sorted(rule, sample.target)
     return outer_products.one_hot_norms(factors, apart=rule.apart, by_sorting=by_sorting)
 
 
 def _pooled_norms(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, jax.Array]:
     """Gradient of the batch and norms where all that is looked up is added up."""
     factors, _ = outer_products.narrowed(rule.factors(*at.operands))
-    in_table, rows = is_in_table(rule, sample.target), rule.sizes()[2]
+    in_table, rows = forms.is_in_table(rule, sample.target), rule.sizes()[2]
 
     def block(factors: Factors) -> tuple[PyTree, jax.Array]:
         if in_table:
             return (), squared_norms(outer_products.gradients(factors, rows), 1)
         return (), _one_hot_norms(sample, rule, factors)
 
-    needed = pooled_bytes(rule, sample.target)
+    needed = forms.pooled_bytes(rule, sample.target)
     _, norms = sum_in_cache(block, factors, needed, sample.target)
     return at.into_w(), norms
 
@@ -279,7 +279,7 @@ def _in_cache(
     direct: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Gradient of the batch and norms, from blocks that give norms and, if direct, gradients."""
-    needed = _bytes(sample, rule, at, direct=direct)
+    needed = forms.norm_bytes(at.equation, rule, sample.target, direct=direct)
     total, norms = sum_in_cache(block, at.operands, needed, sample.target)
     return (at.assembled(rule, total) if direct else at.into_w()), norms
 
@@ -297,9 +297,9 @@ def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
     """Gradient of the batch and the sum of the squares of the examples' gradients."""
     if rule.one_hot:
         factors, rows = rule.factors(*at.operands), rule.sizes()[2]
-        by_sorting = is_sorted(rule, sample.target)
+        by_sorting = forms.is_sorted(rule, sample.target)
         if rule.pooled:
-            in_table = is_in_table(rule, sample.target)
+            in_table = forms.is_in_table(rule, sample.target)
             squares = outer_products.pooled_square_sums(
                 factors, rows, in_table=in_table, by_sorting=by_sorting
             )
@@ -310,7 +310,7 @@ def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
         return at.into_w(), rule.assemble(squares, at.w.shape)
     if rule.positions == 1:  # (left ⊗ right)² = left² ⊗ right²
         factors = rule.factors(*at.operands)
-        if rounds_alike(at.equation, sample.target):
+        if forms.rounds_alike(at.equation, sample.target):
             factors = outer_products.rounded(factors)
         return at.into_w(), rule.assemble(outer_products.square_sums(factors), at.w.shape)
 
@@ -318,76 +318,10 @@ def _square_sums(sample: Sample, rule: Rule, at: Residuals) -> tuple[jax.Array, 
         pieces = _gradients_in_pieces(sample.target, at.equation, rule, operands)
         return (pieces, tuple(map(jnp.square, pieces))), ()
 
-    needed = _bytes(sample, rule, at, direct=True)
+    needed = forms.norm_bytes(at.equation, rule, sample.target, direct=True)
     (total, squares), _ = sum_in_cache(block, at.operands, needed, sample.target)
     squares = rule.assemble(jnp.concatenate(squares, axis=-2), at.w.shape)
     return at.assembled(rule, total), squares
-
-
-def is_by_kernel(equation: jaxprs.Equation, rule: Rule, target: Target) -> bool:
-    """Whether a kernel makes both the gradient of the batch and the norms at a site."""
-    if not target.kernels:
-        return False
-    from cabs_jax.moments.factored import kernels  # takes seconds to load, and few need it
-
-    return kernels.covered(equation, rule)
-
-
-def is_direct(equation: jaxprs.Equation, rule: Rule, target: Target) -> bool:
-    """Whether norms at a site are taken of gradients, not by another form."""
-    if rule.pooled or is_sorted(rule, target):
-        return False
-    others = [v.aval.dtype for i, v in enumerate(equation.invars) if i != rule.operand]
-    narrow = all(dtype.itemsize == 2 for dtype in [*others, equation.outvars[0].aval.dtype])
-    return cost.prefers_direct(
-        rule.sizes(),
-        target,
-        rounded=narrow or rounds_alike(equation, target),
-        one_hot=rule.one_hot,
-        patches=_goes_by_row(equation, target),
-    )
-
-
-def is_sorted(rule: Rule, target: Target) -> bool:
-    """Whether rows that are put to one place at a site are found by sorting."""
-    if not rule.one_hot or rule.apart or is_in_table(rule, target):
-        return False
-    return cost.prefers_sorting(rule.sizes(), target)
-
-
-def is_in_table(rule: Rule, target: Target) -> bool:
-    """Whether what is pooled, multiples of one vector, is put to places in a table to add it up."""
-    sizes = rule.sizes_of_norms()
-    return rule.pooled and cost.prefers_direct(sizes, target, one_hot=True)
-
-
-def rounds_alike(equation: jaxprs.Equation, target: Target) -> bool:
-    """Whether the products of a norm see the operands as the product of the mean does, rounded."""
-    model = outer_products.model_precision(equation)
-    return target.costs.rounds_alike and outer_products.is_default(model)
-
-
-def _bytes(sample: Sample, rule: Rule, at: Residuals, *, direct: bool) -> int:
-    """What one example needs while its norm is computed."""
-    groups, positions, p, q = rule.sizes()
-    if direct and convolution.is_depthwise(at.equation):  # nothing is laid out
-        return cost.norm_bytes((groups, 1, p, q), direct=True)
-    if is_sorted(rule, sample.target):
-        return cost.sorting_bytes(rule.sizes())
-    return cost.norm_bytes((groups, positions, p, q), direct=direct, one_hot=rule.one_hot)
-
-
-def pooled_bytes(rule: Rule, target: Target) -> int:
-    """What one example needs while the norm of what is pooled is computed."""
-    sizes = rule.sizes_of_norms()
-    if is_sorted(rule, target):
-        return cost.sorting_bytes(sizes)
-    return cost.norm_bytes(sizes, direct=is_in_table(rule, target), one_hot=True)
-
-
-def _goes_by_row(equation: jaxprs.Equation, target: Target) -> bool:
-    """Whether the site is a convolution that is best measured row by row of its kernel."""
-    return target.costs.patch_traffic > 0 and convolution.goes_by_row(equation)
 
 
 def _gradients_in_pieces(
@@ -400,7 +334,7 @@ def _gradients_in_pieces(
     precision = outer_products.model_precision(equation)
     if convolution.is_depthwise(equation):
         return (convolution.gradients_by_entry(equation, *operands),)
-    if _goes_by_row(equation, target):
+    if forms.goes_by_row(equation, target):
         return convolution.pieces_by_row(equation, *operands, precision)
     factors = rule.factors(*operands)
     return (outer_products.gradients(factors, rule.sizes()[2], precision),)
