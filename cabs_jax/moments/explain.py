@@ -11,7 +11,8 @@ import jax
 from cabs_jax.moments import jaxprs, parameters, split
 from cabs_jax.moments.factored import price
 from cabs_jax.moments.factored.choice import Mode, choose
-from cabs_jax.moments.factored.program import shifting, trace_program
+from cabs_jax.moments.factored.program import trace_program
+from cabs_jax.moments.factored.sorted_loss import shifting
 from cabs_jax.moments.gradient_moments import gradient_moments
 from cabs_jax.moments.per_example import loss_and_aux
 from cabs_jax.moments.target import (

@@ -22,9 +22,10 @@ from cabs_jax.moments.factored.choice import Choice, Mode, choose
 from cabs_jax.moments.factored.collected import empty_factors, norms_of_sums
 from cabs_jax.moments.factored.outer_products import HIGHEST
 from cabs_jax.moments.factored.primitives import Factors
-from cabs_jax.moments.factored.program import Program, trace_program
+from cabs_jax.moments.factored.program import trace_program
 from cabs_jax.moments.factored.pulled_back import empty_operands, pulled_back
 from cabs_jax.moments.factored.shift import shift_gradient
+from cabs_jax.moments.factored.sorted_loss import Program
 from cabs_jax.moments.factored.values import Batched, Context, Sample, Shared, Value, to_batched
 from cabs_jax.moments.shards import Layout, Layouts, gathered, scattered
 from cabs_jax.statistics import PyTree, Variance, squared_norms

@@ -10,7 +10,7 @@ from cabs_jax.moments import jaxprs
 from cabs_jax.moments.factored import views
 from cabs_jax.moments.factored.cost import Sizes
 from cabs_jax.moments.factored.primitives import Rule
-from cabs_jax.moments.factored.program import Parameter, Program, Site
+from cabs_jax.moments.factored.sorted_loss import Parameter, Program, Site
 from cabs_jax.moments.rewriting import convolves
 from cabs_jax.statistics import Variance
 

@@ -31,8 +31,8 @@ from jax import lax
 
 from cabs_jax.moments import jaxprs
 from cabs_jax.moments.factored.picked import evaluate_product
-from cabs_jax.moments.factored.program import CONSTANT, Kind, SortedJaxpr, Step
 from cabs_jax.moments.factored.site_vjps import evaluate_site
+from cabs_jax.moments.factored.sorted_loss import CONSTANT, Kind, SortedJaxpr, Step
 from cabs_jax.moments.factored.values import (
     Batched,
     Context,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from cabs_jax.moments.factored import outer_products
 from cabs_jax.moments.factored.choice import product_of
 from cabs_jax.moments.factored.primitives import Rule
-from cabs_jax.moments.factored.program import Step
+from cabs_jax.moments.factored.sorted_loss import Step
 from cabs_jax.moments.factored.values import (
     Batched,
     Context,

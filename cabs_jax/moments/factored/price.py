@@ -21,7 +21,13 @@ from cabs_jax.moments.factored.choice import (
     product_of,
 )
 from cabs_jax.moments.factored.primitives import Rule
-from cabs_jax.moments.factored.program import (
+from cabs_jax.moments.factored.pulled_back import (
+    bytes_needed,
+    numbers_of,
+    operands_at,
+    pulled_back,
+)
+from cabs_jax.moments.factored.sorted_loss import (
     CONSTANT,
     Kind,
     Parameter,
@@ -29,12 +35,6 @@ from cabs_jax.moments.factored.program import (
     Site,
     SortedJaxpr,
     Step,
-)
-from cabs_jax.moments.factored.pulled_back import (
-    bytes_needed,
-    numbers_of,
-    operands_at,
-    pulled_back,
 )
 from cabs_jax.moments.factored.values import Sample
 from cabs_jax.moments.target import Target

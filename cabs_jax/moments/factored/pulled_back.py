@@ -23,8 +23,8 @@ from cabs_jax.moments.factored import cost, outer_products, separable
 from cabs_jax.moments.factored.choice import Choice, Mode
 from cabs_jax.moments.factored.forms import is_direct, rounds_alike
 from cabs_jax.moments.factored.primitives import Rule
-from cabs_jax.moments.factored.program import Program, Site, Step, walk_shared
 from cabs_jax.moments.factored.site_vjps import gradients
+from cabs_jax.moments.factored.sorted_loss import Program, Site, Step, walk_shared
 from cabs_jax.moments.factored.values import Sample
 from cabs_jax.moments.target import Target
 from cabs_jax.statistics import PyTree, Variance

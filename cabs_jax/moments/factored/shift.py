@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cabs_jax.moments.factored.program import Kind, Program, Step, shifting, walk_shared
+from cabs_jax.moments.factored.sorted_loss import Kind, Program, Step, shifting, walk_shared
 
 
 def shift_gradient(program: Program, leaves: Sequence[jax.Array]) -> dict[int, jax.Array]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from cabs_jax.moments import jaxprs
-from cabs_jax.moments.factored.program import Site
+from cabs_jax.moments.factored.sorted_loss import Site
 from cabs_jax.moments.factored.values import (
     Batched,
     Sample,

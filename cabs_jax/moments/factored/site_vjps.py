@@ -49,8 +49,8 @@ from cabs_jax.moments.blocks import sum_in_cache
 from cabs_jax.moments.factored import forms, outer_products
 from cabs_jax.moments.factored.choice import Mode, copies_are_cheap, product_of
 from cabs_jax.moments.factored.primitives import Factors, Rule
-from cabs_jax.moments.factored.program import Site
 from cabs_jax.moments.factored.site_derivatives import evaluate_by_derivative
+from cabs_jax.moments.factored.sorted_loss import Site
 from cabs_jax.moments.factored.values import (
     Batched,
     Context,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from cabs_jax.moments import jaxprs, sharding, shards
 from cabs_jax.moments.factored.choice import Choice
-from cabs_jax.moments.factored.program import Program
+from cabs_jax.moments.factored.sorted_loss import Program
 from cabs_jax.moments.target import Target
 from cabs_jax.statistics import Variance
 

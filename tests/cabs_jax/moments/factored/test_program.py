@@ -6,7 +6,8 @@ import pytest
 from jax import lax
 
 from cabs_jax.moments import jaxprs
-from cabs_jax.moments.factored.program import CONSTANT, EXAMPLE, Kind, Parameter, trace_program
+from cabs_jax.moments.factored.program import trace_program
+from cabs_jax.moments.factored.sorted_loss import CONSTANT, EXAMPLE, Kind, Parameter
 
 
 def traced(loss, params, *example_shape):
