@@ -88,7 +88,7 @@ def by_devices(data: DataSet, goals: Sequence[tables.Goal]) -> bytes:
     """Seconds to each target against the number of devices, the quickest drawn broad."""
     columns = min(3, len(goals))
     figure = blank(4.8 * columns, 4.2 * -(-len(goals) // columns))
-    axes = figure.subplots(-(-len(goals) // columns), columns, squeeze=False).flat
+    axes = list(figure.subplots(-(-len(goals) // columns), columns, squeeze=False).flat)
     counts = np.logspace(0, 4, 200)
     one = devices.StepCost(1.0, 1.0)  # works are in seconds
     names = list(dict.fromkeys(name for goal in goals for name in goal.works))
@@ -105,7 +105,7 @@ def by_devices(data: DataSet, goals: Sequence[tables.Goal]) -> bytes:
         ax.set_xscale("log")
         ax.set(title=f"to {goal.target:g} at {goal.weights}", xlabel="devices", ylabel="seconds")
         ax.legend(frameon=False, fontsize=7)
-    for ax in list(axes)[len(goals) :]:
+    for ax in axes[len(goals) :]:
         ax.remove()
     return _png(figure, f"{data.title}: who is the quickest on how many devices (broad)")
 

@@ -169,13 +169,17 @@ def test_the_floor_is_that_of_the_variance_along_the_run():
     assert rows["constant-128", "0.2"][2:4] == ("64", "0.025")
 
 
-def test_who_is_the_quickest_depends_on_the_devices():
+def finals_by_the_clock():
     text = TEXT.replace("[0.1, 0.2, 0.4]", "[0.2]").replace("[0, 1]", "[3, 4]")
     clock = [
         result(run, 0.5, step_seconds={16: 0.02, 128: 0.13})
         for run in plan.parse(TEXT).runs  # 4 ms + 1 ms · m
     ]
-    data = data_of(measured(text, told), clock=clock)
+    return data_of(measured(text, told), clock=clock)
+
+
+def test_who_is_the_quickest_depends_on_the_devices():
+    data = finals_by_the_clock()
     goals = {(goal.target, goal.weights): goal for goal in tables.goals(data)}
     assert set(goals) == {(t, w) for t in (1.2, 1.0, 0.8) for w in ("w", "w̄")}
     works = goals[1.2, "w"].works
@@ -185,6 +189,13 @@ def test_who_is_the_quickest_depends_on_the_devices():
     table = tables.by_devices(tables.goals(data))
     assert "constant-128, α = 0.2: " in table.rows[0][1]
     assert table.rows[0][1].endswith("∞")
+
+
+def test_no_axes_stay_empty_where_the_targets_fill_no_row(monkeypatch):
+    monkeypatch.setattr(page.figures, "_png", lambda figure, title: figure)
+    data = finals_by_the_clock()
+    drawn = page.figures.by_devices(data, tables.goals(data)[:5])
+    assert [bool(ax.lines) for ax in drawn.axes] == 5 * [True]
 
 
 @pytest.mark.slow  # draws all figures
