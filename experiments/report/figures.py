@@ -87,8 +87,9 @@ def sensitivity(data: DataSet) -> bytes:
 def by_devices(data: DataSet, goals: Sequence[tables.Goal]) -> bytes:
     """Seconds to each target against the number of devices, the quickest drawn broad."""
     columns = min(3, len(goals))
-    figure = blank(4.8 * columns, 4.2 * -(-len(goals) // columns))
-    axes = list(figure.subplots(-(-len(goals) // columns), columns, squeeze=False).flat)
+    rows = -(-len(goals) // columns)
+    figure = blank(4.8 * columns, 4.2 * rows)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     counts = np.logspace(0, 4, 200)
     one = devices.StepCost(1.0, 1.0)  # works are in seconds
     names = list(dict.fromkeys(name for goal in goals for name in goal.works))
