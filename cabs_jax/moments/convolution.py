@@ -82,9 +82,30 @@ def patches(lhs: jax.Array, g: Geometry) -> jax.Array:
     Returns:
       Patches of shape (batch, positions, kernel entries, groups · channels).
     """
+    positions, entries = math.prod(g.output), math.prod(g.kernel)
+    if len(g.kernel) > 1 and entries <= positions:
+        # What is between two stacks goes through the memory of a GPU; one stack is one kernel.
+        cut: jax.Array = lax.platform_dependent(
+            lhs, cuda=lambda x: cut_at_once(x, g), default=lambda x: cut_by_axes(x, g)
+        )
+    else:
+        cut = cut_by_axes(lhs, g)
+    return cut.reshape(lhs.shape[0], positions, entries, lhs.shape[-1])
+
+
+def cut_at_once(lhs: jax.Array, g: Geometry) -> jax.Array:
+    """Patches in the shape (batch, *output, *kernel, channels), a slice for each entry."""
+    cut = jnp.stack(_seen_by_entries(lhs, g), axis=-2)
+    return cut.reshape(lhs.shape[0], *g.output, *g.kernel, lhs.shape[-1])
+
+
+def cut_by_axes(lhs: jax.Array, g: Geometry) -> jax.Array:
+    """Patches in the shape (batch, *output, *kernel, channels), along one axis after the other.
+
+    That takes fewer slices than one for each entry of the kernel. The last axis comes first, so
+    that longer rows are moved in the next.
+    """
     cut, spatial = _padded(lhs, g), len(g.kernel)
-    # One axis after the other, the last first, which takes fewer slices than one for each entry of
-    # the kernel, and moves longer rows in the next.
     for axis in reversed(range(spatial)):
         size, outputs = g.kernel[axis], g.output[axis]
         stride, dilation = g.strides[axis], g.rhs_dilation[axis]
@@ -100,7 +121,7 @@ def patches(lhs: jax.Array, g: Geometry) -> jax.Array:
             cut = jnp.stack(pieces, axis=1 + spatial)
         else:
             cut = jnp.moveaxis(jnp.stack(pieces, axis=1 + axis), 2 + axis, 1 + spatial)
-    return cut.reshape(lhs.shape[0], math.prod(g.output), math.prod(g.kernel), lhs.shape[-1])
+    return cut
 
 
 def _padded(lhs: jax.Array, g: Geometry) -> jax.Array:

@@ -41,11 +41,27 @@ def test_patches_are_cut_along_one_axis_after_the_other(kernel, output, slices):
         1, 2, 1, 3, kernel, output, ones, ((0, 0),) * rank, lhs_dilation=ones, rhs_dilation=ones
     )
     x = np.arange(2 * np.prod(size), dtype=np.float32).reshape(1, *size, 2)
-    traced = jax.make_jaxpr(lambda x: convolution.patches(x, g))(x)
-    assert sum(e.primitive.name == "slice" for e in traced.eqns) == slices
+    assert _slices(x, g, "cpu") == slices
     seen = np.lib.stride_tricks.sliding_window_view(x, kernel, tuple(range(1, 1 + rank)))
     wanted = np.moveaxis(seen, 1 + rank, -1).reshape(1, np.prod(output), np.prod(kernel), 2)
     np.testing.assert_array_equal(convolution.patches(jax.numpy.asarray(x), g), wanted)
+
+
+def _slices(x, g, platform):
+    cut = jax.jit(lambda x: convolution.patches(x, g)).trace(x)
+    return cut.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.slice")
+
+
+@pytest.mark.parametrize(("output", "slices"), [((8, 8), 25), ((1, 8), 6)])
+def test_on_a_gpu_patches_are_one_stack_where_the_entries_are_the_fewer(output, slices):
+    size = tuple(n + 4 for n in output)
+    g = convolution.Geometry(
+        1, 2, 1, 3, (5, 5), output, (1, 1), ((0, 0),) * 2, lhs_dilation=(1, 1), rhs_dilation=(1, 1)
+    )
+    x = jnp.arange(2.0 * np.prod(size)).reshape(1, *size, 2)
+    assert _slices(x, g, "cuda") == slices
+    at_once, by_axes = convolution.cut_at_once(x, g), convolution.cut_by_axes(x, g)
+    np.testing.assert_array_equal(at_once, by_axes)
 
 
 def test_channels_last_behind_leading_axes():
