@@ -9,6 +9,7 @@ from experiments.report.results import Results
 from experiments.report.verdicts import NOT_RUN, Answer, Question
 from experiments.sweeps.plan import Run
 
+NOT_HERE = "not in this report"
 _MEASURED = (
     "Losses are on the same training examples in every run. The final loss is the median of the "
     "last three evaluations, that of a diverged run the untrained net's; a run that was ended "
@@ -71,11 +72,11 @@ def _what_was_run(data_sets: Sequence[DataSet]) -> Section:
         for stage in ("grid", "finals", "decreasing learning rates (A2)"):
             if stage in ("grid", "finals") or asked.schedules:
                 done, planned = analysis.progress(stages.get(stage, {}).values())
-                state = f"{done} of {planned} runs" if done else NOT_RUN
+                state = f"{done} of {planned} runs" if planned else NOT_HERE
                 rows.append((f"{asked.part}, {label}", stage, state))
     others = [data.title for data in data_sets if not data.is_plain]
-    rows.append(("E, cifar10", "momentum and Adam", "; ".join(others) or NOT_RUN))
-    rows.append(("D, digits", "all methods", "by `compare --all-methods`, not in this report"))
+    rows.append(("E, cifar10", "momentum and Adam", "; ".join(others) or NOT_HERE))
+    rows.append(("D, digits", "all methods", f"by `compare --all-methods`, {NOT_HERE}"))
     table = Table(("part of the plan", "runs", "state"), rows)
     return Section(heading="What was run", table=table)
 

@@ -213,14 +213,14 @@ def test_the_figures_come_before_the_criteria_and_the_page_is_one_file(tmp_path)
 
 
 @pytest.mark.slow
-def test_what_was_not_run_is_named():
+def test_parts_of_the_study_that_were_not_given_are_named():
     sections = page.sections(parts := [measured(TEXT, told)], [data_of(*parts)])
     (run,) = [section for section in sections if section.heading == "What was run"]
     states = {(part, stage): state for part, stage, state in run.table.rows}
     assert states["A, cifar10", "grid"] == "18 of 18 runs"
-    assert states["A, cifar10", "finals"] == "not run"
-    assert states["A, cifar10", "decreasing learning rates (A2)"] == "not run"
-    assert states["B, mnist", "grid"] == "not run"
+    assert states["A, cifar10", "finals"] == "not in this report"
+    assert states["A, cifar10", "decreasing learning rates (A2)"] == "not in this report"
+    assert states["B, mnist", "grid"] == "not in this report"
 
 
 def test_accuracy_axes_hold_all_that_is_drawn(monkeypatch):
