@@ -35,13 +35,17 @@ def sections(parts: Sequence[Results], data_sets: Sequence[DataSet]) -> list[Sec
     notes = tuple(dict.fromkeys(note for part in parts for note in part.plan.notes))
     found = [Section(paragraphs=(_status(parts),), points=notes)]
     if data_sets:
-        found.append(_what_was_run(data_sets))
+        if any(data.label in study.BY_DATA_SET for data in data_sets):
+            found.append(_what_was_run(data_sets))
         given = {question: verdicts.answers(question, data_sets) for question in verdicts.QUESTIONS}
-        found.append(_summary(given))
-        found += [_question(question, answers) for question, answers in given.items()]
+        is_asked = any(given.values())
+        if is_asked:
+            found.append(_summary(given))
+            found += [_question(question, answers) for question, answers in given.items()]
         found += [section for data in data_sets for section in _data_set(data)]
-        criteria = tuple(f"{q.name}: {q.criteria}." for q in verdicts.QUESTIONS)
-        found.append(Section(heading="How the verdicts follow", points=criteria))
+        if is_asked:
+            criteria = tuple(f"{q.name}: {q.criteria}." for q in verdicts.QUESTIONS)
+            found.append(Section(heading="How the verdicts follow", points=criteria))
     machines = dict.fromkeys(_machine(r.environment) for p in parts for r in p.runs.values())
     clocks = tuple(line for data in data_sets for line in _clock(data))
     measured = (*machines, *dict.fromkeys(clocks), *_MEASURED)
@@ -74,7 +78,7 @@ def _what_was_run(data_sets: Sequence[DataSet]) -> Section:
                 done, planned = analysis.progress(stages.get(stage, {}).values())
                 state = f"{done} of {planned} runs" if planned else NOT_HERE
                 rows.append((f"{asked.part}, {label}", stage, state))
-    others = [data.title for data in data_sets if not data.is_plain]
+    others = [d.title for d in data_sets if d.label in study.BY_DATA_SET and not d.is_plain]
     rows.append(("E, cifar10", "momentum and Adam", "; ".join(others) or NOT_HERE))
     rows.append(("D, digits", "all methods", f"by `compare --all-methods`, {NOT_HERE}"))
     table = Table(("part of the plan", "runs", "state"), rows)
@@ -98,7 +102,7 @@ def _summary(given: dict[Question, list[Answer]]) -> Section:
             for (data, method), both in claims.items()
         ]
     header = ("question", "data set", "method", "at w", "at w̄", "so the claim is")
-    return Section(heading="Verdicts", table=Table(header, rows) if rows else None)
+    return Section(heading="Verdicts", table=Table(header, rows))
 
 
 def _question(question: Question, answers: Sequence[Answer]) -> Section:

@@ -223,6 +223,14 @@ def test_parts_of_the_study_that_were_not_given_are_named():
     assert states["B, mnist", "grid"] == "not in this report"
 
 
+def test_a_page_of_runs_that_answer_no_question_of_the_study_names_none():
+    text = TEXT.replace("cifar10]", "text]").replace("[methods.cabs]", "[methods.constant]")
+    parts = [measured(text, lambda run: told(run._replace(method="constant-16")))]
+    headings = [section.heading for section in page.sections(parts, [data_of(*parts)])]
+    assert not {"What was run", "Verdicts", "How the verdicts follow"} & set(headings)
+    assert {"Data", "How it was measured"} <= set(headings)
+
+
 def test_accuracy_axes_hold_all_that_is_drawn(monkeypatch):
     drawn = []
     monkeypatch.setattr(report.page.figures, "_png", lambda figure, title: drawn.append(figure))
