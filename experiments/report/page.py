@@ -70,14 +70,13 @@ def _what_was_run(data_sets: Sequence[DataSet]) -> Section:
     rows = []
     for label, asked in study.BY_DATA_SET.items():
         data = by_label.get(label)
-        stages = {"grid": data.grid, "finals": _finals(data, False)} if data else {}
+        stages = {"grid": data.grid if data else {}, "finals": _finals(data, False)}
         if asked.schedules:
-            stages["decreasing learning rates (A2)"] = _finals(data, True) if data else {}
-        for stage in ("grid", "finals", "decreasing learning rates (A2)"):
-            if stage in ("grid", "finals") or asked.schedules:
-                done, planned = analysis.progress(stages.get(stage, {}).values())
-                state = f"{done} of {planned} runs" if planned else NOT_HERE
-                rows.append((f"{asked.part}, {label}", stage, state))
+            stages["decreasing learning rates (A2)"] = _finals(data, True)
+        for stage, methods in stages.items():
+            done, planned = analysis.progress(methods.values())
+            state = f"{done} of {planned} runs" if planned else NOT_HERE
+            rows.append((f"{asked.part}, {label}", stage, state))
     others = [d.title for d in data_sets if d.label in study.BY_DATA_SET and not d.is_plain]
     rows.append(("E, cifar10", "momentum and Adam", "; ".join(others) or NOT_HERE))
     rows.append(("D, digits", "all methods", f"by `compare --all-methods`, {NOT_HERE}"))

@@ -30,10 +30,18 @@ def test_a_convolution_of_every_kind_is_jaxs_own(geometry):
     assert_close(ours, wanted, 1e-5)
 
 
+def _slices(x, g, platform):
+    cut = jax.jit(lambda x: convolution.patches(x, g)).trace(x)
+    return cut.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.slice")
+
+
 @pytest.mark.parametrize(
-    ("kernel", "output", "slices"), [((5, 5), (8, 8), 10), ((5, 5), (1, 8), 6), ((4,), (8,), 4)]
+    ("kernel", "output", "slices", "on_gpu"),
+    [((5, 5), (8, 8), 10, 25), ((5, 5), (1, 8), 6, 6), ((4,), (8,), 4, 4)],
 )
-def test_patches_are_cut_along_one_axis_after_the_other(kernel, output, slices):
+def test_patches_are_cut_along_one_axis_after_the_other_but_on_a_gpu_at_once(
+    kernel, output, slices, on_gpu
+):
     rank = len(kernel)
     size = tuple(k + n - 1 for k, n in zip(kernel, output, strict=True))
     ones = (1,) * rank
@@ -42,24 +50,11 @@ def test_patches_are_cut_along_one_axis_after_the_other(kernel, output, slices):
     )
     x = np.arange(2 * np.prod(size), dtype=np.float32).reshape(1, *size, 2)
     assert _slices(x, g, "cpu") == slices
+    assert _slices(x, g, "cuda") == on_gpu
     seen = np.lib.stride_tricks.sliding_window_view(x, kernel, tuple(range(1, 1 + rank)))
     wanted = np.moveaxis(seen, 1 + rank, -1).reshape(1, np.prod(output), np.prod(kernel), 2)
-    np.testing.assert_array_equal(convolution.patches(jax.numpy.asarray(x), g), wanted)
-
-
-def _slices(x, g, platform):
-    cut = jax.jit(lambda x: convolution.patches(x, g)).trace(x)
-    return cut.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.slice")
-
-
-@pytest.mark.parametrize(("output", "slices"), [((8, 8), 25), ((1, 8), 6)])
-def test_on_a_gpu_patches_are_one_stack_where_the_entries_are_the_fewer(output, slices):
-    size = tuple(n + 4 for n in output)
-    g = convolution.Geometry(
-        1, 2, 1, 3, (5, 5), output, (1, 1), ((0, 0),) * 2, lhs_dilation=(1, 1), rhs_dilation=(1, 1)
-    )
-    x = jnp.arange(2.0 * np.prod(size)).reshape(1, *size, 2)
-    assert _slices(x, g, "cuda") == slices
+    x = jnp.asarray(x)
+    np.testing.assert_array_equal(convolution.patches(x, g), wanted)
     at_once, by_axes = convolution.cut_at_once(x, g), convolution.cut_by_axes(x, g)
     np.testing.assert_array_equal(at_once, by_axes)
 
