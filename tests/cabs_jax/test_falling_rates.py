@@ -53,6 +53,11 @@ def test_a_schedule_that_falls_draws_one_warning(make):
     assert len(caught) == 1
 
 
+def test_a_schedule_that_falls_to_less_than_half_draws_a_warning():
+    with pytest.warns(UserWarning, match=r"falls from 0\.1 at step 0 to 0\.04,"):
+        cabs_jax.cabs(optax.linear_schedule(0.1, 0.04, 100))
+
+
 def test_with_momentum_the_rate_that_falls_is_the_effective_one():
     with pytest.warns(UserWarning, match=r"falls from 0\.2 at step 16") as caught:
         cabs_jax.cabs(COSINE, momentum=0.5)

@@ -32,6 +32,10 @@ def test_one_size_is_one_bucket():
     assert cabs_jax.buckets(32, 32) == (32,)
 
 
+def test_buckets_may_begin_at_one_example():
+    assert cabs_jax.buckets(1, 4, count=3, multiple_of=1) == (1, 2, 4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [((0, 8), {}), ((9, 8), {}), ((8, 9), {"count": 1}), ((8, 9), {"multiple_of": 0})],

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 
 from cabs_jax import explain, gradient_moments
 from cabs_jax.moments.flops import flops
@@ -72,7 +73,7 @@ def test_forms_follow_the_number_of_positions():
 def test_a_grouped_convolution_costs_what_its_groups_do():
     def loss(p, x):
         return jnp.sum(
-            jnp.tanh(jax.lax.conv_general_dilated(x[None], p, (1,), "VALID", feature_group_count=2))
+            jnp.tanh(lax.conv_general_dilated(x[None], p, (1,), "VALID", feature_group_count=2))
         )
 
     (row,) = explain(loss, jnp.ones((4, 2, 3)), jnp.ones((4, 50)))
@@ -88,6 +89,23 @@ def test_diagonal_of_a_parameter_used_twice_is_held(capsys):
     assert explain(loss, *arguments)[0].form == "Gram"
     assert explain(loss, *arguments, variance="diagonal")[0].form == "per example"
     assert "2 uses" in capsys.readouterr().out
+
+
+def test_what_is_held_in_a_scan_is_compared_with_the_gradients_of_all_steps():
+    def loss(p, x):
+        return jnp.sum(lax.scan(lambda h, _: (jnp.tanh(h @ p), None), x, length=5)[0])
+
+    (row,) = explain(loss, jnp.ones((3, 3)), jnp.ones(3), variance="diagonal")
+    assert row.form == "per example"
+    assert row.extra_flops == 3 * 9
+    assert row.relative_flops == pytest.approx(27 / (5 * 6 * 9))  # 6·p·q of each step
+
+
+def test_numbers_are_aligned_to_the_right(capsys):
+    explain(lambda p, x: jnp.sum(jnp.tanh(x @ p)), jnp.ones((90, 80)), jnp.ones((5, 90)))
+    header, row, total = capsys.readouterr().out.splitlines()[1:4]
+    ends = [header.index(name) + len(name) for name in ("extra flops", "bytes/example")]
+    assert all(line[end - 1].isdigit() for end in ends for line in (row, total))
 
 
 def test_aux_is_left_aside():

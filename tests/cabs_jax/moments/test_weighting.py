@@ -145,7 +145,7 @@ def test_equal_weights_change_nothing(options):
 
 
 @pytest.mark.parametrize("variance", ["trace", "diagonal"])
-@pytest.mark.parametrize("real", [8, 5])
+@pytest.mark.parametrize("real", [8, 5, 4])
 def test_between_groups_is_its_formula(variance, real):
     keep = np.arange(8) < real
     function = gradient_moments(linear, method="between", groups=4, variance=variance)

@@ -126,6 +126,16 @@ def test_other_convolutions_are_measured_without_a_kernel(options):
     assert not kernels.covered(equation, find_rule(equation, 1))
 
 
+def test_other_dtypes_are_measured_without_a_kernel():
+    def covered(dtype):
+        jaxpr = jax.make_jaxpr(jnp.matmul)(jnp.zeros((8, 4, 3), dtype), jnp.zeros((3, 2), dtype))
+        (equation,) = jaxpr.eqns
+        return kernels.covered(equation, find_rule(equation, 1))
+
+    assert covered("float32")
+    assert not covered("float16")
+
+
 def two_layers(params, example):
     """A convolution and a dense layer of several positions, as kernels measure them."""
     x, targets = example

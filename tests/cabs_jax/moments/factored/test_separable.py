@@ -36,6 +36,7 @@ KEEPING = {
     "repeated": lambda x: jnp.sum(lax.broadcast_in_dim(x, (5, 3, 4), (0, 2)), axis=(1, 2)),
     "axes of one": lambda x: jnp.squeeze(x[:, None, :], 1).reshape(1, 5, 4),
     "cut": lambda x: lax.slice(x, (1, 0), (5, 4), (2, 3)),
+    "cut without strides": lambda x: lax.slice(lax.slice(x, (1, 2), (5, 4)), (1, 0), (3, 1)),
     "padded": lambda x: lax.pad(x, 0.0, [(1, 2, 1), (0, 0, 0)]),
     "repeated and padded": lambda x: lax.pad(
         lax.broadcast_in_dim(jnp.sum(x, axis=0), (2, 4), (1,)), 0.0, [(1, 0, 0), (0, 1, 2)]
