@@ -55,7 +55,10 @@ def tiles(examples: int, positions: int, p: int, q: int) -> Tiles:
 
 
 def weight_gradient(
-    left: jax.Array, right: jax.Array, precision: lax.Precision | None, interpret: bool
+    left: jax.Array,
+    right: jax.Array,
+    precision: lax.Precision | None,
+    interpret: bool | pltpu.InterpretParams,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum over examples of Σ_t left_t ⊗ right_t, and the squared norm of each summand.
 
@@ -67,7 +70,7 @@ def weight_gradient(
       left: Factors of shape (examples, groups, positions, p), float32 or bfloat16.
       right: The same with q.
       precision: Of the products.
-      interpret: Whether to run on any machine, slowly.
+      interpret: Whether, or with what checks, to run on any machine, slowly.
 
     Returns:
       The sum, float32, shape (groups, p, q), and the norms, float32, shape (examples,).

@@ -89,7 +89,7 @@ def filter_gradient(
     x: jax.Array,
     cotangent: jax.Array,
     precision: lax.Precision | None,
-    interpret: bool,
+    interpret: bool | pltpu.InterpretParams,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum over examples of the gradients of a filter, and the squared norm of each.
 
@@ -102,7 +102,7 @@ def filter_gradient(
       x: Its input with a leading axis of examples, float32 or bfloat16.
       cotangent: The cotangents of its output, likewise.
       precision: Of the products.
-      interpret: Whether to run on any machine, slowly.
+      interpret: Whether, or with what checks, to run on any machine, slowly.
 
     Returns:
       The sum, float32, shape (1, kernel entries · channels, filters), and the norms, float32, shape
