@@ -91,6 +91,16 @@ def test_diagonal_of_a_parameter_used_twice_is_held(capsys):
     assert "2 uses" in capsys.readouterr().out
 
 
+def test_two_uses_cost_a_product_for_every_pair_of_their_positions():
+    def loss(p, x):
+        return jnp.sum(jnp.tanh(x[:3] @ p)) + jnp.sum(jnp.tanh(x[3:] @ p))
+
+    (row,) = explain(loss, jnp.ones((64, 64)), jnp.ones((5, 64)))
+    assert row.form == "Gram"
+    assert row.extra_flops == (3 * 3 + 2 * 3 + 2 * 2) * (2 * (64 + 64) + 3)
+    assert row.relative_flops == pytest.approx(row.extra_flops / (6 * 5 * 64 * 64))
+
+
 def test_what_is_held_in_a_scan_is_compared_with_the_gradients_of_all_steps():
     def loss(p, x):
         return jnp.sum(lax.scan(lambda h, _: (jnp.tanh(h @ p), None), x, length=5)[0])
