@@ -44,6 +44,12 @@ def random(seed, shape, dtype="float32"):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+def site_of(function, x, parameter):
+    """The only equation of a function of an example and a parameter, and the rule of its site."""
+    (equation,) = jax.make_jaxpr(function)(x, parameter).eqns
+    return equation, find_rule(equation, 1)
+
+
 @pytest.mark.slow
 @settings(max_examples=3)
 @given(st.integers(1, 5), st.integers(1, 2), st.integers(1, 7), st.integers(1, 9), dtypes, dtypes)
@@ -104,9 +110,7 @@ def test_filter_gradients_of_any_geometry_and_dtype(geometry, dtype):
     def convolve(x, w):
         return convolution_of(x, w, padding, dilation)
 
-    jaxpr = jax.make_jaxpr(convolve)(jnp.zeros(x_shape, dtype), jnp.zeros(w_shape, dtype))
-    (equation,) = jaxpr.eqns
-    rule = find_rule(equation, 1)
+    equation, rule = site_of(convolve, jnp.zeros(x_shape, dtype), jnp.zeros(w_shape, dtype))
     x = random(0, (3, *x_shape), dtype)
     cotangent = random(1, (3, *equation.outvars[0].aval.shape), dtype)
     found = filters.filter_gradient(equation, x, cotangent, HIGHEST, interpret=MEMORIES)
@@ -125,16 +129,15 @@ def test_other_convolutions_are_measured_without_a_kernel(options):
     options = {"window_strides": (1, 1), "padding": [(1, 1), (1, 1)]} | options
     channels = 2 // options.get("feature_group_count", 1)
     x, w = jnp.zeros((1, 2, 4, 4)), jnp.zeros((2, channels, 3, 3))
-    jaxpr = jax.make_jaxpr(lambda x, w: lax.conv_general_dilated(x, w, **options))(x, w)
-    (equation,) = jaxpr.eqns
-    assert not kernels.covered(equation, find_rule(equation, 1))
+    assert not kernels.covered(
+        *site_of(lambda x, w: lax.conv_general_dilated(x, w, **options), x, w)
+    )
 
 
 def test_other_dtypes_are_measured_without_a_kernel():
     def covered(dtype):
-        jaxpr = jax.make_jaxpr(jnp.matmul)(jnp.zeros((8, 4, 3), dtype), jnp.zeros((3, 2), dtype))
-        (equation,) = jaxpr.eqns
-        return kernels.covered(equation, find_rule(equation, 1))
+        x, w = jnp.zeros((8, 4, 3), dtype), jnp.zeros((3, 2), dtype)
+        return kernels.covered(*site_of(jnp.matmul, x, w))
 
     assert covered("float32")
     assert not covered("float16")
